@@ -1,0 +1,94 @@
+# What you need: GNU make, and Python 3.11 or newer with its venv module. Works from any folder
+# (make -C DIR run, make -f DIR/Makefile run); PYTHON=/path/to/python names another interpreter.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.SUFFIXES:
+
+# The folder of this file, which may hold spaces (that is why no make function takes it apart).
+QUOTED := '$(subst ','\'',$(MAKEFILE_LIST))'
+ROOT := $(shell cd "$$(dirname "$$(printf '%s' $(QUOTED) | sed 's/^ //')")" && pwd -P)
+
+ifneq ($(ROOT),$(shell pwd -P))
+
+GOALS := $(or $(MAKECMDGOALS),help)
+.PHONY: $(GOALS)
+$(GOALS):
+	@exec $(MAKE) --no-print-directory -C "$(ROOT)" $@
+
+else
+
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help setup run test lint types check bench docs constraints clean
+
+help: ## these lines
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
+
+setup: $(READY) ## .venv with everything, from constraints.txt
+	@echo 'ready: $(BIN)/hb'
+
+run: $(READY) ## the whole system with a sample, until Ctrl-C (ARGS=--once: ends after the sample)
+	@exec $(BIN)/hb up $(ARGS)
+
+test: $(READY) ## all tests (ARGS="-k name" and the like go to pytest)
+	@exec $(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(READY) ## format, lint rules and layers
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports
+
+types: $(READY) ## mypy, strict
+	@exec $(BIN)/mypy
+
+check: lint types test ## all that CI asks for
+
+bench: $(READY) ## drain and consolidation against the floor and the alternative
+	@exec $(BIN)/python bench/engines.py $(ARGS)
+
+docs: $(READY) ## the generated pages
+	@$(BIN)/python -m hb_assets.settings_page > docs/settings.md
+
+# Resolved for the oldest Python that we support: what it can install, newer ones can too.
+constraints: $(READY) ## renew constraints.txt: the newest releases that pyproject.toml allows
+	@uv=$$(mktemp -d) && trap 'rm -rf "$$uv"' EXIT && \
+	$(BIN)/python -m pip install -qq --target "$$uv" uv && \
+	{ echo '# Every package that make setup installs. Renew: make constraints'; \
+	  "$$uv/bin/uv" pip compile --quiet --system-certs --upgrade --extra dev --python-version 3.11 \
+	    --python-platform linux --no-annotate --no-header --no-emit-index-url \
+	    --no-emit-find-links pyproject.toml; } > "$$uv/constraints.txt" && \
+	cp "$$uv/constraints.txt" constraints.txt
+
+clean: ## remove .venv and caches; .hb (your data) stays
+	rm -rf .venv build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+
+# A .venv is bound to its place and its Python: a moved folder or a Python that is gone needs another.
+HOLDS := [ "$$(cat $(READY))" = "$$(pwd -P)" ] && $(BIN)/python -c 'import pip'
+ifneq ($(shell { $(HOLDS); } 2>/dev/null && echo yes),yes)
+.PHONY: $(READY)
+endif
+
+# The newest Python that can make a venv; pyenv's shims and the like are tried, not trusted.
+$(READY): pyproject.toml setup.py constraints.txt
+	@found=; lame=; \
+	for python in $${PYTHON:-python3.14 python3.13 python3.12 python3.11 python3 python}; do \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  if "$$python" -c 'import venv, ensurepip' 2>/dev/null; then found=$$python; break; fi; \
+	  lame=$${lame:-$$python}; \
+	done; \
+	if [ -z "$$found" ] && [ -n "$$lame" ]; then \
+	  version=$$("$$lame" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	  echo "make: $$lame has no venv module; on Debian and Ubuntu: apt-get install python$$version-venv" >&2; \
+	  exit 2; \
+	elif [ -z "$$found" ]; then \
+	  echo "make: no Python 3.11 or newer on PATH; install one, or name it: make PYTHON=/path/to/python3 setup" >&2; \
+	  exit 2; \
+	fi; \
+	if ! { $(HOLDS); } 2>/dev/null; then \
+	  "$$found" -m venv --clear .venv || exit 2; \
+	fi; \
+	echo "setting up .venv with $$($(BIN)/python --version); the first time takes a minute or two" >&2; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
+	  --constraint constraints.txt --editable '.[dev]' && pwd -P > $@
+
+endif
