@@ -1,0 +1,62 @@
+"""Errors that a user can act on.
+
+Belongs here: exceptions that cross a layer and end as one clear line in a terminal, a log or an
+HTTP answer. Doesn't belong here: refusals of single heartbeats (`record.Refusal`), which are
+results, not exceptions. Messages never hold a heart rate or a clear user_id (health data).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class HbError(Exception):
+    """Something a user can mend. `str(error)` is one line: what was wrong, where, what to do."""
+
+
+class SettingsError(HbError):
+    """A setting can't be used: its value, or two settings that contradict each other."""
+
+
+class BufferUnavailableError(HbError):
+    """Redis doesn't answer, refuses us, or lacks what a durability mode needs."""
+
+
+class BufferFullError(HbError):
+    """The buffer is at its bound: nothing was stored; try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class LakeMismatchError(HbError):
+    """The lake was made with another shard count or format than the one we run with."""
+
+
+class DamagedFileError(HbError):
+    """A file of the lake can't be read; the message names its path and the way out."""
+
+
+class CheckFailedError(HbError):
+    """A consolidated file failed a check before it was published; the old one is still in place.
+
+    `figures` are the results of all checks of that file (`lake.checks.Figure`).
+    """
+
+    def __init__(self, message: str, *, figures: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.figures = tuple(figures)
+
+
+class ImportFileError(HbError):
+    """A file to import can't be read, or isn't what it should be."""
+
+
+class FencedError(HbError):
+    """A publisher's temp file is gone: the pruner was here, the publisher must start again."""
+
+
+class AlreadyRunningError(HbError):
+    """Another process holds what this command needs (a running `hb up`, a taken port)."""

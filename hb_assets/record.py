@@ -1,0 +1,252 @@
+"""The heartbeat: the one place that says what a record is and when it is valid.
+
+Belongs here: the fields with their bounds, the reason codes, the reading of one JSON text, and the
+canonical JSON form that we write ourselves. Doesn't belong here: storage types (`schema` derives
+them from these classes) and anything that handles many records at once (`lake.decode`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from hb_assets.days import LAST_MS, ms_of, start_ms
+
+ID_LENGTH = (1, 128)
+BPM_RANGE = (30, 220)
+
+UserId = Annotated[
+    str, Meta(min_length=ID_LENGTH[0], max_length=ID_LENGTH[1], description="who wore the device")
+]
+DeviceId = Annotated[
+    str, Meta(min_length=ID_LENGTH[0], max_length=ID_LENGTH[1], description="which device measured")
+]
+Bpm = Annotated[
+    int, Meta(ge=BPM_RANGE[0], le=BPM_RANGE[1], description="heart rate in beats per minute")
+]
+EpochMs = Annotated[int, Meta(description="instant of the reading: UTC, kept to the millisecond")]
+
+
+class Heartbeat(msgspec.Struct, frozen=True, gc=False):
+    """One valid reading. Encoded as JSON, it is the canonical form that our own appends write."""
+
+    user_id: UserId
+    device_id: DeviceId
+    timestamp_ms: EpochMs
+    heart_rate: Bpm
+
+
+class Arrival(msgspec.Struct, frozen=True, order=True, gc=False):
+    """Identity of a delivered row: where in which entry of which source shard it came.
+
+    Field order is the arrival order: entry id first (two unsigned integers), since arrival is
+    arrival in Redis; the source shard decides only between equal ids of different streams.
+    """
+
+    arrival_ms: Annotated[int, Meta(ge=0, description="entry id, first part", extra={"bits": 64})]
+    arrival_seq: Annotated[int, Meta(ge=0, description="entry id, second part", extra={"bits": 64})]
+    arrival_shard: Annotated[int, Meta(ge=0, le=99, description="shard of the stream it came by")]
+    arrival_pos: Annotated[
+        int, Meta(ge=0, le=2**31 - 1, description="line number in its entry, from 0")
+    ]
+
+
+Field = Literal["record", "user_id", "device_id", "timestamp", "heart_rate"]
+Code = Literal[
+    "not_json",
+    "not_an_object",
+    "missing",
+    "wrong_type",
+    "wrong_length",
+    "not_a_time",
+    "too_old",
+    "in_the_future",
+    "out_of_range",
+    # of a whole entry, in the drain only:
+    "no_data",
+]
+
+
+class Refusal(msgspec.Struct, frozen=True, gc=False):
+    """Why a record can't be used. The message names field, rule and remedy, never the value."""
+
+    field: Field
+    code: Code
+    message: str
+
+    @property
+    def reason(self) -> str:
+        """Reason code for counters and quarantine, e.g. `heart_rate_out_of_range`."""
+        return f"{self.field}_{self.code}"
+
+
+@dataclass(frozen=True, slots=True)
+class TimeBounds:
+    """Accepted timestamps: [start_ms, now + future_ms], epoch milliseconds."""
+
+    start_ms: int
+    future_ms: int
+
+    @classmethod
+    def of(cls, start: dt.date, max_future: dt.timedelta) -> TimeBounds:
+        """Bounds out of the settings START_DATE and MAX_FUTURE."""
+        return cls(start_ms(start), max_future // dt.timedelta(milliseconds=1))
+
+
+class _Wire(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    """The common shape of a record on the wire; whatever differs is read by `_read_loosely`."""
+
+    user_id: UserId
+    device_id: DeviceId
+    heart_rate: Bpm
+    timestamp: str | UnsetType = UNSET
+    timestamp_ms: int | UnsetType = UNSET
+
+
+WIRE_FIELDS = tuple(field.name for field in msgspec.structs.fields(_Wire))
+_wire_decoder = msgspec.json.Decoder(_Wire)
+_loose_decoder = msgspec.json.Decoder()
+_encoder = msgspec.json.Encoder()
+
+
+def parse(line: bytes, now_ms: int, bounds: TimeBounds) -> tuple[Heartbeat | Refusal, int]:
+    """Read one JSON text.
+
+    Args:
+        line: one JSON object, UTF-8.
+        now_ms: the instant that "too far in the future" is measured from, epoch milliseconds.
+        bounds: accepted timestamps.
+
+    Returns:
+        The heartbeat or the first refusal (fields in the order of `Field`), and how many unknown
+        fields were ignored.
+    """
+    try:
+        wire = _wire_decoder.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _read_loosely(line, now_ms, bounds)
+    instant = _instant(wire.timestamp, wire.timestamp_ms)
+    if isinstance(instant, int):
+        refused = _outside(instant, now_ms, bounds)
+        if refused is None:
+            return Heartbeat(wire.user_id, wire.device_id, instant, wire.heart_rate), 0
+        return refused, 0
+    return instant, 0
+
+
+def parse_object(fields: Any, now_ms: int, bounds: TimeBounds) -> tuple[Heartbeat | Refusal, int]:
+    """As `parse`, of a JSON value that is decoded already (an element of an array)."""
+    if not isinstance(fields, dict):
+        return Refusal("record", "not_an_object", "a heartbeat is a JSON object"), 0
+    unknown = sum(name not in WIRE_FIELDS for name in fields)
+    return _check(fields, now_ms, bounds), unknown
+
+
+def encode(heartbeat: Heartbeat) -> bytes:
+    """Canonical JSON of one heartbeat: one line, no line end."""
+    return _encoder.encode(heartbeat)
+
+
+def shard_of(user_id: str, shards: int) -> int:
+    """Shard of a user: `md5_number_lower(user_id) % shards`, as DuckDB computes it."""
+    digest = hashlib.md5(user_id.encode(), usedforsecurity=False).digest()
+    return int.from_bytes(digest[8:], "little") % shards
+
+
+def parse_instant(text: str) -> int:
+    """Epoch milliseconds of an ISO 8601 instant; no offset means UTC; finer digits are cut off.
+
+    Raises:
+        ValueError: not an instant (a date without a time isn't one either).
+    """
+    if len(text) <= len("2025-01-15"):
+        raise ValueError("a date without a time")
+    try:
+        return ms_of(dt.datetime.fromisoformat(text.upper()))
+    except OverflowError as error:
+        raise ValueError(str(error)) from None
+
+
+def _read_loosely(line: bytes, now_ms: int, bounds: TimeBounds) -> tuple[Heartbeat | Refusal, int]:
+    try:
+        fields = _loose_decoder.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return Refusal("record", "not_json", "the text is not one JSON object in UTF-8"), 0
+    return parse_object(fields, now_ms, bounds)
+
+
+def _check(fields: dict[str, Any], now_ms: int, bounds: TimeBounds) -> Heartbeat | Refusal:
+    ids: dict[Literal["user_id", "device_id"], str] = {}
+    names: tuple[Literal["user_id", "device_id"], ...] = ("user_id", "device_id")
+    for name in names:
+        value = fields.get(name)
+        if value is None:
+            return Refusal(name, "missing", f"{name} is required")
+        if not isinstance(value, str):
+            return Refusal(name, "wrong_type", f"{name} must be a string")
+        if not ID_LENGTH[0] <= len(value) <= ID_LENGTH[1]:
+            return Refusal(name, "wrong_length", f"{name} must have 1 to {ID_LENGTH[1]} characters")
+        ids[name] = value
+    instant = _instant(fields.get("timestamp"), fields.get("timestamp_ms"))
+    if isinstance(instant, Refusal):
+        return instant
+    refused = _outside(instant, now_ms, bounds)
+    if refused is not None:
+        return refused
+    bpm = fields.get("heart_rate")
+    if bpm is None:
+        return Refusal("heart_rate", "missing", "heart_rate is required")
+    whole = _whole_number(bpm)
+    if whole is None:
+        return Refusal("heart_rate", "wrong_type", "heart_rate must be an integer")
+    if not BPM_RANGE[0] <= whole <= BPM_RANGE[1]:
+        low, high = BPM_RANGE
+        return Refusal("heart_rate", "out_of_range", f"heart_rate must be {low} to {high} bpm")
+    return Heartbeat(ids["user_id"], ids["device_id"], instant, whole)
+
+
+def _instant(text: object, epoch_ms: object) -> int | Refusal:
+    """Epoch milliseconds out of `timestamp_ms`, or else `timestamp`."""
+    if epoch_ms is not UNSET and epoch_ms is not None:
+        whole = _whole_number(epoch_ms)
+        if whole is None:
+            return Refusal("timestamp", "wrong_type", "timestamp_ms must be an integer (epoch ms)")
+        return whole
+    if text is UNSET or text is None:
+        return Refusal("timestamp", "missing", "timestamp (or timestamp_ms) is required")
+    if not isinstance(text, str):
+        return Refusal("timestamp", "wrong_type", "timestamp must be an ISO 8601 string")
+    try:
+        return parse_instant(text)
+    except ValueError:
+        return Refusal(
+            "timestamp",
+            "not_a_time",
+            "timestamp must be ISO 8601 with date and time, like 2025-01-15T10:00:00Z",
+        )
+
+
+def _outside(instant: int, now_ms: int, bounds: TimeBounds) -> Refusal | None:
+    if instant < bounds.start_ms:
+        return Refusal("timestamp", "too_old", "timestamp lies before HB_START_DATE")
+    if instant > min(now_ms + bounds.future_ms, LAST_MS):
+        return Refusal(
+            "timestamp", "in_the_future", "timestamp lies further ahead than HB_MAX_FUTURE"
+        )
+    return None
+
+
+def _whole_number(value: object) -> int | None:
+    """The integer that a JSON number denotes (75 and 75.0 alike), or None."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return None

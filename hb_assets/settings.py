@@ -1,0 +1,391 @@
+"""Settings: the one module that reads the environment.
+
+Belongs here: every knob with its default, meaning and check; paths under HB_HOME. Doesn't belong
+here: opening anything (connections, files, lakes). docs/settings.md is generated from this file.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+import platformdirs
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from hb_assets.errors import SettingsError
+from hb_assets.record import TimeBounds
+
+_UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+def _duration(value: object) -> object:
+    """`500ms`, `90s`, `15m`, `6h`, `7d`, or a number of seconds."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\s*", value)
+    if match is None:
+        raise ValueError("not a duration like 500ms, 90s, 15m, 6h or 7d")
+    try:
+        return dt.timedelta(milliseconds=float(match[1]) * _UNITS[match[2] or "s"])
+    except OverflowError:
+        raise ValueError("longer than the calendar") from None
+
+
+def _duration_text(value: dt.timedelta) -> str:
+    ms = value // dt.timedelta(milliseconds=1)
+    unit = next((unit for unit in ("d", "h", "m", "s") if ms and ms % _UNITS[unit] == 0), "ms")
+    return f"{ms // _UNITS[unit]}{unit}"
+
+
+_SIZES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def _bytes(value: object) -> object:
+    """`64MiB`, `1g`, or a plain number of bytes."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+)\s*([kmgt]?)(?:i?b)?\s*", value.lower())
+    if match is None:
+        raise ValueError("not a size like 65536, 64MiB or 1GiB")
+    return int(match[1]) * _SIZES[match[2]]
+
+
+def _bytes_text(value: int) -> str:
+    for unit, name in (("t", "TiB"), ("g", "GiB"), ("m", "MiB"), ("k", "KiB")):
+        if value >= _SIZES[unit] and value % _SIZES[unit] == 0:
+            return f"{value // _SIZES[unit]}{name}"
+    return str(value)
+
+
+def _words(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(word.strip() for word in value.split(",") if word.strip())
+    return value
+
+
+Duration = Annotated[
+    dt.timedelta, BeforeValidator(_duration), PlainSerializer(_duration_text, return_type=str)
+]
+PositiveDuration = Annotated[Duration, Field(gt=dt.timedelta(0))]
+Bytes = Annotated[int, BeforeValidator(_bytes), PlainSerializer(_bytes_text, return_type=str)]
+Words = Annotated[
+    tuple[str, ...],
+    NoDecode,
+    BeforeValidator(_words),
+    PlainSerializer(",".join, return_type=str),
+]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+
+PACKAGE = Path(__file__).resolve().parent
+SOCKET_PATH_BYTES = 100
+"""Longest path that is safe as a unix socket's address (the kernel's bound is 104 to 108)."""
+
+
+def default_home() -> Path:
+    """`.hb` in the checkout, or the platform's data folder for an installed package."""
+    checkout = PACKAGE.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / "hb_assets_tests").is_dir():
+        return checkout / ".hb"
+    return Path(platformdirs.user_data_dir("hb_assets", appauthor=False))
+
+
+class Settings(BaseSettings):
+    """All settings; frozen. Built once per process and handed down."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="HB_",
+        frozen=True,
+        extra="ignore",
+        env_ignore_empty=True,
+        hide_input_in_errors=True,  # an URL holds a password
+    )
+
+    # -- places
+    home: Path = Field(
+        default_factory=default_home,
+        description="Folder of everything that hb keeps: embedded server, Dagster's state, logs, "
+        "and the lake unless HB_LAKE says otherwise. Default: `.hb` in the checkout, or the "
+        "platform's data folder for an installed package.",
+    )
+    lake: str = Field(
+        default="",
+        description="The lake: a folder, or a file:// URL. Default: `lake` under HB_HOME.",
+    )
+
+    # -- the record
+    start_date: dt.date = Field(
+        default=dt.date(2020, 1, 1),
+        ge=dt.date(1970, 1, 1),
+        description="First day that is accepted (UTC); the first Dagster partition. All processes "
+        "of one installation must agree on it.",
+    )
+    max_future: Duration = Field(
+        default=dt.timedelta(hours=24),
+        description="How far ahead of its arrival a timestamp may lie.",
+    )
+    device_priority: Words = Field(
+        default=("device_a", "device_b"),
+        description="Devices in order of trust, comma separated; it decides between readings of "
+        "one user at exactly the same timestamp, in minute-level results only. Devices that "
+        "aren't listed come last, by name.",
+    )
+
+    # -- the buffer (Redis)
+    redis_url: SecretStr | None = Field(
+        default=None,
+        description="Redis to use: redis://, rediss:// (TLS) or unix://. Default: the embedded "
+        "server, which hb starts and ends by itself.",
+    )
+    redis_ca: Path | None = Field(
+        default=None, description="CA certificates (PEM) that a rediss:// server is checked with."
+    )
+    redis_cert: Path | None = Field(
+        default=None, description="Client certificate (PEM) shown to a rediss:// server."
+    )
+    redis_key: Path | None = Field(
+        default=None, description="Private key (PEM) of the client certificate."
+    )
+    redis_timeout: PositiveDuration = Field(
+        default=dt.timedelta(seconds=5),
+        description="How long one Redis command may take before it counts as failed.",
+    )
+    durability: Literal["fsync", "memory"] = Field(
+        default="fsync",
+        description="What a 2xx answer is worth. fsync: Redis has the heartbeat on disk (the "
+        "embedded server does; another one needs appendonly=yes and appendfsync=always, which is "
+        "verified at start). memory: Redis has it in memory; a crash of Redis may lose it.",
+    )
+    assume_fsync: bool = Field(
+        default=False,
+        description="Trust that the server fsyncs every write, where its CONFIG can't be asked.",
+    )
+    shards: int = Field(
+        default=16,
+        ge=1,
+        le=100,
+        description="Streams, fragment folders and consolidated files per day. The lake remembers "
+        "its number and refuses another.",
+    )
+    buffer_max_heartbeats: Count = Field(
+        default=4_000_000,
+        description="Bound of the buffer in heartbeats, shared out evenly among the shards. Above "
+        "it appends are refused (503 with Retry-After); nothing is ever trimmed.",
+    )
+    buffer_max_bytes: Annotated[Bytes, Field(ge=1024)] = Field(
+        default=512 * 2**20, description="The same bound in bytes of NDJSON."
+    )
+    buffer_high_water: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="Share of the bound above which the buffer raises an alarm.",
+    )
+    entry_max_heartbeats: Count = Field(
+        default=500, description="Most heartbeats that our own appends put into one stream entry."
+    )
+
+    # -- the drain
+    drain_max_rows: Count = Field(
+        default=200_000,
+        description="Heartbeats of one drain cycle: claimed, written, acknowledged.",
+    )
+    drain_max_bytes: Annotated[Bytes, Field(ge=1024)] = Field(
+        default=64 * 2**20, description="The same bound in bytes of NDJSON."
+    )
+    drain_tick_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        le=45,
+        description="How long one tick of the drain sensor goes on draining. Dagster ends a tick "
+        "at 60 s.",
+    )
+    claim_min_idle: PositiveDuration = Field(
+        default=dt.timedelta(seconds=60),
+        description="How long an entry may be pending before another drainer takes it over. Must "
+        "be longer than the slowest cycle.",
+    )
+    drain_poll: PositiveDuration = Field(
+        default=dt.timedelta(milliseconds=200),
+        description="Pause of `hb drain --follow` when it found nothing.",
+    )
+
+    # -- consolidation
+    consolidate_min_rows: Count = Field(
+        default=100_000, description="A day is consolidated when it has this many pending rows ..."
+    )
+    consolidate_ratio: float = Field(
+        default=0.25,
+        ge=0,
+        description="... and this share of the rows that are consolidated already.",
+    )
+    consolidate_max_age: Duration = Field(
+        default=dt.timedelta(minutes=15),
+        description="A past day is consolidated when its oldest pending fragment is older.",
+    )
+    consolidate_max_age_today: Duration = Field(
+        default=dt.timedelta(hours=6),
+        description="The same for today and later, where more rows are still to come.",
+    )
+    max_pending_fragments: Count = Field(
+        default=1000,
+        description="A day is consolidated when a shard of it has more pending fragments.",
+    )
+    duckdb_memory: Annotated[Bytes, Field(ge=64 * 2**20)] = Field(
+        default=2**30, description="Memory limit of each DuckDB engine."
+    )
+    duckdb_threads: int = Field(
+        default=0, ge=0, description="Threads of each DuckDB engine; 0: one per core."
+    )
+
+    # -- the gateway
+    gateway_host: str = Field(default="127.0.0.1", description="Address the gateway binds to.")
+    gateway_port: Port = Field(default=8000, description="Port of the gateway.")
+    body_max_bytes: Annotated[Bytes, Field(ge=1024)] = Field(
+        default=16 * 2**20, description="Largest request body."
+    )
+    batch_max_heartbeats: Count = Field(
+        default=50_000, description="Most heartbeats in one batch request."
+    )
+    query_max_range: PositiveDuration = Field(
+        default=dt.timedelta(days=31), description="Longest time range of one query."
+    )
+
+    # -- the control room
+    dagster_port: Port = Field(default=3000, description="Port of the Dagster UI, on 127.0.0.1.")
+    drain_sensor_interval: int = Field(
+        default=5, ge=1, description="Seconds between ticks of the drain sensor, at best."
+    )
+    alert_webhook: str | None = Field(
+        default=None, description="URL that alarms are posted to as JSON; none by default."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe log lines that are written."
+    )
+
+    @field_validator("home")
+    @classmethod
+    def _folder(cls, home: Path) -> Path:
+        try:
+            return home.expanduser()
+        except RuntimeError:
+            raise ValueError("no such user's home folder") from None
+
+    @field_validator("lake")
+    @classmethod
+    def _local(cls, lake: str) -> str:
+        scheme, separator, _ = lake.partition("://")
+        if separator and scheme != "file":
+            raise ValueError("object stores can't be used yet; name a folder or a file:// URL")
+        return lake
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis(cls, secret: SecretStr | None) -> SecretStr | None:
+        try:
+            url = urlsplit(secret.get_secret_value() if secret else "redis://")
+            known = url.scheme in ("redis", "rediss", "unix") and url.port != 0
+        except ValueError:  # its text may hold a part of the password
+            known = False
+        if not known:
+            raise ValueError("not a URL like redis://host:6379/0, rediss://… or unix:///path")
+        return secret
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        tls = self.redis_url is not None and self.redis_url.get_secret_value().startswith("rediss:")
+        if not tls and (self.redis_ca or self.redis_cert or self.redis_key):
+            raise ValueError(
+                "HB_REDIS_CA, HB_REDIS_CERT and HB_REDIS_KEY need a HB_REDIS_URL of rediss://"
+            )
+        if (self.redis_cert is None) != (self.redis_key is None):
+            raise ValueError("HB_REDIS_CERT and HB_REDIS_KEY go together: set both or neither")
+        return self
+
+    @property
+    def time_bounds(self) -> TimeBounds:
+        """Accepted timestamps as the record's checks take them."""
+        return TimeBounds.of(self.start_date, self.max_future)
+
+    @property
+    def home_dir(self) -> Path:
+        """HB_HOME, absolute."""
+        return self.home.absolute()
+
+    @property
+    def lake_dir(self) -> Path:
+        """The lake's folder, absolute."""
+        if not self.lake:
+            return self.home_dir / "lake"
+        path = urlsplit(self.lake).path if self.lake.startswith("file://") else self.lake
+        return Path(path).expanduser().absolute()
+
+    @property
+    def run_dir(self) -> Path:
+        """Sockets, locks and the state of a running `hb up`."""
+        return self.home_dir / "run"
+
+    @property
+    def log_dir(self) -> Path:
+        """Log files of the members of `hb up`."""
+        return self.home_dir / "logs"
+
+    @property
+    def redis_dir(self) -> Path:
+        """Data folder (AOF) of the embedded server."""
+        return self.home_dir / "redis"
+
+    @property
+    def dagster_home(self) -> Path:
+        """DAGSTER_HOME of `hb up`."""
+        return self.home_dir / "dagster"
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the buffer is the embedded server."""
+        return self.redis_url is None
+
+
+def load(**overrides: object) -> Settings:
+    """Settings out of the environment.
+
+    Raises:
+        SettingsError: one line that names each variable that can't be used, and why.
+    """
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]  # pydantic checks the values
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors(include_url=False, include_input=False):
+            name = "_".join(str(part) for part in fault["loc"] if isinstance(part, str))
+            reason = fault["msg"].removeprefix("Value error, ")
+            faults.append(f"HB_{name.upper()}: {reason}" if name else reason)
+        raise SettingsError("settings: " + "; ".join(faults)) from None
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """This process's environment with every setting spelled out, for children that must agree."""
+    places = {"home": settings.home_dir, "lake": settings.lake_dir}
+    stated: dict[str, str] = {}
+    for name, value in settings.model_dump(mode="json").items():
+        given = getattr(settings, name)
+        if isinstance(given, SecretStr):
+            value = given.get_secret_value()
+        elif isinstance(given, Path):
+            value = given.expanduser().absolute()
+        # an empty variable means the default, which is None where the value is None
+        stated[f"HB_{name.upper()}"] = "" if value is None else str(places.get(name, value))
+    return {**os.environ, **stated}
