@@ -1,0 +1,434 @@
+"""Reading the buffer: claim, and acknowledge what is durable.
+
+Belongs here: the consumer group, who owns which entry, taking over from the dead. Doesn't belong
+here: decoding and files (`lake/`), budgets of time and the loop around it (`drain`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import psutil
+import redis.exceptions as failures
+
+from hb_assets.buffer import keys
+from hb_assets.buffer.connection import Client, unavailable
+from hb_assets.buffer.roundtrip import Command, exchange, script
+from hb_assets.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+_STEP_ENTRIES = 1024
+"""Most entries that one read asks for, whatever their size so far lets hope."""
+_STEP_GROWTH = 4
+_ENTRY_BYTES = 64 * 1024
+"""What an entry of 500 heartbeats weighs, about: the first step's guess."""
+_PAGE = 100
+_ACKNOWLEDGE_ENTRIES = 2000
+_CLOCK_SECONDS = 5.0
+"""Start times of one process may differ by this much, since they are reckoned from the clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One claimed stream entry.
+
+    `data` is None when the entry lacks the field; `own` is its field `n`: the heartbeats that our
+    append counted, None for a foreign entry; `deliveries` counts this one too.
+    """
+
+    shard: int
+    ms: int
+    seq: int
+    data: bytes | None
+    own: int | None
+    deliveries: int
+
+    @property
+    def id(self) -> str:
+        """The entry's id in its stream."""
+        return f"{self.ms}-{self.seq}"
+
+    @property
+    def rows(self) -> int:
+        """Heartbeats in it, as far as that can be told without decoding."""
+        if self.own is not None:
+            return self.own
+        return 0 if self.data is None else self.data.count(b"\n") + 1
+
+    @property
+    def size(self) -> int:
+        """Bytes of data."""
+        return 0 if self.data is None else len(self.data)
+
+
+class Consumer:
+    """One member of the consumer group; for one thread.
+
+    Use it as `open`, then any number of `claim` and `acknowledge`, then `close`. What was claimed
+    and not acknowledged is handed out again: by this consumer's next claim, or by another one's
+    when this process is dead, or the entry has been pending for HB_CLAIM_MIN_IDLE.
+    """
+
+    def __init__(self, client: Client, settings: Settings, name: str | None = None) -> None:
+        self.name = name if name is not None else _new_name()
+        self.lost = 0
+        """Entries that somebody deleted while they were pending: data loss."""
+        self._client = client
+        self._shards = range(settings.shards)
+        self._min_idle_ms = int(settings.claim_min_idle.total_seconds() * 1000)
+        self._entry_rows = settings.entry_max_heartbeats
+        self._next_sweep = 0.0
+        self._first_shard = 0
+        _open[self.name] = self
+
+    def open(self) -> None:
+        """Create the groups where they are missing, and adopt entries that nobody would hand out.
+
+        Such a gap (delivered, not pending, still there) is what a consumer deleted by hand leaves.
+
+        Raises:
+            BufferUnavailableError: Redis doesn't answer, or something else lies at a stream's key.
+        """
+        self._create_groups(self._shards)
+        self._adopt_gaps(self._shards)
+
+    def claim(
+        self, max_rows: int, max_bytes: int, shards: Iterable[int] | None = None
+    ) -> list[Entry]:
+        """Entries to work on: first those that the dead or a failed cycle left, then new ones.
+
+        All that an earlier claim returned and that was not acknowledged is returned again.
+
+        Args:
+            max_rows: bound of the heartbeats in the entries.
+            max_bytes: bound of their bytes of data. A single entry may pass both bounds.
+            shards: the streams to read; default all, by turns.
+
+        Raises:
+            BufferUnavailableError: as `open`.
+        """
+        turns = list(self._shards if shards is None else shards)
+        first = self._first_shard % max(1, len(turns))
+        turns = turns[first:] + turns[:first]
+        self._first_shard += 1
+        budget = _Budget(max_rows, max_bytes, self._entry_rows)
+        left = self._inherit(turns)
+        return [*self._read(left, budget, left=True), *self._read(turns, budget, left=False)]
+
+    def acknowledge(self, counts: Sequence[tuple[Entry, int]]) -> int:
+        """Delete entries that are durable in the lake, and enter them in the ledger.
+
+        Args:
+            counts: entries, each with the heartbeats that the drain found in it.
+
+        Returns:
+            How many entries were deleted by this call; the others somebody else had deleted before.
+
+        Raises:
+            BufferUnavailableError: some are not known to be acknowledged; they'll be handed out
+                again unless they were.
+        """
+        by_shard: dict[int, list[tuple[Entry, int]]] = {}
+        for entry, count in counts:
+            by_shard.setdefault(entry.shard, []).append((entry, count))
+        calls = []
+        for shard, members in by_shard.items():
+            for start in range(0, len(members), _ACKNOWLEDGE_ENTRIES):
+                arguments: list[str | bytes | int] = [keys.GROUP]
+                for entry, count in members[start : start + _ACKNOWLEDGE_ENTRIES]:
+                    own = -1 if entry.own is None else entry.own
+                    arguments += (entry.id, own, count, entry.size)
+                names = (keys.stream(shard), keys.ledger(shard))
+                calls.append((shard, script("acknowledge", names, arguments)))
+        return sum(self._exchange(calls))
+
+    def empty(self) -> bool:
+        """Whether nothing is undelivered and nothing is pending, in any shard."""
+        states = self._exchange(
+            [
+                (shard, script("depth", (keys.stream(shard), keys.ledger(shard)), (keys.GROUP,)))
+                for shard in self._shards
+            ]
+        )
+        gaps = []
+        for shard, (entries, _, pending, _, undelivered, *_) in zip(
+            self._shards, states, strict=True
+        ):
+            if entries and not pending and not undelivered:
+                gaps.append(shard)
+        self._adopt_gaps(gaps)
+        return all(not entries and not pending for entries, _, pending, *_ in states)
+
+    def close(self) -> None:
+        """Take this consumer's name off the groups where it has nothing pending."""
+        _open.pop(self.name, None)
+        try:
+            listed = exchange(self._client, [_list_consumers(shard) for shard in self._shards])
+            idle = [
+                shard
+                for shard, reply in zip(self._shards, listed, strict=True)
+                if not isinstance(reply, Exception) and _consumers(reply).get(self.name) == 0
+            ]
+            exchange(
+                self._client,
+                [
+                    ("XGROUP", "DELCONSUMER", keys.stream(shard), keys.GROUP, self.name)
+                    for shard in idle
+                ],
+            )
+        except (failures.RedisError, OSError) as error:
+            _log.debug("consumer's name left behind: %s", unavailable(error, self._client))
+
+    def _inherit(self, shards: Sequence[int]) -> list[int]:
+        """Take over what the dead left; returns shards where something is pending for us."""
+        group = (keys.GROUP, self.name)
+        calls: list[tuple[int, Command]] = []
+        if time.monotonic() >= self._next_sweep:
+            self._next_sweep = time.monotonic() + self._min_idle_ms / 4000
+            calls = [
+                (shard, script("sweep", (keys.stream(shard),), (*group, self._min_idle_ms)))
+                for shard in shards
+            ]
+            self._count_lost(calls, self._exchange(calls))
+        listed = [
+            _consumers(reply)
+            for reply in self._exchange([(shard, _list_consumers(shard)) for shard in shards])
+        ]
+        dead = {name for name in set().union(*listed) if name != self.name and _is_dead(name)}
+        calls = [
+            (shard, script("takeover", (keys.stream(shard),), (keys.GROUP, name, self.name)))
+            for shard, names in zip(shards, listed, strict=True)
+            for name in sorted(dead & names.keys())
+        ]
+        moved = self._count_lost(calls, self._exchange(calls))
+        return [
+            shard
+            for shard, names in zip(shards, listed, strict=True)
+            if names.get(self.name) or shard in moved
+        ]
+
+    def _count_lost(
+        self, calls: Sequence[tuple[int, Command]], replies: Sequence[tuple[int, int]]
+    ) -> set[int]:
+        moved_to_us = set()
+        for (shard, _), (moved, lost) in zip(calls, replies, strict=True):
+            self._note_lost(shard, lost)
+            if moved:
+                moved_to_us.add(shard)
+        return moved_to_us
+
+    def _note_lost(self, shard: int, entries: int) -> None:
+        if entries:
+            self.lost += entries
+            _log.error(
+                "data loss: %d entries of %s were deleted while they were pending",
+                entries,
+                keys.stream(shard),
+            )
+
+    def _read(self, shards: Sequence[int], budget: _Budget, *, left: bool) -> list[Entry]:
+        """Read in growing steps: what is pending for us (`left`), or new entries."""
+        claimed: list[Entry] = []
+        after = dict.fromkeys(shards, "0-0" if left else ">")
+        waiting = list(shards)
+        while waiting and budget.open:
+            step = budget.entries()
+            turn = waiting[:step]
+            count = max(1, step // len(turn))
+            replies = self._exchange(
+                [(shard, self._read_group(shard, after[shard], count)) for shard in turn]
+            )
+            waiting = waiting[len(turn) :]
+            for shard, reply in zip(turn, replies, strict=True):
+                raw = reply[0][1] if reply else []
+                entries = (
+                    self._left(shard, raw) if left else [_entry(shard, id_, f, 1) for id_, f in raw]
+                )
+                claimed += budget.take(entries)
+                if len(raw) == count:
+                    waiting.append(shard)
+                    if left:
+                        after[shard] = raw[-1][0].decode()
+        return claimed
+
+    def _read_group(self, shard: int, after: str, count: int) -> Command:
+        group = ("XREADGROUP", "GROUP", keys.GROUP, self.name, "COUNT", count)
+        return (*group, "STREAMS", keys.stream(shard), after)
+
+    def _left(self, shard: int, raw: Sequence[Any]) -> list[Entry]:
+        """Pending entries with their delivery counts; those that are gone are struck off."""
+        if not raw:
+            return []
+        stream = keys.stream(shard)
+        gone = [id_ for id_, fields in raw if not fields]
+        if gone:
+            self._exchange([(shard, ("XACK", stream, keys.GROUP, *gone))])
+            self._note_lost(shard, len(gone))
+        listing = ("XPENDING", stream, keys.GROUP, raw[0][0], raw[-1][0], len(raw), self.name)
+        [pending] = self._exchange([(shard, listing)])
+        deliveries = {id_: count for id_, _, _, count in pending}
+        return [_entry(shard, id_, f, deliveries.get(id_, 1)) for id_, f in raw if f]
+
+    def _create_groups(self, shards: Iterable[int]) -> None:
+        calls = [
+            (shard, ("XGROUP", "CREATE", keys.stream(shard), keys.GROUP, "0", "MKSTREAM"))
+            for shard in shards
+        ]
+        self._check(calls, self._round_trip(calls), allowed="BUSYGROUP")
+
+    def _adopt_gaps(self, shards: Iterable[int]) -> None:
+        starts = dict.fromkeys(shards, "-")
+        while starts:
+            heir = (keys.GROUP, self.name)
+            calls = [
+                (shard, script("gaps", (keys.stream(shard),), (*heir, start, _PAGE)))
+                for shard, start in starts.items()
+            ]
+            for (shard, _), (found, following) in zip(calls, self._exchange(calls), strict=True):
+                if found:
+                    _log.warning("%d entries of %s: handed out again", found, keys.stream(shard))
+                starts[shard] = following.decode()
+            starts = {shard: start for shard, start in starts.items() if start}
+
+    def _exchange(self, calls: Sequence[tuple[int, Command]]) -> list[Any]:
+        """One round trip; a group that is gone (FLUSHALL, a new server) is made anew, once."""
+        replies = self._round_trip(calls)
+        gone = [i for i, reply in enumerate(replies) if _is_group_gone(reply)]
+        if gone:
+            self._create_groups({calls[i][0] for i in gone})
+            for i, reply in zip(gone, self._round_trip([calls[i] for i in gone]), strict=True):
+                replies[i] = reply
+        self._check(calls, replies)
+        return replies
+
+    def _round_trip(self, calls: Sequence[tuple[int, Command]]) -> list[Any]:
+        try:
+            return exchange(self._client, [command for _, command in calls])
+        except (failures.RedisError, OSError) as error:
+            raise unavailable(error, self._client) from None
+
+    def _check(
+        self, calls: Sequence[tuple[int, Command]], replies: Sequence[Any], allowed: str = "-"
+    ) -> None:
+        for (shard, _), reply in zip(calls, replies, strict=True):
+            if isinstance(reply, failures.RedisError) and not str(reply).startswith(allowed):
+                raise unavailable(reply, self._client, shard)
+
+
+_open: WeakValueDictionary[str, Consumer] = WeakValueDictionary()
+"""Consumers of this process by name; a name of this process that isn't here is dead."""
+
+
+class _Budget:
+    """Rows and bytes of one claim, and how many entries a next read may ask for."""
+
+    def __init__(self, max_rows: int, max_bytes: int, entry_rows: int) -> None:
+        self.open = True
+        self._rows, self._bytes = max_rows, max_bytes
+        self._any = False
+        # Until entries were seen they are taken to be full ones of our own.
+        self._largest_rows, self._largest_bytes = 0, 0
+        self._step = max(
+            1, min(_STEP_ENTRIES // 4, max_rows // entry_rows, max_bytes // _ENTRY_BYTES)
+        )
+
+    def entries(self) -> int:
+        step = self._step
+        if self._any:
+            step = min(
+                step,
+                self._rows // max(1, self._largest_rows),
+                self._bytes // max(1, self._largest_bytes),
+            )
+            self._step = min(_STEP_ENTRIES, self._step * _STEP_GROWTH)
+        return max(1, step)
+
+    def take(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Those that fit; the rest stays pending, and is what the next claim begins with."""
+        taken = []
+        for entry in entries:
+            if self._any and (entry.rows > self._rows or entry.size > self._bytes):
+                self.open = False
+            if not self.open:
+                break
+            self._any = True
+            self._rows -= entry.rows
+            self._bytes -= entry.size
+            self._largest_rows = max(self._largest_rows, entry.rows)
+            self._largest_bytes = max(self._largest_bytes, entry.size)
+            self.open = self._rows > 0 and self._bytes > 0
+            taken.append(entry)
+        return taken
+
+
+def _entry(shard: int, id_: bytes, fields: Sequence[bytes], deliveries: int) -> Entry:
+    ms, _, seq = id_.partition(b"-")
+    named = dict(zip(fields[::2], fields[1::2], strict=True))
+    n = named.get(b"n", b"")
+    own = int(n) if n.isdigit() and len(n) < _N_DIGITS else None
+    return Entry(shard, int(ms), int(seq), named.get(b"data"), own, deliveries)
+
+
+_N_DIGITS = 10
+
+
+def _is_group_gone(reply: Any) -> bool:
+    return isinstance(reply, failures.ResponseError) and (
+        str(reply).startswith("NOGROUP") or str(reply).startswith("no such key")
+    )
+
+
+def _list_consumers(shard: int) -> Command:
+    return ("XINFO", "CONSUMERS", keys.stream(shard), keys.GROUP)
+
+
+def _consumers(reply: Sequence[Sequence[Any]]) -> dict[str, int]:
+    """Pending entries by consumer."""
+    found = {}
+    for pairs in reply:
+        info = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        found[info[b"name"].decode(errors="replace")] = info[b"pending"]
+    return found
+
+
+def _host() -> str:
+    """This machine, down to what tells processes of two containers with one name apart."""
+    try:
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        namespace = 0
+    return f"{socket.gethostname()}/{namespace}"
+
+
+def _new_name() -> str:
+    pid = os.getpid()
+    started = int(psutil.Process(pid).create_time())
+    return f"{_host()}:{pid}:{started}:{secrets.token_hex(4)}"
+
+
+def _is_dead(name: str) -> bool:
+    """Whether the name says that it was a process of this host, and that process is gone."""
+    host, *rest = name.rsplit(":", 3)
+    if len(rest) != 3 or host != _host() or not (rest[0].isdigit() and rest[1].isdigit()):
+        return False
+    pid, started = int(rest[0]), int(rest[1])
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started) <= _CLOCK_SECONDS
+        if same and pid == os.getpid():
+            return name not in _open
+        return not same or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False

@@ -1,0 +1,146 @@
+"""How full the buffer is: figures for status, metrics, alarms and the audit.
+
+Belongs here: reading the streams' and ledgers' state. Doesn't belong here: changing it, and
+reconciling it with the lake (`audit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis.exceptions as failures
+
+from hb_assets.buffer import keys
+from hb_assets.buffer.connection import Client, unavailable
+from hb_assets.buffer.producer import Bound
+from hb_assets.buffer.roundtrip import Command, exchange, script
+from hb_assets.settings import Settings
+
+_PAGE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class ShardDepth:
+    """One shard at one instant.
+
+    `entries` lie in the stream, `pending` of them (and such as were deleted by hand) are claimed,
+    `undelivered` are not; `heartbeats` and `bytes` are what the ledger says is buffered (foreign
+    entries come into it when they are acknowledged); `oldest_ms` is when the oldest entry arrived.
+    """
+
+    shard: int
+    entries: int
+    heartbeats: int
+    bytes: int
+    pending: int
+    undelivered: int
+    oldest_ms: int | None
+    appended: int
+    acknowledged: int
+    consumers: int
+
+
+def depths(client: Client, settings: Settings) -> list[ShardDepth]:
+    """The state of every shard, in one round trip; each shard's figures are of one instant.
+
+    Raises:
+        BufferUnavailableError: Redis doesn't answer, or something else lies at a key.
+    """
+    shards = range(settings.shards)
+    commands = [
+        script("depth", (keys.stream(shard), keys.ledger(shard)), (keys.GROUP,)) for shard in shards
+    ]
+    return [
+        _depth(shard, *reply)
+        for shard, reply in zip(shards, _exchange(client, shards, commands), strict=True)
+    ]
+
+
+def scanned(client: Client, settings: Settings) -> dict[int, int]:
+    """Heartbeats in each stream, counted from the entries themselves (sum of their field `n`).
+
+    Entries that come or go meanwhile may be counted or not; foreign entries never are.
+
+    Raises:
+        BufferUnavailableError: as `depths`.
+    """
+    return {shard: own for shard, (own, _) in _scan(client, settings).items()}
+
+
+def foreign_lines(client: Client, settings: Settings) -> int:
+    """Lines of the foreign entries (without `n`) that lie in the streams: no ledger has them yet.
+
+    Raises:
+        BufferUnavailableError: as `depths`.
+    """
+    return sum(lines for _, lines in _scan(client, settings).values())
+
+
+def _scan(client: Client, settings: Settings) -> dict[int, tuple[int, int]]:
+    found = dict.fromkeys(range(settings.shards), (0, 0))
+    starts = dict.fromkeys(found, "-")
+    while starts:
+        shards = list(starts)
+        commands = [script("scan", (keys.stream(s),), (starts[s], _PAGE)) for s in shards]
+        replies = _exchange(client, shards, commands)
+        starts = {}
+        for shard, (heartbeats, lines, following) in zip(shards, replies, strict=True):
+            own, foreign = found[shard]
+            found[shard] = (own + heartbeats, foreign + lines)
+            if following:
+                starts[shard] = following.decode()
+    return found
+
+
+def high_water(states: Iterable[ShardDepth], settings: Settings) -> list[str]:
+    """One line for each shard that is fuller than HB_BUFFER_HIGH_WATER allows."""
+    bound = Bound.of(settings)
+    lines = []
+    for state in states:
+        share = max(state.heartbeats / bound.heartbeats, state.bytes / bound.size)
+        if share > settings.buffer_high_water:
+            lines.append(
+                f"buffer: shard {state.shard:02d} is {share:.0%} full ({state.heartbeats:,} of "
+                f"{bound.heartbeats:,} heartbeats, {state.bytes:,} of {bound.size:,} bytes), "
+                f"above {settings.buffer_high_water:.0%} (HB_BUFFER_HIGH_WATER): is the drain running?"
+            )
+    return lines
+
+
+def _depth(
+    shard: int,
+    entries: int,
+    oldest: bytes,
+    pending: int,
+    consumers: int,
+    undelivered: int,
+    appended: int,
+    acknowledged: int,
+    appended_bytes: int,
+    acknowledged_bytes: int,
+) -> ShardDepth:
+    return ShardDepth(
+        shard=shard,
+        entries=entries,
+        heartbeats=appended - acknowledged,
+        bytes=appended_bytes - acknowledged_bytes,
+        pending=pending,
+        undelivered=max(0, entries - pending) if undelivered < 0 else undelivered,
+        oldest_ms=int(oldest.partition(b"-")[0]) if oldest else None,
+        appended=appended,
+        acknowledged=acknowledged,
+        consumers=consumers,
+    )
+
+
+def _exchange(client: Client, shards: Sequence[int], commands: Sequence[Command]) -> list[Any]:
+    try:
+        replies = exchange(client, commands)
+    except (failures.RedisError, OSError) as error:
+        raise unavailable(error, client) from None
+    for shard, reply in zip(shards, replies, strict=True):
+        if isinstance(reply, failures.RedisError):
+            raise unavailable(reply, client, shard)
+    return replies

@@ -1,0 +1,49 @@
+"""Names of the buffer's Redis keys, and what lies in them.
+
+Belongs here: the layout that producers in other languages and operators rely on. Doesn't belong
+here: commands on those keys (`producer`, `consumer`, `depth`).
+
+    hb:{07}:stream   stream, one a shard; consumer group `hb`
+    hb:{07}:ledger   hash, one a shard
+
+The braces are part of the name: a cluster hash tag that keeps a shard's keys together, so that one
+script may touch both. Two digits, 00 to HB_SHARDS - 1.
+
+Fields of a stream entry:
+
+    data   1 to N heartbeats, one JSON object a line (NDJSON), lines joined by a line feed
+    n      reserved: number of lines, written by our own appends only, which the ledger counted
+
+Any producer may append without our library; the drain takes entries of any stream, and its rows go
+to the shard that their user hashes to:
+
+    redis-cli XADD 'hb:{00}:stream' '*' data \
+        '{"user_id":"u1","device_id":"device_a","timestamp":"2025-01-15T10:00:00Z","heart_rate":75}'
+
+Such foreign entries aren't held to the buffer's bound, and enter the ledger when they are
+acknowledged. Never trim the streams (MAXLEN, XTRIM): that deletes what nobody has read.
+
+Fields of a ledger, all counters that only grow:
+
+    appended            heartbeats appended (foreign ones: when they were acknowledged)
+    acknowledged        heartbeats that the drain has made durable and deleted from the stream
+    appended_bytes      bytes of `data` that our own appends wrote
+    acknowledged_bytes  the same of our own entries that were acknowledged
+
+appended - acknowledged is the number of heartbeats (without foreign ones) that lie in the stream.
+"""
+
+from __future__ import annotations
+
+GROUP = "hb"
+"""The consumer group that drains each stream."""
+
+
+def stream(shard: int) -> str:
+    """Key of the shard's stream."""
+    return f"hb:{{{shard:02d}}}:stream"
+
+
+def ledger(shard: int) -> str:
+    """Key of the shard's ledger."""
+    return f"hb:{{{shard:02d}}}:ledger"

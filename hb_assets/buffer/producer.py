@@ -1,0 +1,227 @@
+"""Appending to the buffer, within its bound.
+
+Belongs here: making entries out of lines and sending them, for threads (`Producer`) and for an
+event loop (`AsyncProducer`). Doesn't belong here: what a line says (`record`), what to do when the
+buffer refuses (the gateway answers, an import waits).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import redis.exceptions as failures
+
+from hb_assets.buffer import keys
+from hb_assets.buffer.connection import AsyncClient, Client, unavailable
+from hb_assets.buffer.roundtrip import Command, exchange, exchange_async, script
+from hb_assets.errors import BufferFullError, BufferUnavailableError, HbError
+from hb_assets.settings import Settings
+
+Lines: TypeAlias = Mapping[int, Sequence[bytes]]
+"""JSON texts, each without a line end, by shard."""
+Outcomes: TypeAlias = dict[int, HbError | None]
+"""For each shard None (stored, as durably as the server is set up) or why nothing was stored."""
+
+_ROUND_TRIP_HEARTBEATS = 50_000
+"""About how many heartbeats a micro-batch takes along; what waits behind leaves with the next."""
+
+
+class Producer:
+    """Appends with a client of its caller's; as safe for threads as that client is."""
+
+    def __init__(self, client: Client, settings: Settings) -> None:
+        self._client = client
+        self._bound = Bound.of(settings)
+
+    def append(self, lines_by_shard: Lines) -> Outcomes:
+        """Append all lines in one round trip; those of a shard are stored all or none.
+
+        Returns:
+            Per shard None when stored, BufferFullError (nothing stored, try later), or
+            BufferUnavailableError (not known to be stored; sending again is harmless).
+        """
+        shards = [shard for shard, lines in lines_by_shard.items() if lines]
+        commands = [self._bound.command(shard, lines_by_shard[shard]) for shard in shards]
+        outcomes: Outcomes = dict.fromkeys(lines_by_shard)
+        try:
+            replies = exchange(self._client, commands)
+        except (failures.RedisError, OSError) as error:
+            replies = [error] * len(shards)
+        for shard, reply in zip(shards, replies, strict=True):
+            added = len(lines_by_shard[shard])
+            outcomes[shard] = self._bound.outcome(shard, added, reply, self._client)
+        return outcomes
+
+
+class AsyncProducer:
+    """Appends from one event loop; concurrent calls share entries and round trips.
+
+    While one round trip is under way, calls queue up, and leave together in the next.
+    """
+
+    def __init__(self, client: AsyncClient, settings: Settings) -> None:
+        self._client = client
+        self._bound = Bound.of(settings)
+        self._waiting: list[_Call] = []
+        self._wake: asyncio.Event = asyncio.Event()
+        self._flusher: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def start(self) -> None:
+        """Start the task that sends; call it in the loop that `append` is called in."""
+        self._flusher = asyncio.create_task(self._flush_for_ever(), name="buffer-flush")
+
+    async def close(self) -> None:
+        """Send what waits, then stop. The client stays open."""
+        self._closed = True
+        self._wake.set()
+        if self._flusher is not None:
+            await self._flusher
+            self._flusher = None
+
+    async def append(self, lines_by_shard: Lines) -> Outcomes:
+        """As `Producer.append`, in the next round trip."""
+        if self._closed or self._flusher is None:
+            closed = BufferUnavailableError("the gateway is stopping: send again in a moment")
+            return dict.fromkeys(lines_by_shard, closed)
+        future: asyncio.Future[Outcomes] = asyncio.get_running_loop().create_future()
+        self._waiting.append((lines_by_shard, future))
+        self._wake.set()
+        return await future
+
+    async def _flush_for_ever(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting:
+                batch = self._take()
+                try:
+                    await self._flush(batch)
+                except Exception as error:  # noqa: BLE001  # a caller must never wait for ever
+                    for _, future in batch:
+                        if not future.done():
+                            future.set_exception(error)
+            if self._closed:
+                return
+
+    def _take(self) -> list[_Call]:
+        heartbeats = taken = 0
+        for lines_by_shard, _ in self._waiting:
+            taken += 1
+            heartbeats += sum(map(len, lines_by_shard.values()))
+            if heartbeats >= _ROUND_TRIP_HEARTBEATS:
+                break
+        batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
+        return batch
+
+    async def _flush(self, batch: list[_Call]) -> None:
+        sends = list(self._sends(batch))
+        replies: Sequence[Any]
+        try:
+            replies = await exchange_async(
+                self._client, [self._bound.command(send.shard, send.lines) for send in sends]
+            )
+        except (failures.RedisError, OSError) as error:
+            replies = [error] * len(sends)
+        failed: dict[tuple[int, int], HbError] = {}
+        for send, reply in zip(sends, replies, strict=True):
+            outcome = self._bound.outcome(send.shard, len(send.lines), reply, self._client)
+            if outcome is not None:
+                failed.update(((call, send.shard), outcome) for call in send.calls)
+        for number, (lines_by_shard, future) in enumerate(batch):
+            if future.done():
+                continue
+            outcomes: Outcomes = dict.fromkeys(lines_by_shard)
+            if failed:
+                for shard in outcomes:
+                    outcomes[shard] = failed.get((number, shard))
+            future.set_result(outcomes)
+
+    def _sends(self, batch: list[_Call]) -> Iterator[_Send]:
+        """What to send: small calls of a shard together, a large one for itself.
+
+        A call so large that it doesn't fit must not take its neighbours' heartbeats down with it.
+        """
+        shared: dict[int, _Send] = {}
+        for number, (lines_by_shard, _) in enumerate(batch):
+            for shard, lines in lines_by_shard.items():
+                if len(lines) > self._bound.entry_heartbeats:
+                    yield _Send(shard, lines, [number])
+                elif lines:
+                    send = shared.get(shard)
+                    if send is None:
+                        send = shared[shard] = _Send(shard, [], [])
+                    send.lines += lines  # type: ignore[operator]  # ours is a list, made above
+                    send.calls.append(number)
+        yield from shared.values()
+
+
+_Call: TypeAlias = tuple[Lines, "asyncio.Future[Outcomes]"]
+
+
+@dataclass(slots=True)
+class _Send:
+    shard: int
+    lines: Sequence[bytes]
+    calls: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What one shard may hold (heartbeats; size in bytes of NDJSON), and how entries are cut."""
+
+    heartbeats: int
+    size: int
+    entry_heartbeats: int
+    retry_after: float
+
+    @classmethod
+    def of(cls, settings: Settings) -> Bound:
+        """The buffer's bound, shared out evenly among the shards."""
+        return cls(
+            max(1, settings.buffer_max_heartbeats // settings.shards),
+            max(1, settings.buffer_max_bytes // settings.shards),
+            settings.entry_max_heartbeats,
+            # Room appears with the drain's next tick, not sooner.
+            float(settings.drain_sensor_interval),
+        )
+
+    def command(self, shard: int, lines: Sequence[bytes]) -> Command:
+        """The script call that appends `lines` to the shard."""
+        arguments: list[bytes | int] = [self.heartbeats, self.size]
+        size = self.entry_heartbeats
+        for start in range(0, len(lines), size):
+            chunk = lines[start : start + size]
+            arguments.append(len(chunk))
+            arguments.append(b"\n".join(chunk))
+        return script("append", (keys.stream(shard), keys.ledger(shard)), arguments)
+
+    def outcome(
+        self, shard: int, added: int, reply: Any, client: Client | AsyncClient
+    ) -> HbError | None:
+        """What the script's reply to `added` heartbeats means."""
+        if isinstance(reply, failures.OutOfMemoryError):
+            return BufferFullError(
+                f"buffer: Redis is out of memory (its maxmemory) at shard {shard:02d}: drain it, "
+                "or give it more",
+                retry_after=self.retry_after,
+            )
+        if isinstance(reply, (failures.RedisError, OSError)):
+            return unavailable(reply, client, shard)
+        if reply[0] == 1:
+            return None
+        if added > self.heartbeats:
+            remedy = "send smaller batches, or raise HB_BUFFER_MAX_HEARTBEATS"
+        else:
+            remedy = (
+                "try again later; if it stays full, see to the drain, or raise "
+                "HB_BUFFER_MAX_HEARTBEATS and HB_BUFFER_MAX_BYTES"
+            )
+        return BufferFullError(
+            f"buffer full: shard {shard:02d} holds {reply[1]:,} of {self.heartbeats:,} heartbeats "
+            f"and {reply[2]:,} of {self.size:,} bytes, no room for {added:,} more: {remedy}",
+            retry_after=self.retry_after,
+        )

@@ -1,0 +1,33 @@
+"""Lua scripts: the changes of a shard that have to happen all at once.
+
+Belongs here: one .lua file a script, and its text and digest. Doesn't belong here: when and with
+what a script is called (`producer`, `consumer`, `depth`). Every key is declared, and all keys of a
+call share a hash tag, so that the scripts work on a cluster; nothing in them is newer than 7.0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script's text, and the SHA-1 digest that EVALSHA calls it by."""
+
+    text: str
+    sha: str
+
+
+@cache
+def catalogue() -> dict[str, Script]:
+    """All scripts by name (the file's name without .lua)."""
+    found = {}
+    for file in resources.files(__name__).iterdir():
+        if file.name.endswith(".lua"):
+            text = file.read_text(encoding="utf-8")
+            digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+            found[file.name.removesuffix(".lua")] = Script(text, digest)
+    return found

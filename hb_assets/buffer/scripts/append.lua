@@ -1,0 +1,23 @@
+-- Append entries to one shard, all or none, unless they would pass the buffer's bound.
+-- KEYS: stream, ledger.  ARGV: most heartbeats, most bytes, then n and data of each entry.
+-- Returns {1} when stored, or {0, heartbeats buffered, bytes buffered}.
+local ledger = redis.call('HMGET', KEYS[2],
+    'appended', 'acknowledged', 'appended_bytes', 'acknowledged_bytes')
+for i = 1, 4 do ledger[i] = tonumber(ledger[i] or 0) end
+local buffered, buffered_bytes = ledger[1] - ledger[2], ledger[3] - ledger[4]
+
+local heartbeats, bytes = 0, 0
+for i = 3, #ARGV, 2 do
+    heartbeats = heartbeats + tonumber(ARGV[i])
+    bytes = bytes + #ARGV[i + 1]
+end
+if buffered + heartbeats > tonumber(ARGV[1]) or buffered_bytes + bytes > tonumber(ARGV[2]) then
+    return {0, buffered, buffered_bytes}
+end
+
+for i = 3, #ARGV, 2 do
+    redis.call('XADD', KEYS[1], '*', 'data', ARGV[i + 1], 'n', ARGV[i])
+end
+redis.call('HINCRBY', KEYS[2], 'appended', heartbeats)
+redis.call('HINCRBY', KEYS[2], 'appended_bytes', bytes)
+return {1}

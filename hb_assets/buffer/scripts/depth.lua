@@ -1,0 +1,25 @@
+#!lua flags=no-writes
+-- One shard's state at one instant, without reading data to the client.
+-- KEYS: stream, ledger.  ARGV: group.
+-- Returns {entries, id of the oldest or '', pending, consumers, undelivered or -1, then of the
+-- ledger appended, acknowledged, appended_bytes, acknowledged_bytes}.
+local ledger = redis.call('HMGET', KEYS[2],
+    'appended', 'acknowledged', 'appended_bytes', 'acknowledged_bytes')
+for i = 1, 4 do ledger[i] = tonumber(ledger[i] or 0) end
+local length, oldest, pending, consumers, undelivered = redis.call('XLEN', KEYS[1]), '', 0, 0, -1
+if length > 0 then oldest = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1][1] end
+if redis.call('EXISTS', KEYS[1]) == 1 then
+    for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
+        local info = {}
+        for i = 1, #group, 2 do info[group[i]] = group[i + 1] end
+        if info['name'] == ARGV[1] then
+            pending, consumers = info['pending'], info['consumers']
+            if length == 0 then
+                undelivered = 0
+            elseif #redis.call('XRANGE', KEYS[1], '(' .. info['last-delivered-id'], '+', 'COUNT', 1) == 0 then
+                undelivered = 0
+            end
+        end
+    end
+end
+return {length, oldest, pending, consumers, undelivered, unpack(ledger)}

@@ -1,0 +1,422 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from hb_assets.buffer import keys
+from hb_assets.buffer.consumer import Consumer, Entry
+from hb_assets.buffer.depth import depths, scanned
+from hb_assets.buffer.producer import Producer
+from hb_assets.errors import BufferUnavailableError
+from hb_assets.settings import Settings
+from hb_assets_tests.servers import wait_for
+
+LINE = b'{"user_id":"u1"}'
+ALL = (10**9, 10**9)
+
+
+@pytest.fixture
+def opened(client: redis.Redis, settings: Settings) -> Callable[..., Consumer]:
+    """Opens a consumer; by default one that is never taken for dead."""
+
+    def open_one(name: str | None = None, **changes: Any) -> Consumer:
+        consumer = Consumer(client, settings.model_copy(update=changes), name)
+        consumer.open()
+        return consumer
+
+    return open_one
+
+
+def ids(entries: list[Entry]) -> list[tuple[int, str]]:
+    return sorted((entry.shard, entry.id) for entry in entries)
+
+
+def balances(client: redis.Redis, settings: Settings) -> bool:
+    """Whether appended = acknowledged + buffered, as the entries themselves say, in each shard."""
+    buffered = scanned(client, settings)
+    return all(
+        depth.appended == depth.acknowledged + buffered[depth.shard]
+        for depth in depths(client, settings)
+    )
+
+
+def test_entries_come_with_all_that_the_drain_needs(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    Producer(client, settings).append({0: [b"1", b"2"]})
+    foreign = client.xadd(keys.stream(3), {"data": "3\n4\n5", "source": "elsewhere"}, id="7-9")
+    client.xadd(keys.stream(3), {"text": "6"})
+    client.xadd(keys.stream(3), {"data": "8", "n": "many"})
+
+    claimed = opened().claim(*ALL)
+    own, other, empty, odd = sorted(claimed, key=lambda e: (e.shard, e.ms, e.seq))
+
+    assert (own.data, own.own, own.rows, own.size, own.deliveries) == (b"1\n2", 2, 2, 3, 1)
+    assert (other.data, other.own, other.rows) == (b"3\n4\n5", None, 3)
+    assert (other.ms, other.seq, other.id) == (7, 9, foreign.decode())
+    assert (empty.data, empty.own, empty.rows, empty.size) == (None, None, 0, 0)
+    assert (odd.data, odd.own) == (b"8", None)
+
+
+def test_acknowledged_entries_are_gone_and_in_the_ledger(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    consumer = opened()
+    Producer(client, settings).append({0: [LINE] * 3, 1: [LINE]})
+    client.xadd(keys.stream(0), {"data": "one\ntwo"})
+    assert not consumer.empty()
+
+    entries = consumer.claim(*ALL)
+    assert not consumer.empty(), "pending is not empty"
+    deleted = consumer.acknowledge([(entry, entry.rows) for entry in entries])
+
+    assert deleted == 3
+    assert consumer.empty()
+    first, second, *_ = depths(client, settings)
+    assert (first.appended, first.acknowledged, first.bytes) == (5, 5, 0)
+    assert (second.appended, second.acknowledged) == (1, 1)
+
+
+def test_entries_that_a_failed_cycle_left_come_again(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    consumer = opened()
+    Producer(client, settings).append({0: [LINE], 1: [LINE]})
+    first = consumer.claim(*ALL)
+    Producer(client, settings).append({0: [LINE]})
+
+    second = consumer.claim(*ALL)
+
+    assert len(second) == 3
+    assert set(ids(first)) < set(ids(second))
+    assert sorted(entry.deliveries for entry in second) == [1, 2, 2]
+
+
+def test_consumers_share_the_work(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    one, other = opened(), opened()
+    Producer(client, settings).append({shard: [LINE] for shard in range(4)})
+
+    first, second = one.claim(2, 10**6), other.claim(*ALL)
+
+    assert len(first) == len(second) == 2
+    assert len({*ids(first), *ids(second)}) == 4
+
+
+def test_only_the_shards_that_are_asked_for_are_read(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    Producer(client, settings).append({shard: [LINE] for shard in range(4)})
+
+    assert {entry.shard for entry in opened().claim(*ALL, shards=[1, 3])} == {1, 3}
+
+
+def test_no_shard_starves_under_a_small_budget(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    consumer = opened()
+    Producer(client, settings.model_copy(update={"entry_max_heartbeats": 1})).append(
+        {shard: [LINE] * 20 for shard in range(4)}
+    )
+    seen = set()
+    for _ in range(4):
+        entries = consumer.claim(1, 10**6)
+        seen |= {entry.shard for entry in entries}
+        consumer.acknowledge([(entry, 1) for entry in entries])
+
+    assert seen == {0, 1, 2, 3}
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=40),
+    max_rows=st.integers(1, 60),
+    max_bytes=st.integers(1, 600),
+)
+@examples(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_claim_keeps_its_bounds_and_everything_is_handed_out(
+    client: redis.Redis,
+    settings: Settings,
+    opened: Callable[..., Consumer],
+    sizes: list[int],
+    max_rows: int,
+    max_bytes: int,
+) -> None:
+    client.flushdb()
+    consumer = opened()
+    for number, size in enumerate(sizes):
+        assert Producer(client, settings).append({number % 4: [LINE] * size})[number % 4] is None
+    rows = 0
+    while entries := consumer.claim(max_rows, max_bytes):
+        if len(entries) > 1:
+            assert sum(entry.rows for entry in entries) <= max_rows
+            assert sum(entry.size for entry in entries) <= max_bytes
+        rows += sum(entry.rows for entry in entries)
+        consumer.acknowledge([(entry, entry.rows) for entry in entries])
+
+    assert rows == sum(sizes)
+    assert consumer.empty()
+    assert consumer.lost == 0
+    consumer.close()
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("append"), st.integers(0, 3), st.integers(1, 5)),
+    st.tuples(st.just("foreign"), st.integers(0, 3), st.integers(1, 5)),
+    st.tuples(st.just("claim"), st.integers(0, 2), st.integers(1, 8)),
+    st.tuples(st.just("acknowledge"), st.integers(0, 2), st.integers(0, 3)),
+    st.tuples(st.just("die"), st.integers(0, 2), st.just(0)),
+    st.tuples(st.just("delete consumer"), st.integers(0, 2), st.just(0)),
+)
+
+
+@given(steps=st.lists(STEPS, max_size=25))
+@examples(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_ledger_adds_up_and_nothing_is_lost_whatever_happens(
+    client: redis.Redis,
+    settings: Settings,
+    opened: Callable[..., Consumer],
+    steps: list[tuple[str, int, int]],
+) -> None:
+    client.flushdb()
+    producer = Producer(client, settings)
+    consumers = [opened() for _ in range(3)]
+    held: list[list[Entry]] = [[], [], []]
+    appended: set[tuple[int, str]] = set()
+    done: set[tuple[int, str]] = set()
+    heartbeats = 0
+    for action, which, size in steps:
+        if action == "append":
+            producer.append({which: [LINE] * size})
+            heartbeats += size
+            appended.add((which, client.xrevrange(keys.stream(which), count=1)[0][0].decode()))
+        elif action == "foreign":
+            id_ = client.xadd(keys.stream(which), {"data": b"\n".join([LINE] * size)})
+            heartbeats += size
+            appended.add((which, id_.decode()))
+        elif action == "claim":
+            held[which] = consumers[which].claim(size, 10**6)
+        elif action == "acknowledge":
+            # Even what others have taken over and acknowledged meanwhile, even twice.
+            counts = [(entry, entry.rows) for entry in held[which][size:]]
+            consumers[which].acknowledge(counts)
+            done |= set(ids([entry for entry, _ in counts]))
+        elif action == "die":
+            consumers[which].close()
+            consumers[which] = opened()
+        else:
+            client.xgroup_delconsumer(keys.stream(1), keys.GROUP, consumers[which].name)
+        assert balances(client, settings)
+
+    rescuer = consumers[0]
+    for consumer in consumers[1:]:
+        consumer.close()
+    rescuer.open()
+    last = rescuer.claim(*ALL)
+    assert {*done, *ids(last)} == appended
+    assert not done & set(ids(last)), "what was acknowledged is not handed out again"
+    rescuer.acknowledge([(entry, entry.rows) for entry in last])
+
+    assert rescuer.empty()
+    assert balances(client, settings)
+    assert sum(depth.acknowledged for depth in depths(client, settings)) == heartbeats
+    assert sum(consumer.lost for consumer in consumers) == 0
+    rescuer.close()
+
+
+CLAIM_AND_DIE = """
+import os, signal, sys
+from hb_assets.buffer.connection import connect
+from hb_assets.buffer.consumer import Consumer
+from hb_assets.settings import Settings
+settings = Settings(redis_url=sys.argv[1], shards=4)
+consumer = Consumer(connect(settings), settings)
+consumer.open()
+assert consumer.claim(10**9, 10**9)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_held_is_taken_over_at_once(
+    client: redis.Redis, settings: Settings, redis_url: str, opened: Callable[..., Consumer]
+) -> None:
+    Producer(client, settings).append({shard: [LINE] for shard in range(4)})
+    subprocess.run([sys.executable, "-c", CLAIM_AND_DIE, redis_url], check=False)
+    assert [depth.pending for depth in depths(client, settings)] == [1, 1, 1, 1]
+
+    consumer = opened()
+    entries = consumer.claim(*ALL)
+
+    assert len(entries) == 4
+    assert all(entry.deliveries == 2 for entry in entries)
+    assert [depth.consumers for depth in depths(client, settings)] == [1, 1, 1, 1]
+
+
+def test_what_a_closed_or_forgotten_consumer_of_this_process_held_is_taken_over_at_once(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    Producer(client, settings).append({0: [LINE]})
+    assert opened().claim(*ALL), "and forgotten without close, as after an exception"
+
+    assert len(opened().claim(*ALL)) == 1
+
+
+def test_what_a_silent_consumer_elsewhere_held_is_taken_over_in_time(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    Producer(client, settings).append({0: [LINE]})
+    elsewhere = opened("far-away:1:2:3")
+    [held] = elsewhere.claim(*ALL)
+    assert opened().claim(*ALL) == [], "not before HB_CLAIM_MIN_IDLE is over"
+
+    hasty = opened(claim_min_idle=settings.claim_min_idle / 1000)
+    found: list[Entry] = []
+    wait_for(lambda: bool(found.extend(hasty.claim(*ALL)) or found), "the entry to be idle")
+
+    assert [entry.id for entry in found] == [held.id]
+
+
+def test_a_zombies_acknowledgement_counts_once(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    Producer(client, settings).append({0: [LINE] * 5})
+    client.xadd(keys.stream(0), {"data": LINE})
+    zombie = opened()
+    held = zombie.claim(*ALL)
+    zombie.close()
+    heir = opened()
+    counts = [(entry, entry.rows) for entry in heir.claim(*ALL)]
+
+    assert heir.acknowledge(counts) == 2
+    assert zombie.acknowledge([(entry, entry.rows) for entry in held]) == 0
+    assert depths(client, settings)[0].acknowledged == 6
+    assert balances(client, settings)
+
+
+def test_entries_that_nobody_would_hand_out_are_adopted(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    single = settings.model_copy(update={"entry_max_heartbeats": 1})
+    Producer(client, single).append({2: [LINE] * 250})
+    first = opened("careless")
+    held = first.claim(*ALL)
+    client.xgroup_delconsumer(keys.stream(2), keys.GROUP, first.name)
+
+    assert ids(opened().claim(*ALL)) == ids(held)
+
+
+def test_entries_that_were_acknowledged_without_being_deleted_are_adopted_while_we_run(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    consumer = opened()
+    Producer(client, settings).append({2: [LINE]})
+    [held] = consumer.claim(*ALL)
+    client.xack(keys.stream(2), keys.GROUP, held.id)
+    assert consumer.claim(*ALL) == []
+
+    assert not consumer.empty()
+    assert ids(consumer.claim(*ALL)) == ids([held])
+
+
+@pytest.mark.parametrize("left", ["own", "dead", "idle"])
+def test_entries_deleted_while_pending_are_counted_as_lost(
+    left: str,
+    client: redis.Redis,
+    settings: Settings,
+    opened: Callable[..., Consumer],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    Producer(client, settings).append({0: [LINE]})
+    holder = opened("far-away:1:2:3" if left == "idle" else None)
+    [held] = holder.claim(*ALL)
+    client.xdel(keys.stream(0), held.id)
+    if left == "dead":
+        holder.close()
+    finder = holder if left == "own" else opened(claim_min_idle=settings.claim_min_idle / 1000)
+
+    with caplog.at_level(logging.ERROR):
+        wait_for(lambda: finder.claim(*ALL) == [] and finder.lost > 0, "the loss to be seen")
+
+    assert finder.lost == 1
+    assert "data loss" in caplog.text
+    assert finder.empty()
+
+
+def test_groups_are_made_anew_after_everything_was_flushed(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    consumer = opened()
+    assert consumer.claim(*ALL) == []
+    client.flushall()
+    Producer(client, settings).append({0: [LINE], 3: [LINE]})
+
+    assert len(consumer.claim(*ALL)) == 2
+
+
+def test_a_group_that_somebody_destroyed_starts_at_the_first_entry_again(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    consumer = opened()
+    Producer(client, settings).append({0: [LINE]})
+    held = consumer.claim(*ALL)
+    client.xgroup_destroy(keys.stream(0), keys.GROUP)
+
+    assert ids(consumer.claim(*ALL)) == ids(held)
+
+
+def test_another_type_at_a_streams_key_is_named(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    consumer = opened()
+    client.delete(keys.stream(1))
+    client.set(keys.stream(1), "something else")
+
+    for action in (consumer.open, lambda: consumer.claim(*ALL), lambda: depths(client, settings)):
+        with pytest.raises(BufferUnavailableError, match=r"hb:\{01\}:stream"):
+            action()
+
+
+def test_acknowledging_works_when_the_server_is_full(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    consumer = opened()
+    Producer(client, settings).append({0: [LINE]})
+    client.config_set("maxmemory", "1")
+    try:
+        entries = consumer.claim(*ALL)
+        assert consumer.acknowledge([(entry, 1) for entry in entries]) == 1
+    finally:
+        client.config_set("maxmemory", "0")
+
+    assert balances(client, settings)
+
+
+def test_a_closed_consumer_leaves_its_name_only_where_something_is_pending(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    consumer = opened()
+    Producer(client, settings).append({0: [LINE], 1: [LINE]})
+    entries = consumer.claim(*ALL)
+    consumer.acknowledge([(entry, 1) for entry in entries if entry.shard == 0])
+
+    consumer.close()
+
+    assert [depth.consumers for depth in depths(client, settings)] == [0, 1, 0, 0]
+
+
+def test_a_name_tells_process_and_host(opened: Callable[..., Consumer]) -> None:
+    host, pid, started, _ = opened().name.rsplit(":", 3)
+
+    assert host
+    assert int(pid) == os.getpid()
+    assert int(started) > 0
