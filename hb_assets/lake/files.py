@@ -1,0 +1,127 @@
+"""Durable files: temp file, fsync, atomic publication, fsync of the folder.
+
+Belongs here: the order of system calls that makes a file survive a crash whole or not at all.
+Doesn't belong here: what is in the files.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from hb_assets.errors import FencedError
+from hb_assets.lake import layout
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's entries durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_durable: set[Path] = set()
+"""Folders that this process knows to be durable in their parents."""
+
+
+def make_folder(folder: Path, root: Path | None = None) -> None:
+    """Make a folder and its missing parents, each one durable in its own parent.
+
+    Below `root`, a folder that somebody else made isn't taken for durable before this process has
+    synced its parent: its maker may not have got so far.
+    """
+    doubtful = []
+    while folder != root and not (folder.is_dir() and (root is None or folder in _durable)):
+        doubtful.append(folder)
+        folder = folder.parent
+    for one in reversed(doubtful):
+        one.mkdir(exist_ok=True)
+        sync_folder(one.parent)
+        _durable.add(one)
+
+
+class TempFile:
+    """A file that readers can't see until it is published; unlinked when it never was.
+
+    Created at once, empty, so that a pruner can see (and fence) whoever is about to publish.
+    Whoever writes it must not create it again: write to the file that is there (`r+b`).
+
+    Args:
+        root: the lake's folder.
+        folder: where the file will be published; made when it isn't there.
+    """
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        make_folder(folder, root)
+        self.path = layout.temp_file(root, folder)
+        self.path.parent.mkdir(exist_ok=True)
+        self._named = False
+        os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception) and not self._named and not self.path.exists():
+            # whatever failed after that: the file's being gone is the reason, or the greater news
+            raise self._fenced() from None
+        self.path.unlink(missing_ok=True)
+
+    def _sync(self) -> None:
+        try:
+            handle = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise self._fenced() from None
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _fenced(self) -> FencedError:
+        return FencedError(f"{self.path}: the temp file is gone, a pruner was here; start again")
+
+    def publish_new(self, final: Path) -> None:
+        """Give the file its name, which must not be taken. Durable when this returns.
+
+        Raises:
+            FileExistsError: the name is taken; nothing was changed.
+            FencedError: the temp file is gone.
+        """
+        self._sync()
+        try:
+            os.link(self.path, final)
+        except FileNotFoundError:
+            raise self._fenced() from None
+        except OSError as error:
+            # Some network file systems have no hard links; the random part of our names makes the
+            # rename's overwriting impossible in practice.
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS) or final.exists():
+                raise
+            self.path.rename(final)
+        self._named = True
+        self.path.unlink(missing_ok=True)
+        sync_folder(final.parent)
+
+    def publish_replacing(self, final: Path) -> None:
+        """Give the file its name, in the place of what had it. Durable when this returns.
+
+        Raises:
+            FencedError: the temp file is gone: a pruner was here; nothing was changed.
+        """
+        self._sync()
+        try:
+            self.path.replace(final)
+        except FileNotFoundError:
+            raise self._fenced() from None
+        self._named = True
+        sync_folder(final.parent)

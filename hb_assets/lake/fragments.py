@@ -1,0 +1,161 @@
+"""Raw fragments: immutable files of one (day, shard), each row with its identity.
+
+Belongs here: writing, listing and counting fragments. Doesn't belong here: which fragments a
+consolidated file includes (`consolidation`), and when one may be deleted.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import duckdb
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from hb_assets.days import MS_PER_DAY, day_of
+from hb_assets.lake import layout, parquet
+from hb_assets.lake.engine import figures
+from hb_assets.lake.files import TempFile
+from hb_assets.lake.layout import RAW, FragmentName
+from hb_assets.lake.store import FORMAT, Lake
+from hb_assets.schema import ARRIVAL, HEARTBEATS, ORDER
+
+_WRITERS = 4
+"""Files written at once: their fsyncs overlap, even on one core."""
+
+
+class FragmentNote(msgspec.Struct, frozen=True):
+    """What a fragment's footer says of it."""
+
+    format: int
+    day: str
+    shard: int
+    source: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Fragment:
+    """A published fragment. Sorts by arrival."""
+
+    name: FragmentName
+    path: Path
+
+    @property
+    def rows(self) -> int:
+        """Rows in it (immutable, so the footer is read once per process)."""
+        return _rows(self.path)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return self.path.stat().st_size
+
+
+@lru_cache(maxsize=200_000)
+def _rows(path: Path) -> int:
+    return int(parquet.footer(path).num_rows)
+
+
+def publish(lake: Lake, rows: pa.Table) -> list[Fragment]:
+    """Make decoded rows durable: one fragment per source shard, day and user shard.
+
+    Args:
+        lake: where to.
+        rows: as `decode.Decoded.rows`.
+
+    Returns:
+        The fragments; each is fsynced, renamed, and its folder fsynced.
+
+    Raises:
+        OSError: a write failed; what was published already stays (a replay is harmless).
+    """
+    if rows.num_rows == 0:
+        return []
+    rows = rows.combine_chunks()
+    where = np.stack([rows[name].to_numpy() for name in ("arrival_shard", "day", "shard")], axis=1)
+    starts = np.concatenate([[0], np.flatnonzero((where[1:] != where[:-1]).any(axis=1)) + 1])
+    ends = np.append(starts[1:], rows.num_rows)
+    pieces = [(where[a], rows.slice(a, b - a)) for a, b in zip(starts, ends, strict=True)]
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        return list(pool.map(lambda piece: _publish_one(lake, *piece), pieces))
+
+
+def _publish_one(lake: Lake, where: np.ndarray, rows: pa.Table) -> Fragment:
+    source, day_number, shard = (int(part) for part in where)
+    day = day_of(day_number * MS_PER_DAY)
+    rows = rows.select(HEARTBEATS.names)
+    name = FragmentName.covering(rows)
+    folder = layout.shard_folder(lake.root, RAW, day, shard)
+    with TempFile(lake.root, folder) as temp:
+        note = FragmentNote(FORMAT, day.isoformat(), shard, source)
+        parquet.write(temp.path, rows, note, ORDER)
+        temp.publish_new(folder / str(name))
+    return Fragment(name, folder / str(name))
+
+
+def listed(lake: Lake, day: dt.date, shard: int) -> list[Fragment]:
+    """Fragments of one (day, shard) that are there now, by arrival."""
+    folder = layout.shard_folder(lake.root, RAW, day, shard)
+    try:
+        with os.scandir(folder) as found:
+            named = [(FragmentName.parse(entry.name), entry.path) for entry in found]
+    except FileNotFoundError:
+        return []
+    return sorted(Fragment(name, Path(path)) for name, path in named if name is not None)
+
+
+def all_listed(lake: Lake, day: dt.date) -> list[Fragment]:
+    """Fragments of one day, over all shards."""
+    return [fragment for shard in range(lake.shards) for fragment in listed(lake, day, shard)]
+
+
+def digest(fragments: Iterable[Fragment]) -> str:
+    """A short digest of a set of fragments: it changes when, and only when, the set does."""
+    names = sorted(str(fragment.name) for fragment in fragments)
+    return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+
+
+def overlapping(fragments: Sequence[Fragment]) -> list[list[Fragment]]:
+    """Groups of fragments that may hold the same rows (chains of overlapping id ranges)."""
+    groups: list[list[Fragment]] = []
+    end: tuple[int, int] = (0, 0)
+    for fragment in sorted(fragments, key=lambda one: (one.name.source, one.name.first)):
+        same = groups and groups[-1][0].name.source == fragment.name.source
+        if same and fragment.name.first <= end:
+            groups[-1].append(fragment)
+            end = max(end, fragment.name.last)
+        else:
+            groups.append([fragment])
+            end = fragment.name.last
+    return groups
+
+
+def distinct_rows(connection: duckdb.DuckDBPyConnection, fragments: Sequence[Fragment]) -> int:
+    """Distinct identities in the fragments: a row that was delivered twice counts once.
+
+    Only fragments with overlapping id ranges are read; of the others the footer says enough.
+    """
+    total = 0
+    for group in overlapping(fragments):
+        if len(group) == 1:
+            total += group[0].rows
+            continue
+        paths = [str(fragment.path) for fragment in group]
+        total += figures(connection, _DISTINCT, {"paths": paths})[0]
+    return total
+
+
+_IDENTITY = ", ".join(ARRIVAL)
+_DISTINCT = f"""
+SELECT count(*) FROM (
+    SELECT DISTINCT {_IDENTITY} FROM read_parquet($paths, hive_partitioning = false)
+)
+"""

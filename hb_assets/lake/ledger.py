@@ -1,0 +1,207 @@
+"""The lake's side of the ledger: what came in, what survived, what is pending, day by day.
+
+Belongs here: counting from files themselves, to be held against what their footers and the buffer
+say. Doesn't belong here: the buffer's side, and the verdict (`audit`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from hb_assets.errors import DamagedFileError
+from hb_assets.lake import consolidated, fragments, inventory, layout, parquet, quarantine
+from hb_assets.lake.engine import engine, figures
+from hb_assets.lake.fragments import Fragment
+from hb_assets.lake.layout import RAW
+from hb_assets.lake.store import Lake
+from hb_assets.record import Arrival
+from hb_assets.schema import ARRIVAL, KEY
+from hb_assets.settings import Settings
+
+
+@dataclass(slots=True)
+class DayLedger:
+    """One day.
+
+    `rows` distinct rows lie in its raw fragments: `unique` + `superseded` of them are consolidated,
+    `pending` aren't yet; `faults` says, in one line each, what doesn't add up.
+    """
+
+    day: dt.date
+    rows: int = 0
+    unique: int = 0
+    superseded: int = 0
+    repeats: int = 0
+    corrections: int = 0
+    pending: int = 0
+    replayed: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+_IDENTITY = ", ".join(ARRIVAL)
+_DISTINCT_KEYS = f"""
+SELECT count(*) FROM (
+    SELECT DISTINCT {", ".join(KEY)} FROM read_parquet($paths, hive_partitioning = false)
+)
+"""
+_IN_BOTH = f"""
+SELECT count(*) FROM (
+    SELECT DISTINCT {_IDENTITY} FROM read_parquet($paths, hive_partitioning = false)
+    SEMI JOIN quarantined USING ({_IDENTITY})
+)
+"""
+
+
+def of_days(lake: Lake, settings: Settings, *, deep: bool = False) -> list[DayLedger]:
+    """The ledger of every day that the lake holds.
+
+    Args:
+        lake: which lake.
+        settings: for memory and threads.
+        deep: count distinct keys from raw as well, to be held against the unique rows.
+    """
+    with engine(settings) as connection:
+        return [_day(lake, day, connection, deep) for day in inventory.days(lake)]
+
+
+def _day(lake: Lake, day: dt.date, connection: duckdb.DuckDBPyConnection, deep: bool) -> DayLedger:
+    ledger = DayLedger(day)
+    for shard in range(lake.shards):
+        where = f"day {day.isoformat()}, shard {shard:02d}"
+        try:
+            _add_shard(ledger, lake, shard, where, connection, deep)
+        except DamagedFileError as error:
+            ledger.faults.append(str(error))
+        except (duckdb.Error, FileNotFoundError) as error:
+            ledger.faults.append(f"{where}: {str(error).splitlines()[0]}")
+    return ledger
+
+
+def _add_shard(
+    ledger: DayLedger,
+    lake: Lake,
+    shard: int,
+    where: str,
+    connection: duckdb.DuckDBPyConnection,
+    deep: bool,
+) -> None:
+    raw = fragments.listed(lake, ledger.day, shard)
+    published = consolidated.current(lake, ledger.day, shard)
+    waiting = consolidated.pending(published, raw)
+    rows = fragments.distinct_rows(connection, raw)
+    if published is None:
+        ledger.rows += rows
+        ledger.pending += rows
+        return
+    note = published.note
+    waiting_names = {one.name for one in waiting}
+    listed = [one for one in raw if one.name not in waiting_names]
+    whole = len(listed) == len(note.fragments)
+    if whole:
+        listed_rows = fragments.distinct_rows(connection, listed)
+        if listed_rows != note.rows:
+            ledger.faults.append(
+                f"{where}: {listed_rows:,} distinct rows lie in the listed fragments, "
+                f"the consolidated file counts {note.rows:,}"
+            )
+        pending = rows - listed_rows
+    else:
+        pending = fragments.distinct_rows(connection, waiting)
+    if note.rows != note.unique + note.superseded:
+        ledger.faults.append(
+            f"{where}: {note.rows:,} rows came in, {note.unique:,} unique + "
+            f"{note.superseded:,} superseded"
+        )
+    if note.superseded != note.repeats + note.corrections:
+        ledger.faults.append(
+            f"{where}: {note.superseded:,} superseded, {note.repeats:,} repeats + "
+            f"{note.corrections:,} corrections"
+        )
+    in_file = parquet.footer(published.path).num_rows
+    if in_file != note.unique:
+        ledger.faults.append(f"{where}: the file has {in_file:,} rows, {note.unique:,} are unique")
+    if deep and whole and listed:
+        paths = [str(one.path) for one in listed]
+        (keys,) = figures(connection, _DISTINCT_KEYS, {"paths": paths})
+        if keys != note.unique:
+            ledger.faults.append(
+                f"{where}: raw has {keys:,} distinct keys, the consolidated file {note.unique:,}"
+            )
+    ledger.rows += note.rows + pending
+    ledger.pending += pending
+    ledger.unique += note.unique
+    ledger.superseded += note.superseded
+    ledger.repeats += note.repeats
+    ledger.corrections += note.corrections
+    ledger.replayed += note.replayed
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantineLedger:
+    """Distinct records in quarantine.
+
+    `released` of them were put back; those `in_fragments` lie in a fragment as well, and count as
+    the fragment's.
+    """
+
+    records: int
+    released: int
+    in_fragments: int
+
+
+def of_quarantine(lake: Lake, settings: Settings) -> QuarantineLedger:
+    """The quarantine's side.
+
+    Raises:
+        DamagedFileError: a quarantine file can't be read.
+    """
+    identities: list[Arrival] = []
+    released = 0
+    for record in quarantine.records(lake):
+        identities.append(record.arrival)
+        released += record.released
+    return QuarantineLedger(len(identities), released, _in_fragments(lake, identities, settings))
+
+
+def _in_fragments(lake: Lake, identities: list[Arrival], settings: Settings) -> int:
+    """How many of the identities lie in fragments; only fragments that may hold one are read."""
+    ids: dict[int, list[tuple[int, int]]] = {}
+    for one in identities:
+        ids.setdefault(one.arrival_shard, []).append((one.arrival_ms, one.arrival_seq))
+
+    def may_hold(fragment: Fragment) -> bool:
+        name = fragment.name
+        return any(name.first <= entry <= name.last for entry in ids.get(name.source, ()))
+
+    paths = [
+        str(fragment.path)
+        for day in layout.days_of(lake.root, RAW)
+        for fragment in fragments.all_listed(lake, day)
+        if ids and may_hold(fragment)
+    ]
+    if not paths:
+        return 0
+    columns = list(
+        zip(
+            *((i.arrival_ms, i.arrival_seq, i.arrival_shard, i.arrival_pos) for i in identities),
+            strict=True,
+        )
+    )
+    types = (pa.uint64(), pa.uint64(), pa.int16(), pa.int32())
+    table = pa.table(
+        {
+            name: pa.array(values, kind)
+            for name, values, kind in zip(ARRIVAL, columns, types, strict=True)
+        }
+    )
+    with engine(settings) as connection:
+        connection.register("quarantined", table)
+        try:
+            return figures(connection, _IN_BOTH, {"paths": paths})[0]
+        except duckdb.Error as error:
+            raise parquet.explained(error, map(Path, paths)) from None

@@ -1,0 +1,194 @@
+"""Minutes: one row per user, minute and device, with and without device priority.
+
+Belongs here: the rule of minute-level heart rate (in SQL, shared with `query`), and the files
+that hold it. Doesn't belong here: answering questions. Sums and counts, not means, are stored, so
+that coarser spans add up from them.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import duckdb
+import msgspec
+import pyarrow as pa
+
+from hb_assets.lake import checks, consolidated, layout, parquet
+from hb_assets.lake.checks import Figure
+from hb_assets.lake.consolidated import Current
+from hb_assets.lake.engine import engine, figures
+from hb_assets.lake.files import TempFile
+from hb_assets.lake.store import FORMAT, Lake
+from hb_assets.schema import MINUTES as SCHEMA
+from hb_assets.settings import Settings
+
+MINUTE_MS = 60_000
+_UNLISTED = 1_000_000
+
+# Reads from a relation named `readings`, which the caller puts in front (WITH readings AS ...).
+# Device priority decides only between readings at exactly the same timestamp of one user; of
+# those it keeps one: the first in the list, then by device_id.
+AGGREGATE = f"""
+SELECT user_id, minute, device_id,
+    CAST(sum(heart_rate) AS BIGINT) AS sum, CAST(count(*) AS INTEGER) AS count,
+    min(heart_rate) AS min, max(heart_rate) AS max,
+    CAST(coalesce(sum(heart_rate) FILTER (kept), 0) AS BIGINT) AS kept_sum,
+    CAST(count(*) FILTER (kept) AS INTEGER) AS kept_count,
+    min(heart_rate) FILTER (kept) AS kept_min, max(heart_rate) FILTER (kept) AS kept_max
+FROM (
+    SELECT user_id, device_id, heart_rate,
+        epoch_ms(timestamp) // {MINUTE_MS} * {MINUTE_MS} AS minute,
+        row_number() OVER (
+            PARTITION BY user_id, timestamp
+            ORDER BY coalesce(nullif(list_position($priority, device_id), 0), {_UNLISTED}), device_id
+        ) = 1 AS kept
+    FROM readings
+)
+GROUP BY user_id, minute, device_id
+ORDER BY user_id, minute, device_id
+"""
+
+
+_FROM_FILE = "WITH readings AS (FROM read_parquet($path, hive_partitioning = false))"
+
+
+class MinutesNote(msgspec.Struct, frozen=True, kw_only=True):
+    """What a minute-level file's footer says: made from which edition, with which priority."""
+
+    format: int
+    day: str
+    shard: int
+    edition: str
+    priority: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MinutesBuilt:
+    """What building a day's minutes did: rows, readings that went in, kept ones, bytes, checks."""
+
+    day: dt.date
+    rows: int = 0
+    readings: int = 0
+    kept: int = 0
+    bytes: int = 0
+    shards_written: int = 0
+    figures: list[Figure] = field(default_factory=list)
+
+
+def is_current(lake: Lake, day: dt.date, shard: int, priority: Sequence[str]) -> bool:
+    """Whether the minutes were made from the published file, with this priority list."""
+    published = consolidated.current(lake, day, shard)
+    made = _note(lake, day, shard)
+    if published is None or made is None:
+        return published is None and made is None
+    return made.edition == published.note.edition and made.priority == tuple(priority)
+
+
+def _note(lake: Lake, day: dt.date, shard: int) -> MinutesNote | None:
+    try:
+        return parquet.note(layout.minutes_file(lake.root, day, shard), MinutesNote)
+    except FileNotFoundError:
+        return None
+
+
+def build(
+    lake: Lake,
+    day: dt.date,
+    settings: Settings,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> MinutesBuilt:
+    """Make a day's minutes anew, where they are stale, from its consolidated files.
+
+    Raises:
+        CheckFailedError: a new file failed its checks; the old one is still in place.
+        DamagedFileError: a file can't be read.
+    """
+    shards = []
+    with engine(settings) as connection:
+        for shard in range(lake.shards):
+            published = consolidated.current(lake, day, shard)
+            if published is not None:
+                try:
+                    shards.append(_build_shard(lake, day, published, connection, settings))
+                except parquet.ENGINE_ERRORS as error:
+                    paths = (published.path, layout.minutes_file(lake.root, day, shard))
+                    raise parquet.explained(error, paths) from None
+            if progress:
+                progress(shard + 1, lake.shards)
+    results = checks.summed([figure for shard in shards for figure in shard.figures])
+    add_up = next((one for one in results if one.name == checks.MINUTES_ADD_UP), None)
+    counted = add_up.figures if add_up else {}
+    return MinutesBuilt(
+        day=day,
+        rows=counted.get("minutes", 0),
+        readings=counted.get("readings", 0),
+        kept=counted.get("kept", 0),
+        bytes=sum(shard.path.stat().st_size for shard in shards),
+        shards_written=sum(shard.written for shard in shards),
+        figures=results,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _ShardResult:
+    path: Path
+    written: bool
+    figures: list[Figure]
+
+
+def _build_shard(
+    lake: Lake,
+    day: dt.date,
+    published: Current,
+    connection: duckdb.DuckDBPyConnection,
+    settings: Settings,
+) -> _ShardResult:
+    shard = published.note.shard
+    final = layout.minutes_file(lake.root, day, shard)
+    if is_current(lake, day, shard, settings.device_priority):
+        return _ShardResult(final, False, _figures(final, published, connection))
+    with TempFile(lake.root, final.parent) as temp:
+        query = connection.sql(
+            _FROM_FILE + AGGREGATE,
+            params={"path": str(published.path), "priority": list(settings.device_priority)},
+        )
+        note = MinutesNote(
+            format=FORMAT,
+            day=day.isoformat(),
+            shard=shard,
+            edition=published.note.edition,
+            priority=settings.device_priority,
+        )
+        with parquet.writer(temp.path, SCHEMA, ("user_id", "minute", "device_id")) as out:
+            for batch in query.to_arrow_reader(parquet.ROW_GROUP):
+                rows = pa.Table.from_batches([batch])
+                out.write_table(rows.cast(SCHEMA), row_group_size=parquet.ROW_GROUP)
+            out.add_key_value_metadata({parquet.KEY: msgspec.json.encode(note)})
+        if not consolidated.is_published(lake, published, day, shard):
+            overtaken_by = consolidated.current(lake, day, shard)
+            if overtaken_by is not None:
+                return _build_shard(lake, day, overtaken_by, connection, settings)
+        results = _figures(temp.path, published, connection)
+        checks.require(results, f"minutes of day {day.isoformat()}, shard {shard:02d}")
+        temp.publish_replacing(final)
+    return _ShardResult(final, True, results)
+
+
+_TOTALS = """
+SELECT coalesce(sum(count), 0), coalesce(sum(kept_count), 0), count(*)
+FROM read_parquet($path, hive_partitioning = false)
+"""
+
+
+def _figures(path: Path, published: Current, connection: duckdb.DuckDBPyConnection) -> list[Figure]:
+    counted, kept, rows = figures(connection, _TOTALS, {"path": str(path)})
+    return [
+        checks.minutes_schema_and_ranges(path),
+        checks.minutes_add_up(
+            readings=published.note.unique, counted=counted, kept=kept, rows=rows
+        ),
+    ]

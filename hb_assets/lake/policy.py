@@ -1,0 +1,38 @@
+"""When a day is due for consolidation: a pure decision.
+
+Belongs here: the rule that keeps write amplification down (a day is rewritten when its pending
+rows are a fair share of it) and late data from waiting for ever. Doesn't belong here: asking for a
+run, and knowing which runs are under way.
+"""
+
+from __future__ import annotations
+
+from hb_assets.days import day_of
+from hb_assets.lake.inventory import DayState
+from hb_assets.settings import Settings
+
+
+def due(state: DayState, now_ms: int, settings: Settings) -> str | None:
+    """Why the day should be consolidated now, in a few words; None when it shouldn't.
+
+    Args:
+        state: how the day stands.
+        now_ms: the clock, epoch milliseconds.
+        settings: the CONSOLIDATE_* thresholds and MAX_PENDING_FRAGMENTS.
+    """
+    if state.pending_fragments == 0:
+        if state.unique and not state.minutes_current:
+            return "minutes are stale"
+        return None
+    enough = max(settings.consolidate_min_rows, settings.consolidate_ratio * state.unique)
+    if state.pending_rows >= enough:
+        return f"{state.pending_rows} rows are pending"
+    if state.most_pending > settings.max_pending_fragments:
+        return f"{state.most_pending} fragments of one shard are pending"
+    past = state.day < day_of(now_ms)
+    oldest = settings.consolidate_max_age if past else settings.consolidate_max_age_today
+    if state.oldest_pending_ms is not None:
+        age_ms = now_ms - state.oldest_pending_ms
+        if age_ms > oldest.total_seconds() * 1000:
+            return f"the oldest pending fragment is {age_ms // 60_000} min old"
+    return None

@@ -1,0 +1,87 @@
+"""The lake itself: its root folder and what it remembers of how it was made.
+
+Belongs here: opening a lake, its identity file `lake.json`, masked ids. Doesn't belong here: the
+files of days (`fragments`, `consolidation` and the rest).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from hb_assets.errors import DamagedFileError, LakeMismatchError, SettingsError
+from hb_assets.lake.files import TempFile, make_folder
+from hb_assets.settings import Settings
+
+FORMAT = 1
+"""Version of the layout and of the metadata in the files."""
+
+
+class _Identity(msgspec.Struct, frozen=True):
+    format: int
+    shards: int
+    mask_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lake:
+    """An open lake. `root` is its folder, `shards` the number it was made with."""
+
+    root: Path
+    shards: int
+    mask_key: bytes
+
+    @classmethod
+    def open(cls, settings: Settings) -> Lake:
+        """Open the lake that the settings name; make it when it isn't there.
+
+        Raises:
+            LakeMismatchError: made with another shard count or format.
+            SettingsError: the folder can't be made or written.
+            DamagedFileError: lake.json can't be read.
+        """
+        root = settings.lake_dir
+        path = root / "lake.json"
+        try:
+            if not path.exists():
+                _create(path, settings.shards)
+            identity = msgspec.json.decode(path.read_bytes(), type=_Identity)
+        except OSError as error:
+            raise SettingsError(
+                f"the lake {root} can't be used: {error.strerror}; mend it or set HB_LAKE"
+            ) from None
+        except msgspec.DecodeError:
+            raise DamagedFileError(
+                f"{path} can't be read; write it anew as "
+                f'{{"format": {FORMAT}, "shards": <as before>, "mask_key": ""}}'
+            ) from None
+        if identity.format != FORMAT:
+            raise LakeMismatchError(
+                f"the lake {root} has format {identity.format}, this version reads {FORMAT}"
+            )
+        if identity.shards != settings.shards:
+            raise LakeMismatchError(
+                f"the lake {root} has {identity.shards} shards, HB_SHARDS says {settings.shards}; "
+                f"set HB_SHARDS={identity.shards}, or use a new lake (HB_LAKE)"
+            )
+        return cls(root, identity.shards, identity.mask_key.encode())
+
+    def mask(self, identifier: str) -> str:
+        """An id for people's eyes that doesn't give away the user; the same within this lake."""
+        digest = hashlib.blake2b(identifier.encode(), key=self.mask_key[:64], digest_size=4)
+        return "~" + digest.hexdigest()
+
+
+def _create(path: Path, shards: int) -> None:
+    make_folder(path.parent)
+    identity = _Identity(FORMAT, shards, secrets.token_hex(16))
+    with TempFile(path.parent, path.parent) as temp:
+        temp.path.write_bytes(msgspec.json.encode(identity))
+        try:
+            temp.publish_new(path)
+        except FileExistsError:
+            return  # another process made the lake meanwhile; its word counts
