@@ -1,0 +1,128 @@
+"""The audit: does every heartbeat that was appended lie in exactly one place?
+
+Belongs here: holding the buffer's ledger against the lake's, and the verdict. Doesn't belong here:
+how either side counts (`buffer.depth`, `lake.ledger`).
+
+    Redis, per shard:  appended = acknowledged + buffered
+    lake:              distinct rows in raw + quarantined = acknowledged
+    per day:           rows = unique + superseded + pending
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hb_assets.buffer import depth
+from hb_assets.buffer.connection import Client
+from hb_assets.lake import ledger
+from hb_assets.lake.ledger import DayLedger
+from hb_assets.lake.store import Lake
+from hb_assets.settings import Settings
+
+_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class BufferLedger:
+    """The buffer's side, over all shards.
+
+    `in_flight` heartbeats are claimed and not acknowledged: they may lie in the lake already.
+    """
+
+    appended: int
+    acknowledged: int
+    buffered: int
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """The verdict. `differences` says, in one line each, what doesn't add up."""
+
+    buffer: BufferLedger
+    days: list[DayLedger]
+    rows: int
+    quarantined: int
+    released: int
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether nothing is missing and nothing too much."""
+        return not self.differences
+
+
+def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False) -> Audit:
+    """Reconcile the buffer and every day of the lake.
+
+    While drains go on, the lake may only be known to lie between what was acknowledged before it
+    was counted and what was acknowledged or in flight after; a still moment is waited for a while.
+
+    Args:
+        client: of the buffer.
+        lake: which lake.
+        settings: shards, memory, threads.
+        deep: count distinct keys from raw as well (reads all of raw).
+
+    Raises:
+        BufferUnavailableError: Redis doesn't answer.
+        DamagedFileError: a quarantine file can't be read.
+    """
+    for attempt in range(_ATTEMPTS):
+        before = depth.depths(client, settings)
+        days = ledger.of_days(lake, settings, deep=deep)
+        quarantine = ledger.of_quarantine(lake, settings)
+        buffered, buffer_faults = _buffered(client, settings)
+        after = depth.depths(client, settings)
+        low = sum(shard.acknowledged for shard in before)
+        high = sum(shard.acknowledged for shard in after)
+        pending = sum(shard.pending for shard in after)
+        if (low == high and not pending) or attempt == _ATTEMPTS - 1:
+            break
+    in_flight = sum(buffered.values()) + depth.foreign_lines(client, settings) if pending else 0
+    rows = sum(day.rows for day in days)
+    in_lake = rows + quarantine.records - quarantine.in_fragments
+    differences = buffer_faults + [fault for day in days for fault in day.faults]
+    if in_lake < low:
+        differences.append(
+            f"{low - in_lake:,} heartbeats are missing: {low:,} were acknowledged, the lake holds "
+            f"{in_lake:,} ({rows:,} rows in raw, {quarantine.records:,} quarantined)"
+        )
+    elif in_lake > high + in_flight:
+        differences.append(
+            f"the lake holds {in_lake - high - in_flight:,} heartbeats more than this buffer ever "
+            f"acknowledged ({rows:,} rows in raw, {quarantine.records:,} quarantined, {high:,} "
+            "acknowledged): the buffer's ledger was lost or set back, or the lake has another source"
+        )
+    return Audit(
+        buffer=BufferLedger(
+            appended=sum(shard.appended for shard in after),
+            acknowledged=high,
+            buffered=sum(buffered.values()),
+            in_flight=in_flight,
+        ),
+        days=days,
+        rows=rows,
+        quarantined=quarantine.records - quarantine.in_fragments,
+        released=quarantine.released,
+        differences=differences,
+    )
+
+
+def _buffered(client: Client, settings: Settings) -> tuple[dict[int, int], list[str]]:
+    """Heartbeats that lie in the streams, and the shards where that isn't what the ledger says.
+
+    While appends and drains go on, the ledger only says between which bounds they must be.
+    """
+    before = depth.depths(client, settings)
+    counted = depth.scanned(client, settings)
+    after = depth.depths(client, settings)
+    faults = []
+    for was, now in zip(before, after, strict=True):
+        found = counted[now.shard]
+        if not was.appended - now.acknowledged <= found <= now.appended - was.acknowledged:
+            faults.append(
+                f"buffer, shard {now.shard:02d}: {now.appended:,} appended, {now.acknowledged:,} "
+                f"acknowledged, but {found:,} lie in the stream instead of {now.heartbeats:,}"
+            )
+    return counted, faults

@@ -1,0 +1,78 @@
+"""Alarms: told once, again after an hour, and when they are over."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from hb_assets import alarms
+from hb_assets.alarms import REPEAT_MS
+from hb_assets.settings import Settings
+from hb_assets_tests.receiver import receiving
+
+FULL = {"full": "the buffer is full"}
+
+
+def told(notices: list[alarms.Alarm]) -> list[tuple[str, str]]:
+    return [(notice.alarm, notice.severity) for notice in notices]
+
+
+def test_a_new_alarm_is_told_and_then_stands() -> None:
+    notices, standing = alarms.changes({}, FULL, 0)
+    assert told(notices) == [("full", "error")]
+    assert alarms.changes(standing, FULL, REPEAT_MS - 1)[0] == []
+    again, _ = alarms.changes(standing, FULL, REPEAT_MS)
+    assert told(again) == [("full", "error")]
+
+
+def test_what_is_over_is_told_once() -> None:
+    _, standing = alarms.changes({}, FULL, 0)
+    notices, standing = alarms.changes(standing, {}, 1)
+    assert told(notices) == [("full", "resolved")]
+    assert notices[0].message == "over: the buffer is full"
+    assert alarms.changes(standing, {}, 2) == ([], {})
+
+
+def test_a_message_may_change_while_the_alarm_stands() -> None:
+    _, standing = alarms.changes({}, FULL, 0)
+    notices, standing = alarms.changes(standing, {"full": "fuller"}, 1)
+    assert notices == []
+    assert standing["full"].message == "fuller"
+
+
+def test_what_stands_survives_as_text() -> None:
+    _, standing = alarms.changes({}, FULL, 5)
+    assert alarms.load(alarms.dump(standing)) == standing
+
+
+@pytest.mark.parametrize("text", [None, "", "x", "[]"])
+def test_a_text_that_is_none_means_no_alarms(text: str | None) -> None:
+    assert alarms.load(text) == {}
+
+
+def test_the_webhook_gets_json_and_the_log_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with receiving() as receiver:
+        settings = Settings(alert_webhook=receiver.url)
+        alarms.tell([alarms.alarm("full", "the buffer is full", 0, shard="03")], settings)
+    assert receiver.received == [
+        {
+            "alarm": "full",
+            "severity": "error",
+            "message": "the buffer is full",
+            "at": "1970-01-01T00:00:00.000Z",
+            "details": {"shard": "03"},
+        }
+    ]
+    assert [record.levelno for record in caplog.records if record.name == "hb_assets.alarms"] == [
+        logging.ERROR
+    ]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/token", "no url", "http://[::1", "ftp://x/"])
+def test_a_webhook_that_fails_raises_nothing_and_its_url_is_not_logged(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    alarms.tell([alarms.alarm("full", "the buffer is full", 0)], Settings(alert_webhook=url))
+    assert "HB_ALERT_WEBHOOK can't be told" in caplog.text
+    assert "token" not in caplog.text
