@@ -1,0 +1,124 @@
+"""The backend: what the gateway's handlers work with, opened and closed together.
+
+Belongs here: the producer, the client that depth and health are read by, the lake, and the
+limits on threads that wait for them. Doesn't belong here: HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from hb_assets.buffer import connection, depth, durability
+from hb_assets.buffer.producer import AsyncProducer
+from hb_assets.errors import BufferUnavailableError, HbError
+from hb_assets.lake import query
+from hb_assets.lake.store import Lake
+from hb_assets.settings import Settings
+
+PROBE_SECONDS = 3.0
+"""How long health and metrics wait for Redis or the lake before they call it failing."""
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+class Backend:
+    """Producer, buffer client and lake of one gateway process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._away = False
+
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        """Open everything; at the end, finish the appends that are under way and close.
+
+        Raises:
+            BufferUnavailableError: Redis doesn't answer, or isn't as durable as HB_DURABILITY.
+            LakeMismatchError: the lake has another shard count or format.
+        """
+        # More readers than cores only queue inside DuckDB, where they would slow down the posts.
+        self._readers = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "readers")
+        self._probes = ThreadPoolExecutor(4, "probes")
+        async with contextlib.AsyncExitStack() as stack:
+            for pool in (self._readers, self._probes):
+                stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            self._client = connection.connect(self.settings)
+            stack.callback(self._client.close)
+            await asyncio.to_thread(connection.ping, self._client)
+            await asyncio.to_thread(durability.require, self._client, self.settings)
+            self._lake = await asyncio.to_thread(Lake.open, self.settings)
+            client = connection.connect_async(self.settings)
+            stack.push_async_callback(client.aclose)
+            self._producer = AsyncProducer(client, self.settings)
+            await self._producer.start()
+            stack.push_async_callback(self._producer.close)
+            yield
+
+    async def append(self, lines: Mapping[int, Sequence[bytes]]) -> dict[int, HbError | None]:
+        """Store lines by shard; the outcome by shard, None for stored."""
+        outcome = await self._producer.append(lines)
+        away = next((e for e in outcome.values() if isinstance(e, BufferUnavailableError)), None)
+        # One line when Redis goes and one when it is back, however many requests meet it.
+        if away is not None and not self._away:
+            _log.warning("%s", away)
+            self._away = True
+        elif self._away and away is None:
+            _log.info("the buffer answers again")
+            self._away = False
+        return outcome
+
+    async def minute_points(
+        self, user_id: str, start_ms: int, end_ms: int, device_id: str | None
+    ) -> list[query.Point]:
+        """Minute-level points of a user, out of the lake, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._readers,
+            query.minute_points,
+            self._lake,
+            user_id,
+            start_ms,
+            end_ms,
+            device_id,
+            self.settings,
+        )
+
+    async def depths(self) -> list[depth.ShardDepth]:
+        """Depth of each shard.
+
+        Raises:
+            BufferUnavailableError: Redis doesn't answer, or not within PROBE_SECONDS.
+        """
+        try:
+            return await self._probe(lambda: depth.depths(self._client, self.settings))
+        except TimeoutError:
+            raise BufferUnavailableError(
+                f"Redis didn't answer within {PROBE_SECONDS:g} s"
+            ) from None
+
+    async def probe_lake(self) -> None:
+        """Write a byte to the lake's folder, where nobody sees it.
+
+        Raises:
+            OSError: the folder can't be written.
+            TimeoutError: not within PROBE_SECONDS.
+        """
+        await self._probe(lambda: _write_probe(self._lake))
+
+    async def _probe(self, ask: Callable[[], T]) -> T:
+        """Ask in a thread; one that hangs is left behind when the time is over."""
+        async with asyncio.timeout(PROBE_SECONDS):
+            return await asyncio.get_running_loop().run_in_executor(self._probes, ask)
+
+
+def _write_probe(lake: Lake) -> None:
+    with tempfile.TemporaryFile(dir=lake.root) as file:
+        file.write(b"\0")

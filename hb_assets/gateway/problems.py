@@ -1,0 +1,155 @@
+"""Problems: every error answer of the gateway, as RFC 9457 problem details.
+
+Belongs here: the shape of an error answer, and which exception becomes which answer. Doesn't
+belong here: deciding that something is wrong. No answer holds a stack trace, a heart rate, or
+more about our machines than a client needs: what an operator needs is logged instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import traceback
+from collections.abc import Mapping
+from http import HTTPStatus
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from hb_assets.errors import (
+    BufferFullError,
+    BufferUnavailableError,
+    DamagedFileError,
+    HbError,
+)
+
+MEDIA_TYPE = "application/problem+json"
+TYPE_PREFIX = "urn:problem-type:hb:"
+UNAVAILABLE_RETRY_SECONDS = 2.0
+"""When to ask again while Redis is away: about what the embedded server needs to come back."""
+
+_log = logging.getLogger(__name__)
+
+
+class ProblemError(Exception):
+    """An error answer: raise it anywhere below the edge, or make a response of it.
+
+    Args:
+        status: HTTP status.
+        kind: last part of the problem's type URI; clients may rely on it.
+        title: what this kind of problem is, the same each time.
+        detail: what was wrong this time and what to do; never a value out of a heartbeat.
+        retry_after: seconds; becomes a Retry-After header (whole seconds, at least 1).
+        headers: further headers.
+        members: further members of the answer's object.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        title: str,
+        detail: str,
+        *,
+        retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        members: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.kind = kind
+        self.title = title
+        self.detail = detail
+        self.headers = dict(headers or {})
+        if retry_after is not None:
+            self.headers["retry-after"] = seconds(retry_after)
+        self.members = dict(members or {})
+
+    def response(self) -> Response:
+        """The answer."""
+        body = {
+            "type": TYPE_PREFIX + self.kind,
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            **self.members,
+        }
+        return Response(
+            msgspec.json.encode(body),
+            status_code=self.status,
+            headers=self.headers,
+            media_type=MEDIA_TYPE,
+        )
+
+
+def seconds(retry_after: float) -> str:
+    """Value of a Retry-After header: whole seconds, at least 1."""
+    return str(max(1, math.ceil(retry_after)))
+
+
+def of_storage(error: HbError, members: Mapping[str, object] | None = None) -> ProblemError:
+    """The 503 of a heartbeat (or a whole batch) that the buffer didn't take."""
+    full = isinstance(error, BufferFullError)
+    return ProblemError(
+        503,
+        "buffer-full" if full else "buffer-unavailable",
+        "The buffer is full" if full else "The buffer can't be reached",
+        storage_message(error),
+        retry_after=retry_after(error),
+        members=members,
+    )
+
+
+def storage_reason(error: HbError) -> str:
+    """Reason code of a heartbeat that the buffer didn't take."""
+    return "buffer_full" if isinstance(error, BufferFullError) else "buffer_unavailable"
+
+
+def storage_message(error: HbError) -> str:
+    """The same for people; where Redis is and what ails it is for the log alone."""
+    if isinstance(error, BufferFullError):
+        return str(error)
+    return "not confirmed, the buffer doesn't answer: send it again later (twice is harmless)"
+
+
+def retry_after(error: HbError) -> float:
+    """Seconds after which another try makes sense."""
+    return error.retry_after if isinstance(error, BufferFullError) else UNAVAILABLE_RETRY_SECONDS
+
+
+def of(error: Exception) -> ProblemError:
+    """The problem that an exception is to a client; what only an operator may see is logged."""
+    if isinstance(error, ProblemError):
+        return error
+    if isinstance(error, BufferFullError | BufferUnavailableError):
+        return of_storage(error)
+    if isinstance(error, HTTPException):
+        phrase = HTTPStatus(error.status_code).phrase
+        return ProblemError(
+            error.status_code,
+            phrase.lower().replace(" ", "-"),
+            phrase,
+            error.detail,
+            headers=error.headers,
+        )
+    if isinstance(error, DamagedFileError):
+        _log.error("%s", error)
+        return ProblemError(
+            500,
+            "damaged-file",
+            "A file of the lake is damaged",
+            "a file of the lake can't be read; the gateway's log names it and the way out",
+        )
+    if isinstance(error, HbError):
+        _log.error("%s", error)
+    else:
+        # An unforeseen message may quote a heartbeat: where it happened has to do.
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        _log.error("unexpected %s\n%s", type(error).__name__, frames)
+    return ProblemError(
+        500,
+        "internal-error",
+        "The gateway failed",
+        "something went wrong here, not in the request; the gateway's log says where",
+    )

@@ -1,0 +1,65 @@
+"""A gateway on a real socket, inside the test's own process."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from hb_assets.gateway.app import create_app
+from hb_assets.gateway.server import bound
+from hb_assets.settings import Settings
+from hb_assets_tests.servers import wait_for
+
+PATH = "/metrics/heart-rate"
+BATCH = "/metrics/heart-rate/batch"
+
+
+def heartbeat(**changes: Any) -> dict[str, Any]:
+    """A valid heartbeat as JSON has it, but for `changes`."""
+    valid = {
+        "user_id": "u1",
+        "device_id": "device_a",
+        "timestamp": "2025-01-15T10:00:00Z",
+        "heart_rate": 75,
+    }
+    return valid | changes
+
+
+@contextlib.contextmanager
+def running(settings: Settings) -> Iterator[httpx.Client]:
+    """A client of a gateway that serves these settings."""
+    with bound("127.0.0.1", 0) as listener:
+        config = uvicorn.Config(
+            create_app(settings), http="httptools", lifespan="on", log_config=None, access_log=False
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            wait_for(lambda: server.started or not thread.is_alive(), "the gateway to start")
+            assert server.started
+            host, port = listener.getsockname()
+            with httpx.Client(base_url=f"http://{host}:{port}", timeout=30) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join(timeout=30)
+
+
+@pytest.fixture
+def serving() -> Callable[[Settings], contextlib.AbstractContextManager[httpx.Client]]:
+    """For tests that need other settings, or several gateways."""
+    return running
+
+
+@pytest.fixture
+def http(settings: Settings) -> Iterator[httpx.Client]:
+    """A client of a gateway with the test's settings."""
+    with running(settings) as client:
+        yield client

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from hb_assets.errors import (
+    AlreadyRunningError,
+    BufferUnavailableError,
+    LakeMismatchError,
+    SettingsError,
+)
+from hb_assets.gateway.server import bound, serve
+from hb_assets.lake.store import Lake
+from hb_assets.settings import Settings
+from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, running
+from hb_assets_tests.gateway.test_heartbeats import stored
+from hb_assets_tests.servers import accepts, free_port, server_program, wait_for
+
+PROGRAM = """
+from hb_assets import settings
+from hb_assets.errors import HbError
+from hb_assets.gateway.server import serve
+try:
+    serve(settings.load(), ready=lambda: print("ready", flush=True))
+except HbError as error:
+    raise SystemExit(f"hb: {error}")
+print("ended", flush=True)
+"""
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The environment that makes a process have these settings."""
+    values = settings.model_dump(mode="json", exclude_none=True)
+    if settings.redis_url is not None:
+        values["redis_url"] = settings.redis_url.get_secret_value()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HB_")}
+    return kept | {f"HB_{name.upper()}": str(value) for name, value in values.items()}
+
+
+@contextlib.contextmanager
+def process(settings: Settings) -> Iterator[subprocess.Popen[str]]:
+    """`serve` in a process of its own, ready; killed at the end if it still runs."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        env=environment(settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        try:
+            assert child.stdout is not None
+            if child.stdout.readline() != "ready\n":
+                raise AssertionError(child.communicate(timeout=30)[1])
+            yield child
+        finally:
+            child.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_loses_nothing_that_was_accepted(
+    settings: Settings, client: Any, port: int, number: signal.Signals
+) -> None:
+    served = settings.model_copy(update={"gateway_port": port})
+    accepted: set[tuple[str, int]] = set()
+    busy = threading.Barrier(5)
+
+    def post(worker: int) -> None:
+        with (
+            contextlib.suppress(httpx.TransportError),
+            httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http,
+        ):
+            for n in range(100_000):
+                moment = 1_736_935_200_000 + n
+                body = heartbeat(user_id=f"u{worker}", timestamp_ms=moment)
+                if http.post(PATH, json=body).status_code == 200:
+                    accepted.add((f"u{worker}", moment))
+                if n == 20:
+                    busy.wait(timeout=30)
+
+    with process(served) as child:
+        threads = [threading.Thread(target=post, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        busy.wait(timeout=30)
+        child.send_signal(number)
+        out, err = child.communicate(timeout=30)
+        for thread in threads:
+            thread.join(timeout=30)
+    assert (child.returncode, out, err) == (0, "ended\n", "")
+    assert len(accepted) > 80
+    found = {(row["user_id"], row["timestamp_ms"]) for row in stored(client, settings.shards)}
+    assert accepted <= found
+
+
+def test_a_second_one_on_the_same_port_says_so(settings: Settings, port: int) -> None:
+    served = settings.model_copy(update={"gateway_port": port})
+    with process(served) as child:
+        second = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env=environment(served),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert child.poll() is None
+        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    assert second.returncode == 1
+    assert second.stderr.startswith(f"hb: port {port} on 127.0.0.1 is taken")
+    assert second.stderr.count("\n") == 1
+
+
+def test_a_port_that_only_listens_is_taken_too(port: int) -> None:
+    with (
+        bound("127.0.0.1", port),
+        pytest.raises(AlreadyRunningError, match=str(port)),
+        bound("127.0.0.1", port),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "no-such-host.invalid"])
+def test_an_address_that_is_not_ours(settings: Settings, port: int, host: str) -> None:
+    wrong = settings.model_copy(update={"gateway_host": host, "gateway_port": port})
+    with pytest.raises(SettingsError, match="HB_GATEWAY_HOST"):
+        serve(wrong)
+
+
+def test_redis_that_does_not_answer(settings: Settings, port: int) -> None:
+    nobody = SecretStr(f"redis://:secret@127.0.0.1:{port}")
+    with pytest.raises(BufferUnavailableError, match=str(port)) as caught:
+        serve(settings.model_copy(update={"redis_url": nobody, "gateway_port": free_port()}))
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_lake_of_another_shard_count(settings: Settings, port: int) -> None:
+    Lake.open(settings)
+    other = settings.model_copy(update={"shards": settings.shards + 1, "gateway_port": port})
+    with pytest.raises(LakeMismatchError):
+        serve(other)
+
+
+def test_redis_that_goes_away_and_comes_back(
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis = Redis(tmp_path, free_port())
+    away = settings.model_copy(update={"redis_url": SecretStr(redis.url)})
+    with contextlib.ExitStack() as stack:
+        stack.callback(redis.kill)
+        redis.start()
+        http = stack.enter_context(running(away))
+        assert http.post(PATH, json=heartbeat()).status_code == 200
+        redis.kill()
+        for _ in range(2):
+            single = http.post(PATH, json=heartbeat())
+            assert single.status_code == 503
+            assert single.json()["type"].endswith(":buffer-unavailable")
+            assert int(single.headers["retry-after"]) >= 1
+            assert str(redis.port) not in single.text
+        batch = http.post(BATCH, json=[heartbeat(), heartbeat(heart_rate=0)])
+        assert batch.status_code == 503
+        assert [row["retry"] for row in batch.json()["refused"]] == [True, False]
+        health = http.get("/health")
+        assert health.status_code == 503
+        assert str(redis.port) in health.json()["parts"]["redis"]
+        assert health.json()["parts"]["lake"] == "ok"
+        metrics = http.get("/metrics")
+        assert metrics.status_code == 200
+        assert "hb_buffer_up 0.0" in metrics.text
+        redis.start()
+        assert http.post(PATH, json=heartbeat()).status_code == 200
+        assert http.get("/health").status_code == 200
+    warnings = [r for r in caplog.records if r.levelname == "WARNING" and "Redis at" in r.message]
+    assert len(warnings) == 1
+
+
+class Redis:
+    """A Redis of a test's own, that it may kill."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.port = port
+        self.url = f"redis://127.0.0.1:{port}"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                *(server_program("valkey"), "--port", str(self.port), "--bind", "127.0.0.1"),
+                *("--dir", str(self._folder), "--save", ""),
+                *("--appendonly", "yes", "--appendfsync", "always"),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        wait_for(lambda: accepts(self.port), "the server to listen")
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
