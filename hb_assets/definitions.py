@@ -1,0 +1,44 @@
+"""What Dagster loads. Nothing happens until it asks.
+
+Belongs here: putting the pieces of `defs` together. Doesn't belong here: the pieces.
+"""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from hb_assets import settings as configuration
+from hb_assets.defs import jobs, partitions
+from hb_assets.defs.assets.heartbeats import heartbeats
+from hb_assets.defs.assets.minute_heart_rate import minute_heart_rate
+from hb_assets.defs.assets.raw_heartbeats import raw_heartbeats
+from hb_assets.defs.installation import Installation
+from hb_assets.defs.sensors.buffer import buffer_sensor
+from hb_assets.defs.sensors.consolidation import consolidation_sensor
+from hb_assets.defs.sensors.drain import drain_sensor
+from hb_assets.defs.sensors.failed_runs import failed_runs_sensor
+from hb_assets.settings import Settings
+
+
+@dg.definitions
+def definitions() -> dg.Definitions:
+    """The definitions for the settings in the environment. Raises SettingsError."""
+    return of(configuration.load())
+
+
+def of(settings: Settings) -> dg.Definitions:
+    """The definitions for these settings."""
+    daily = partitions.daily(settings)
+    return dg.Definitions(
+        assets=[raw_heartbeats(daily), heartbeats(daily), minute_heart_rate(daily)],
+        jobs=[jobs.consolidate_day, jobs.drain_and_report],
+        sensors=[
+            drain_sensor(settings),
+            consolidation_sensor(),
+            buffer_sensor(),
+            failed_runs_sensor(),
+        ],
+        resources={"installation": Installation(settings)},
+        # A run is one day's work, and seconds long: processes of its own would cost more than that.
+        executor=dg.in_process_executor,
+    )

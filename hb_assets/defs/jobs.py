@@ -1,0 +1,27 @@
+"""Jobs: what is launched by name, from the UI, by sensors and by `hb`.
+
+Belongs here: which assets run together. Doesn't belong here: what they do (`assets`).
+"""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from hb_assets.defs.assets import HEARTBEATS, MINUTE_HEART_RATE, RAW_HEARTBEATS
+
+CONSOLIDATE_DAY = "consolidate_day"
+DRAIN_AND_REPORT = "drain_and_report"
+
+consolidate_day = dg.define_asset_job(
+    CONSOLIDATE_DAY,
+    selection=[HEARTBEATS, MINUTE_HEART_RATE],
+    description="Consolidate one day, check it, and build its minutes. `hb up`, `hb backfill` and "
+    "the consolidation sensor launch it.",
+)
+
+drain_and_report = dg.define_asset_job(
+    DRAIN_AND_REPORT,
+    selection=[RAW_HEARTBEATS],
+    description="Drain the buffer by hand, and report one day's fragments; the drain sensor does "
+    "this all the time.",
+)

@@ -1,0 +1,50 @@
+"""The run launcher: Dagster's own, which also notices that a run's process is gone.
+
+Belongs here: whether a run's process lives. Doesn't belong here: starting one.
+
+Dagster's code server notices when a run's process dies, but when the machine or all of `hb up`
+went down nobody does: the run would look started for ever, and keep every other run of its day
+waiting. The monitoring daemon asks us, and fails such a run; run_retries (dagster.yaml) then
+tries it again. Runs and daemon share one machine here.
+"""
+
+from __future__ import annotations
+
+import dagster as dg
+import psutil
+from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus  # no public name
+
+_CLOCK_SECONDS = 5.0
+
+
+class MonitoredRunLauncher(dg.DefaultRunLauncher):
+    """DefaultRunLauncher with a health check, for `run_launcher` in dagster.yaml."""
+
+    @property
+    def supports_check_run_worker_health(self) -> bool:
+        """Yes."""
+        return True
+
+    def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
+        """Whether the process that announced itself as this run's is still there."""
+        events = self._instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)
+        for entry in events:
+            event = entry.dagster_event
+            pid = event.engine_event_data.metadata.get("pid") if event else None
+            if pid is not None:
+                if _lives(int(str(pid.value)), entry.timestamp):
+                    break
+                return CheckRunHealthResult(WorkerStatus.NOT_FOUND, f"process {pid.value} is gone")
+        return CheckRunHealthResult(WorkerStatus.RUNNING)
+
+
+def _lives(pid: int, seen: float) -> bool:
+    """Whether the process that had this pid at the time `seen` (epoch seconds) still runs."""
+    try:
+        process = psutil.Process(pid)
+        same = process.create_time() <= seen + _CLOCK_SECONDS
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True

@@ -1,0 +1,132 @@
+"""Metadata: counts, columns and previews that Dagster shows beside an asset.
+
+Belongs here: their shape. Doesn't belong here: a heart rate or a clear id; ids are masked, and
+the column of heart rates is not even read (invariant 7).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import dagster as dg
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hb_assets.lake import layout
+from hb_assets.lake.consolidation import Consolidated
+from hb_assets.lake.inventory import DayState
+from hb_assets.lake.minutes import MinutesBuilt
+from hb_assets.lake.store import Lake
+from hb_assets.settings import Settings
+
+Metadata: TypeAlias = dict[str, dg.MetadataValue]
+
+_PREVIEW_ROWS = 8
+_MASKED = ("user_id", "device_id")
+
+
+def columns(schema: pa.Schema) -> dg.TableSchema:
+    """The columns of one of our Arrow schemas."""
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(
+                field.name,
+                str(field.type),
+                description=(field.metadata or {}).get(b"comment", b"").decode() or None,
+                constraints=dg.TableColumnConstraints(nullable=field.nullable),
+            )
+            for field in schema
+        ]
+    )
+
+
+def of_raw(lake: Lake, state: DayState) -> Metadata:
+    """How a day's fragments stand."""
+    counts = {
+        "dagster/row_count": state.fragment_rows,
+        "fragments": state.fragments,
+        "bytes": state.fragment_bytes,
+        "pending_fragments": state.pending_fragments,
+        "pending_rows": state.pending_rows,
+    }
+    return {**_integers(counts), "folder": _folder(lake, layout.RAW, state.day)}
+
+
+def of_heartbeats(lake: Lake, done: Consolidated) -> Metadata:
+    """What a consolidation did, and a few rows of it."""
+    counts = {
+        "dagster/row_count": done.unique,
+        "rows": done.rows,
+        "unique": done.unique,
+        "superseded": done.superseded,
+        "repeats": done.repeats,
+        "corrections": done.corrections,
+        "replayed": done.replayed,
+        "bytes": done.bytes,
+        "written_rows": done.written,
+        "written_files": done.shards_written,
+        "fragments_taken_in": done.pending,
+    }
+    files = [layout.consolidated_file(lake.root, done.day, shard) for shard in range(lake.shards)]
+    return {
+        **_integers(counts),
+        "folder": _folder(lake, layout.HEARTBEATS, done.day),
+        "preview": preview(lake, files, ("user_id", "device_id", "timestamp")),
+    }
+
+
+def of_minutes(lake: Lake, done: MinutesBuilt, settings: Settings) -> Metadata:
+    """What building minutes did, and a few rows of them."""
+    counts = {
+        "dagster/row_count": done.rows,
+        "readings": done.readings,
+        "kept_readings": done.kept,
+        "bytes": done.bytes,
+        "written_files": done.shards_written,
+    }
+    files = [layout.minutes_file(lake.root, done.day, shard) for shard in range(lake.shards)]
+    return {
+        **_integers(counts),
+        "device_priority": dg.MetadataValue.text(", ".join(settings.device_priority)),
+        "folder": _folder(lake, layout.MINUTES, done.day),
+        "preview": preview(lake, files, ("user_id", "device_id", "minute", "count", "kept_count")),
+    }
+
+
+def _integers(counts: Mapping[str, int]) -> Metadata:
+    return {name: dg.MetadataValue.int(count) for name, count in counts.items()}
+
+
+def _folder(lake: Lake, kind: str, day: dt.date) -> dg.MetadataValue:
+    return dg.MetadataValue.path(layout.day_folder(lake.root, kind, day))
+
+
+def preview(lake: Lake, files: Iterable[Path], names: Iterable[str]) -> dg.MetadataValue:
+    """The first row of each of a few files, ids masked; files that aren't there are left out."""
+    shown = list(names)
+    records: list[dg.TableRecord] = []
+    for path in files:
+        if len(records) == _PREVIEW_ROWS:
+            break
+        try:
+            with pq.ParquetFile(path) as file:
+                batch = next(file.iter_batches(batch_size=1, columns=shown), None)
+        except FileNotFoundError:
+            continue
+        records += [
+            dg.TableRecord({name: _shown(lake, name, row[name]) for name in shown})
+            for row in (batch.to_pylist() if batch is not None else ())
+        ]
+    schema = dg.TableSchema(columns=[dg.TableColumn(name) for name in shown])
+    return dg.MetadataValue.table(records, schema=schema)
+
+
+def _shown(lake: Lake, name: str, value: object) -> str | int:
+    if name in _MASKED:
+        return lake.mask(str(value))
+    if isinstance(value, dt.datetime):
+        return value.isoformat(timespec="milliseconds")
+    return value if isinstance(value, int) else str(value)

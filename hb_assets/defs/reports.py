@@ -1,0 +1,94 @@
+"""Reports: what Dagster's event log hasn't heard yet of the lake's raw fragments.
+
+Belongs here: the drain sensor's cursor, and which days to report by it. Doesn't belong here:
+draining.
+
+Reports come from the lake, never from the memory of whoever wrote: fragments of a killed tick or
+of an `hb drain` worker are found by the next tick. With several writers neither names nor mtimes
+are monotone, so that the cursor keeps a digest of the fragment names for each day.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Iterator, Mapping
+
+import msgspec
+
+from hb_assets.alarms import Raised
+from hb_assets.defs.folders import Folders
+from hb_assets.lake import inventory, layout
+from hb_assets.lake.layout import RAW
+from hb_assets.lake.store import Lake
+
+_DIGITS = 8
+"""Of a digest, as many as the cursor keeps: it is stored with each of 17,000 ticks a day."""
+
+
+class Cursor(msgspec.Struct, frozen=True):
+    """What was reported.
+
+    `months` has digests by month (`2025-01`) and day of the month (`15`); `last` is the day that
+    was reported last, behind which the next tick goes on; `alarms` are those that stand.
+    """
+
+    last: str = ""
+    months: dict[str, dict[str, str]] = {}
+    alarms: dict[str, Raised] = {}
+
+    @classmethod
+    def parse(cls, text: str | None) -> Cursor:
+        """The cursor out of a sensor's context.
+
+        A text that isn't one starts anew, which only means that days are reported again.
+        """
+        try:
+            return msgspec.json.decode(text or "{}", type=cls)
+        except msgspec.MsgspecError:
+            return cls()
+
+    def __str__(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    def digest(self, day: dt.date) -> str | None:
+        """The digest that was reported of a day."""
+        month, number = _keys(day)
+        return self.months.get(month, {}).get(number)
+
+    def advanced(self, reported: Mapping[dt.date, str], alarms: dict[str, Raised]) -> Cursor:
+        """The cursor after these days were reported, in this order; no other day advances."""
+        months = {month: dict(digests) for month, digests in self.months.items()}
+        last = self.last
+        for day, digest in reported.items():
+            month, number = _keys(day)
+            months.setdefault(month, {})[number] = digest
+            last = day.isoformat()
+        return Cursor(last, months, alarms)
+
+
+def _keys(day: dt.date) -> tuple[str, str]:
+    return f"{day:%Y-%m}", f"{day:%d}"
+
+
+def unreported(
+    lake: Lake, cursor: Cursor, folders: Folders, accepted: Callable[[dt.date], bool]
+) -> Iterator[tuple[dt.date, str]]:
+    """Days whose fragments differ from what was reported, with the digest of those now there.
+
+    They begin behind the day that was reported last and wrap around, so that days which change all
+    the time can't keep others waiting.
+
+    Args:
+        lake: which lake.
+        cursor: what was reported.
+        folders: what this process remembers of the lake.
+        accepted: whether Dagster has a partition of the day.
+    """
+    found = layout.days_of(lake.root, RAW)
+    behind = [day for day in found if day.isoformat() > cursor.last]
+    for day in [*behind, *found[: len(found) - len(behind)]]:
+        if not accepted(day):
+            continue
+        now = folders.remembered(lake, day, (RAW,), inventory.raw_digest)[:_DIGITS]
+        if now != cursor.digest(day):
+            yield day, now

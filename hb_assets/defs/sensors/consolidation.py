@@ -1,0 +1,141 @@
+"""The consolidation sensor: asks for a run of each day that is due.
+
+Belongs here: which runs are under way or failed, and how long to wait after a failure. Doesn't
+belong here: when a day is due (`lake.policy`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from itertools import takewhile
+
+import dagster as dg
+
+from hb_assets import alarms
+from hb_assets.defs import partitions
+from hb_assets.defs.installation import Installation
+from hb_assets.defs.jobs import CONSOLIDATE_DAY
+from hb_assets.defs.sensors import now_ms
+from hb_assets.errors import HbError
+from hb_assets.lake import inventory, policy
+from hb_assets.lake.inventory import DayState
+from hb_assets.lake.layout import HEARTBEATS, MINUTES, RAW
+from hb_assets.lake.store import Lake
+from hb_assets.settings import Settings
+
+REASON = "hb/reason"
+"""Run tag: why the day was due."""
+MOST_REQUESTS = 8
+"""Runs asked for in one tick; more would only wait in Dagster's queue."""
+BACKOFF_MINUTES = (1, 5, 15, 60)
+"""Pause after a day's first, second, ... failure in a row; the last one counts for all others."""
+
+_UNFINISHED = [
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+
+def consolidation_sensor() -> dg.SensorDefinition:
+    """The sensor; it asks for runs of `consolidate_day`."""
+    return dg.sensor(
+        name="consolidation",
+        job_name=CONSOLIDATE_DAY,
+        minimum_interval_seconds=15,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Asks for the consolidation of days with enough, or old enough, pending rows.",
+    )(_tick)
+
+
+def _tick(
+    context: dg.SensorEvaluationContext, installation: dg.ResourceParam[Installation]
+) -> dg.SensorResult | dg.SkipReason:
+    settings = installation.settings
+    now = now_ms()
+    try:
+        lake = installation.lake()
+    except HbError as error:
+        return dg.SkipReason(str(error))  # the drain sensor raises the alarm
+    unfinished = context.instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))
+    busy = {run.tags.get(partitions.TAG) for run in unfinished}
+    states, faults = _states(installation, lake)
+    requests: list[dg.RunRequest] = []
+    passed_over = list(faults.values())
+    for state in states:
+        reason = policy.due(state, now, settings)
+        day = state.day.isoformat()
+        if reason is None:
+            continue
+        if day in busy:
+            passed_over.append(f"{day}: a run is under way")
+            continue
+        attempt = _attempt(context.instance, day, now)
+        if attempt is None:
+            passed_over.append(f"{day}: waiting after a failure")
+            continue
+        run_key = f"{day}/{_fingerprint(state, settings)}/{attempt}"
+        requests.append(dg.RunRequest(run_key=run_key, partition_key=day, tags={REASON: reason}))
+        if len(requests) == MOST_REQUESTS:
+            break
+    notices, standing = alarms.changes(alarms.load(context.cursor), faults, now)
+    alarms.tell(notices, settings)
+    return dg.SensorResult(
+        run_requests=requests,
+        skip_reason=None if requests else "; ".join(passed_over[:5]) or "no day is due",
+        cursor=alarms.dump(standing),
+    )
+
+
+def _states(installation: Installation, lake: Lake) -> tuple[list[DayState], dict[str, str]]:
+    """How each day stands, and what can't be read."""
+
+    def look(lake: Lake, day: dt.date) -> DayState:
+        return inventory.day_state(lake, day, installation.settings)
+
+    daily = partitions.daily(installation.settings)
+    states: list[DayState] = []
+    faults: dict[str, str] = {}
+    for day in inventory.days(lake):
+        if daily.has_partition_key(day.isoformat()):
+            try:
+                states.append(
+                    installation.folders.remembered(lake, day, (RAW, HEARTBEATS, MINUTES), look)
+                )
+            except HbError as error:
+                faults[f"day_unreadable:{day.isoformat()}"] = str(error)
+    return states, faults
+
+
+def _attempt(instance: dg.DagsterInstance, day: str, now: int) -> str | None:
+    """What tells this attempt from those before it; None while a failed day has to wait.
+
+    A run key is never used twice, even when its run failed: the run that failed last is part of it.
+    After a success there is no such part, so that a day which stays due all the same isn't
+    consolidated over and over.
+    """
+    records = instance.get_run_records(
+        dg.RunsFilter(job_name=CONSOLIDATE_DAY, tags={partitions.TAG: day}),
+        limit=len(BACKOFF_MINUTES),
+    )
+    failed = list(
+        takewhile(lambda one: one.dagster_run.status == dg.DagsterRunStatus.FAILURE, records)
+    )
+    if not failed:
+        return "first"
+    ended = failed[0].end_time or failed[0].update_timestamp.timestamp()
+    if now < (ended + BACKOFF_MINUTES[len(failed) - 1] * 60) * 1000:
+        return None
+    return failed[0].dagster_run.run_id[:8]
+
+
+def _fingerprint(state: DayState, settings: Settings) -> str:
+    """Differs when there is something else to do.
+
+    That is other pending fragments, another publication, or another device priority.
+    """
+    parts = (state.pending_digest, str(state.rows_written), *settings.device_priority)
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,109 @@
+"""The drain sensor: drains the buffer in its tick, and reports what the lake holds.
+
+Belongs here: a tick's budget, and what becomes of its faults. Doesn't belong here: draining
+(`drain`), and which days to report (`reports`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+
+import dagster as dg
+
+from hb_assets import alarms, drain
+from hb_assets.defs import metadata, outcomes, partitions
+from hb_assets.defs.assets import RAW_HEARTBEATS
+from hb_assets.defs.installation import Installation
+from hb_assets.defs.reports import Cursor, unreported
+from hb_assets.defs.sensors import now_ms
+from hb_assets.errors import HbError
+from hb_assets.lake import inventory
+from hb_assets.lake.store import Lake
+from hb_assets.settings import Settings
+
+MOST_EVENTS = 50
+"""Asset events of one tick: Dagster writes them one by one, before it saves the cursor."""
+REPORT_SECONDS = 15.0
+"""How long a tick goes on gathering figures of days; the others are left to the next one."""
+
+
+def drain_sensor(settings: Settings) -> dg.SensorDefinition:
+    """The sensor; it drains for DRAIN_TICK_SECONDS and a bit, then reports."""
+    return dg.sensor(
+        name="drain",
+        minimum_interval_seconds=settings.drain_sensor_interval,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Drains the buffer into raw fragments, and reports the days that changed.",
+    )(_tick)
+
+
+def _tick(
+    context: dg.SensorEvaluationContext, installation: dg.ResourceParam[Installation]
+) -> dg.SensorResult:
+    settings = installation.settings
+    cursor = Cursor.parse(context.cursor)
+    said, faults, lost = "", {}, 0
+    events: list[dg.AssetMaterialization] = []
+    reported: dict[dt.date, str] = {}
+    try:
+        lake = installation.lake()
+        try:
+            said, lost = _drain(installation, lake)
+        except (HbError, OSError) as error:
+            faults["drain"] = f"nothing can be drained: {outcomes.line(error)}"
+        events, reported = _report(installation, lake, cursor)
+    except (HbError, OSError) as error:
+        faults["lake"] = outcomes.line(error)
+    now = now_ms()
+    notices, standing = alarms.changes(cursor.alarms, faults, now)
+    if lost:
+        message = f"{lost} entries of the buffer were deleted before they were drained: data loss"
+        notices.append(alarms.alarm("entries_lost", message, now))
+    alarms.tell(notices, settings)
+    return dg.SensorResult(
+        skip_reason="; ".join([*faults.values(), *([said] if said else [])]),
+        asset_events=events,
+        cursor=str(cursor.advanced(reported, standing)),
+    )
+
+
+def _drain(installation: Installation, lake: Lake) -> tuple[str, int]:
+    """Drain; one line about it, and how many entries were found to be lost."""
+    settings = installation.settings
+    with installation.consumer() as consumer:
+        done = drain.drain(consumer, lake, settings, seconds=settings.drain_tick_seconds)
+    return outcomes.drained(done) if done.entries else "the buffer is empty", consumer.lost
+
+
+def _report(
+    installation: Installation, lake: Lake, cursor: Cursor
+) -> tuple[list[dg.AssetMaterialization], dict[dt.date, str]]:
+    """Events of days that changed, and the digests that they report."""
+    settings = installation.settings
+    daily = partitions.daily(settings)
+    end = time.monotonic() + REPORT_SECONDS
+    events: list[dg.AssetMaterialization] = []
+    reported: dict[dt.date, str] = {}
+    for day, digest in unreported(
+        lake, cursor, installation.folders, lambda day: daily.has_partition_key(day.isoformat())
+    ):
+        events.append(_event(lake, day, settings))
+        reported[day] = digest
+        if len(events) == MOST_EVENTS or time.monotonic() > end:
+            break
+    return events, reported
+
+
+def _event(lake: Lake, day: dt.date, settings: Settings) -> dg.AssetMaterialization:
+    description, figures = None, {}
+    try:
+        figures = metadata.of_raw(lake, inventory.day_state(lake, day, settings))
+    except HbError as error:
+        description = str(error)
+    return dg.AssetMaterialization(
+        asset_key=RAW_HEARTBEATS,
+        partition=day.isoformat(),
+        description=description,
+        metadata=figures,
+    )

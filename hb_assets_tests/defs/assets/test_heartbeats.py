@@ -1,0 +1,176 @@
+"""heartbeats and minute_heart_rate: materialized for a day, with check results."""
+
+from __future__ import annotations
+
+import re
+
+import dagster as dg
+import pyarrow.parquet as pq
+import pytest
+
+from hb_assets.defs.assets import HEARTBEATS, MINUTE_HEART_RATE
+from hb_assets.lake import checks, consolidation, layout
+from hb_assets.lake.checks import Figure
+
+DAY = "2025-01-15"
+
+
+@pytest.fixture
+def drained(append, ticks):
+    """Brings what was appended into the lake."""
+
+    def drained(day: str = DAY, **heartbeats: int) -> None:
+        append(day, **heartbeats)
+        ticks("drain").tick()
+
+    return drained
+
+
+def materialization(result: dg.ExecuteInProcessResult, asset: dg.AssetKey):
+    [found] = [
+        event.materialization
+        for event in result.get_asset_materialization_events()
+        if event.asset_key == asset
+    ]
+    return found
+
+
+def evaluations(result: dg.ExecuteInProcessResult) -> dict[str, bool]:
+    return {one.check_name: one.passed for one in result.get_asset_check_evaluations()}
+
+
+def failure(result: dg.ExecuteInProcessResult) -> str:
+    [event] = [event for event in result.all_events if event.is_step_failure]
+    return event.step_failure_data.user_failure_data.description
+
+
+def rows(installation) -> list[dict[str, object]]:
+    lake = installation.lake()
+    files = sorted((lake.root / layout.HEARTBEATS).rglob("*.parquet"))
+    names = ["user_id", "device_id", "timestamp", "heart_rate"]
+    return [row for path in files for row in pq.read_table(path, columns=names).to_pylist()]
+
+
+def test_a_day_is_consolidated_and_checked(drained, run) -> None:
+    drained(users=4, readings=5)
+    drained(users=4, readings=2)
+    drained(users=2, readings=1, bpm=90)
+    result = run(DAY)
+    assert result.success
+    assert evaluations(result) == dict.fromkeys(
+        (*checks.HEARTBEAT_CHECKS, *checks.MINUTE_CHECKS), True
+    )
+    figures = materialization(result, HEARTBEATS).metadata
+    counts = {name: value.value for name, value in figures.items() if hasattr(value, "value")}
+    expected = {
+        "dagster/row_count": 20,
+        "rows": 30,
+        "unique": 20,
+        "superseded": 10,
+        "repeats": 8,
+        "corrections": 2,
+        "replayed": 0,
+        "written_rows": 20,
+    }
+    assert {name: counts[name] for name in expected} == expected
+    minutes = materialization(result, MINUTE_HEART_RATE).metadata
+    assert minutes["dagster/row_count"].value == 4
+    assert minutes["readings"].value == 20
+
+
+def test_figures_of_checks_are_their_metadata(drained, run) -> None:
+    drained(users=3, readings=4)
+    found = {one.check_name: one for one in run(DAY).get_asset_check_evaluations()}
+    figures = found[checks.COUNTS_ADD_UP].metadata
+    assert (figures["rows_in"].value, figures["unique"].value) == (12, 12)
+
+
+def test_nothing_about_users_reaches_the_event_log(drained, run, instance) -> None:
+    drained(users=4, readings=5, bpm=217)
+    result = run(DAY)
+    told = "\n".join(str(entry) for entry in instance.all_logs(result.run_id))
+    assert "user-" not in told
+    figures = [
+        event.materialization.metadata for event in result.get_asset_materialization_events()
+    ]
+    figures += [one.metadata for one in result.get_asset_check_evaluations()]
+    assert not re.search(r"\b217\b", str(figures))
+    preview = materialization(result, HEARTBEATS).metadata["preview"]
+    assert "~" in preview.records[0].data["user_id"]
+    assert "heart_rate" not in preview.records[0].data
+
+
+def test_a_day_without_data_materializes(run) -> None:
+    result = run("2025-01-20")
+    assert result.success
+    assert materialization(result, HEARTBEATS).metadata["dagster/row_count"].value == 0
+    assert all(evaluations(result).values())
+
+
+def test_a_range_gives_the_same_rows_when_it_runs_again(drained, run, installation) -> None:
+    days = ("2025-01-14", DAY, "2025-01-16")
+    for day in days[1:]:
+        drained(day, users=4, readings=5)
+    assert all(run(day).success for day in days)
+    first = rows(installation)
+    assert len(first) == 40
+    assert all(run(day).success for day in days)
+    assert rows(installation) == first
+    assert all(run(day, rebuild=True).success for day in days)
+    assert rows(installation) == first
+
+
+@pytest.mark.parametrize("name", checks.HEARTBEAT_CHECKS)
+def test_a_failed_check_fails_the_run_and_publishes_nothing(
+    name, drained, run, installation, monkeypatch
+) -> None:
+    drained(users=4, readings=5)
+    assert run(DAY).success
+    before = rows(installation)
+    drained(users=4, readings=9)
+    with monkeypatch.context() as patch:
+        spoil(patch, name)
+        result = run(DAY)
+    assert not result.success
+    found = evaluations(result)
+    assert found[name] is False
+    assert sum(found.values()) == len(checks.HEARTBEAT_CHECKS) - 1
+    assert "2025-01-15, shard" in failure(result)
+    assert "spoilt by a test" in failure(result)
+    assert MINUTE_HEART_RATE not in {
+        event.asset_key for event in result.get_asset_materialization_events()
+    }
+    assert rows(installation) == before
+
+
+def spoil(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Make one check fail; that bad files make them fail is shown in lake/test_checks.py."""
+    original = consolidation._figures
+
+    def figures(*arguments: object) -> list[Figure]:
+        return [
+            Figure(one.name, False, {"faults": 1}, "spoilt by a test") if one.name == name else one
+            for one in original(*arguments)
+        ]
+
+    patch.setattr(consolidation, "_figures", figures)
+
+
+def test_a_damaged_file_is_one_clear_line(drained, run, installation) -> None:
+    drained(users=4, readings=5)
+    run(DAY)
+    lake = installation.lake()
+    path = next((lake.root / layout.HEARTBEATS).rglob("*.parquet"))
+    path.write_bytes(b"PAR1 no more")
+    result = run(DAY)
+    assert not result.success
+    assert failure(result).startswith(f"{path} is damaged")
+    assert run(DAY, rebuild=True).success
+
+
+def test_an_error_is_not_tried_again_unless_that_helps(drained, run, installation) -> None:
+    drained(users=4, readings=5)
+    run(DAY)
+    next((installation.lake().root / layout.HEARTBEATS).rglob("*.parquet")).write_bytes(b"")
+    result = run(DAY)
+    assert not any(event.is_step_up_for_retry for event in result.all_events)

@@ -1,0 +1,70 @@
+"""The buffer sensor: one alarm when the buffer fills up or lost entries, one when it is over."""
+
+from __future__ import annotations
+
+import pytest
+
+from hb_assets.buffer import keys
+from hb_assets.defs.sensors import buffer
+from hb_assets_tests.defs.conftest import Ticks
+
+DAY = "2025-01-15"
+
+
+@pytest.fixture
+def sensor(settings, instance, webhook) -> Ticks:
+    low = {"buffer_max_heartbeats": 40, "shards": 2, **webhook.setting}
+    return Ticks(settings.model_copy(update=low), instance, "buffer")
+
+
+def told(webhook) -> list[tuple[str, str]]:
+    return [(one["alarm"], one["severity"]) for one in webhook.received]
+
+
+def test_above_the_high_water_mark_it_alarms_once(append, sensor, webhook, ticks) -> None:
+    sensor.tick()
+    assert told(webhook) == []
+    append(DAY, users=8, readings=5)
+    data = sensor.tick()
+    assert "HB_BUFFER_HIGH_WATER" in data.skip_message
+    sensor.tick()
+    assert told(webhook) == [("buffer_high_water", "error")]
+    ticks("drain").tick()
+    sensor.tick()
+    assert told(webhook)[1:] == [("buffer_high_water", "resolved")]
+    assert "user-" not in str(webhook.received)
+
+
+def test_an_alarm_that_stands_is_repeated_after_an_hour(
+    append, sensor, webhook, monkeypatch
+) -> None:
+    append(DAY, users=8, readings=5)
+    sensor.tick()
+    later = buffer.now_ms() + 3_600_000
+    monkeypatch.setattr(buffer, "now_ms", lambda: later)
+    sensor.tick()
+    sensor.tick()
+    assert told(webhook) == [("buffer_high_water", "error")] * 2
+
+
+def test_entries_that_somebody_deleted_are_an_alarm(append, sensor, webhook, client) -> None:
+    append(DAY, users=2, readings=2)
+    for shard in range(2):
+        client.xtrim(keys.stream(shard), maxlen=0)
+    sensor.tick()
+    [alarm] = webhook.received
+    assert alarm["alarm"] == "entries_lost"
+    assert "4 heartbeats" in alarm["message"]
+
+
+def test_a_receiver_that_is_away_stops_nothing(append, settings, instance) -> None:
+    away = {"buffer_max_heartbeats": 40, "alert_webhook": "http://127.0.0.1:1/secret"}
+    append(DAY, users=8, readings=5)
+    data = Ticks(settings.model_copy(update=away), instance, "buffer").tick()
+    assert "HB_BUFFER_HIGH_WATER" in data.skip_message
+
+
+def test_a_redis_that_is_away_is_a_clear_line(settings, instance) -> None:
+    away = {"redis_url": type(settings.redis_url)("redis://127.0.0.1:1")}
+    data = Ticks(settings.model_copy(update=away), instance, "buffer").tick()
+    assert "can't be reached" in data.skip_message

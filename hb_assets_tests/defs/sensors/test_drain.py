@@ -1,0 +1,131 @@
+"""The drain sensor: drains, reports what the lake holds, and survives a Redis that is away."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+
+import pytest
+
+from hb_assets import drain
+from hb_assets.defs.installation import Installation
+from hb_assets.defs.reports import Cursor
+from hb_assets.defs.sensors import drain as drain_sensor
+from hb_assets_tests.defs.conftest import Ticks
+
+
+def reported(data) -> list[str]:
+    return [event.partition for event in data.asset_events]
+
+
+def test_a_tick_drains_and_reports_each_touched_day_once(append, ticks) -> None:
+    append("2025-01-15", users=4, readings=5)
+    append("2025-01-16", users=1, readings=3)
+    sensor = ticks("drain")
+    data = sensor.tick()
+    assert reported(data) == ["2025-01-15", "2025-01-16"]
+    figures = data.asset_events[0].metadata
+    assert figures["dagster/row_count"].value == 20
+    assert figures["pending_rows"].value == 20
+    assert "drained 23 rows" in data.skip_message
+
+
+def test_unchanged_days_are_not_reported_again(append, ticks) -> None:
+    sensor = ticks("drain")
+    append("2025-01-15")
+    sensor.tick()
+    assert reported(sensor.tick()) == []
+    append("2025-01-16")
+    assert reported(sensor.tick()) == ["2025-01-16"]
+    append("2025-01-15")
+    assert reported(sensor.tick()) == ["2025-01-15"]
+
+
+def test_a_tick_that_was_killed_before_it_was_saved_loses_no_report(append, ticks) -> None:
+    append("2025-01-15")
+    sensor = ticks("drain")
+    killed = sensor.tick(saved=False)
+    assert reported(killed) == ["2025-01-15"]
+    again = sensor.tick()
+    assert reported(again) == ["2025-01-15"]
+    assert again.skip_message == "the buffer is empty"
+
+
+def test_fragments_of_another_writer_are_reported(append, ticks, settings) -> None:
+    sensor = ticks("drain")
+    sensor.tick()
+    append("2025-01-15")
+    worker = Installation(settings)
+    with worker.consumer() as consumer:
+        drain.drain(consumer, worker.lake(), settings, until_empty=True)
+    assert reported(sensor.tick()) == ["2025-01-15"]
+
+
+def test_entries_claimed_by_a_killed_tick_are_drained_by_the_next(
+    append, ticks, installation
+) -> None:
+    append("2025-01-15")
+    with installation.consumer() as consumer:
+        assert consumer.claim(1000, 10**6)
+    data = ticks("drain").tick()
+    assert reported(data) == ["2025-01-15"]
+
+
+def test_at_most_some_days_a_tick_and_none_waits_for_ever(append, ticks, monkeypatch) -> None:
+    monkeypatch.setattr(drain_sensor, "MOST_EVENTS", 2)
+    for day in range(1, 6):
+        append(f"2025-01-0{day}", users=1, readings=1)
+    sensor = ticks("drain")
+    seen = reported(sensor.tick())
+    for _ in range(2):
+        append("2025-01-01", users=1, readings=1)
+        append("2025-01-02", users=1, readings=1)
+        seen += reported(sensor.tick())
+    assert seen == [f"2025-01-0{day}" for day in range(1, 6)] + ["2025-01-01"]
+
+
+def test_a_redis_that_is_away_is_a_clear_line_and_the_lake_is_reported_all_the_same(
+    append, ticks, settings, instance, webhook
+) -> None:
+    append("2025-01-15")
+    ticks("drain").tick(saved=False)
+    away = settings.model_copy(
+        update={"redis_url": type(settings.redis_url)("redis://127.0.0.1:1"), **webhook.setting}
+    )
+    sensor = Ticks(away, instance, "drain")
+    data = sensor.tick()
+    assert "Redis at redis://127.0.0.1:1 can't be reached" in data.skip_message
+    assert reported(data) == ["2025-01-15"]
+    sensor.tick()
+    back = Ticks(settings.model_copy(update=webhook.setting), instance, "drain")
+    back.cursor = sensor.cursor
+    back.tick()
+    assert [(one["alarm"], one["severity"]) for one in webhook.received] == [
+        ("drain", "error"),
+        ("drain", "resolved"),
+    ]
+
+
+def test_without_a_running_server_it_says_what_to_start(settings, instance) -> None:
+    embedded = settings.model_copy(update={"redis_url": None})
+    data = Ticks(embedded, instance, "drain").tick()
+    assert "start `hb up`, or set HB_REDIS_URL" in data.skip_message
+
+
+def test_a_lake_of_another_shard_count_is_a_clear_line(append, settings, instance, ticks) -> None:
+    ticks("drain").tick()
+    other = settings.model_copy(update={"shards": 3})
+    data = Ticks(other, instance, "drain").tick()
+    assert "HB_SHARDS" in data.skip_message
+
+
+def test_the_cursor_stays_small() -> None:
+    days = [dt.date(2020, 1, 1) + dt.timedelta(days=n) for n in range(365)]
+    cursor = Cursor().advanced(dict.fromkeys(days, "0123abcd"), {})
+    assert len(str(cursor)) < 7000
+    assert json.loads(str(cursor))["months"]["2020-01"]["15"] == "0123abcd"
+
+
+@pytest.mark.parametrize("text", ["", "x", "[]", '{"months": 1}', None])
+def test_a_cursor_that_is_none_starts_anew(text) -> None:
+    assert Cursor.parse(text) == Cursor()
