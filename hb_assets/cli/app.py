@@ -1,0 +1,150 @@
+"""The frame that all commands share.
+
+Belongs here: the typer app, the `--json` option, the settings of this process, how errors end.
+Doesn't belong here: any command, and how results look (`output`).
+
+A command module registers itself and is named in `COMMANDS`:
+
+    @app.command()
+    def audit(context: typer.Context, as_json: AsJson = False) -> None:
+        "Reconcile every day."
+        settings = settings_of(context)
+        ...
+        raise typer.Exit(FAILED)
+
+Exit codes: 0 done; 1 done, but the result is bad news (it doesn't add up, a run failed); 2 could
+not be done (one line on stderr says why); 130 ended by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from hb_assets import __version__
+from hb_assets import settings as settings_module
+from hb_assets.cli import output, state
+from hb_assets.errors import HbError, SettingsError
+from hb_assets.settings import Settings
+
+COMMANDS = ("up", "serve", "draining", "lake", "quarantine", "status", "backfill")
+"""Modules of this package that register commands, in the order of `hb --help`."""
+
+FAILED = 1
+REFUSED = 2
+INTERRUPTED = 130
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+class _Group(TyperGroup):
+    """Ends every command alike: one line on stderr for what a user can mend, never a trace."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HbError as error:
+            output.complain(str(error))
+            raise typer.Exit(REFUSED) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # the reader of our output went away; typer ends quietly
+            where = f" ({error.filename})" if error.filename else ""
+            output.complain(f"{error.strerror or type(error).__name__}{where}")
+            raise typer.Exit(REFUSED) from None
+        except (typer.Exit, typer.Abort, typer.TyperException):
+            raise
+        except Exception as error:
+            if _debugging(ctx):
+                raise
+            # an unforeseen message may quote a heartbeat: where it happened has to do
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            output.complain(
+                f"unexpected {type(error).__name__} in {last.filename}:{last.lineno}; this is a "
+                "bug, HB_LOG_LEVEL=debug shows its trace"
+            )
+            raise typer.Exit(REFUSED) from None
+
+
+def _debugging(context: typer.Context) -> bool:
+    settings = context.find_root().obj
+    return isinstance(settings, Settings) and settings.log_level == "debug"
+
+
+app = typer.Typer(
+    name="hb",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Heart-rate heartbeats: from HTTP through Redis Streams to checked daily Parquet.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hb_assets {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _hb(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+def settings_of(context: typer.Context, *, agree: bool = True) -> Settings:
+    """Settings of this process, loaded once.
+
+    Args:
+        context: the command's context.
+        agree: refuse settings that differ from the running `hb up` in what all processes of one
+            installation must agree on (HB_START_DATE, HB_SHARDS).
+
+    Raises:
+        SettingsError: a value can't be used, or differs from that of the running `hb up`.
+    """
+    root = context.find_root()
+    if root.obj is None:
+        root.obj = settings_module.load()
+    settings: Settings = root.obj
+    if agree:
+        _agree(settings)
+    return settings
+
+
+def _agree(settings: Settings) -> None:
+    up = state.running(settings)
+    if up is None:
+        return
+    theirs = {"HB_START_DATE": up.start_date, "HB_SHARDS": up.shards}
+    ours = {"HB_START_DATE": settings.start_date, "HB_SHARDS": settings.shards}
+    differing = [
+        f"{name} is {ours[name]} here and {theirs[name]} there"
+        for name in ours
+        if ours[name] != theirs[name]
+    ]
+    if differing:
+        raise SettingsError(
+            f"`hb up` (pid {up.pid}) runs on this HB_HOME with other settings: "
+            + "; ".join(differing)
+            + "; use the same in both terminals"
+        )
+
+
+def load_commands() -> typer.Typer:
+    """The app with all its commands."""
+    for name in COMMANDS:
+        importlib.import_module(f"hb_assets.cli.{name}")
+    return app

@@ -1,0 +1,237 @@
+"""`hb consolidate`, `hb query` and `hb audit`: from fragments to checked days, and what is in them.
+
+Belongs here: options, progress and results of these commands. Doesn't belong here: the work itself
+(`lake`, `audit`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from typing import Annotated
+
+import typer
+
+from hb_assets import days, record
+from hb_assets.audit import Audit, audit
+from hb_assets.buffer import connection, server
+from hb_assets.cli import output
+from hb_assets.cli.app import FAILED, AsJson, app, settings_of
+from hb_assets.errors import HbError
+from hb_assets.lake import consolidation, inventory, minutes, query
+from hb_assets.lake.consolidation import Consolidated
+from hb_assets.lake.store import Lake
+from hb_assets.settings import Settings
+
+
+@app.command()
+def consolidate(
+    context: typer.Context,
+    wanted: Annotated[
+        list[str] | None, typer.Argument(metavar="[DAY]...", help="Days like 2025-01-15, UTC.")
+    ] = None,
+    pending: Annotated[
+        bool, typer.Option("--pending", help="Every day that has pending fragments.")
+    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every day of the lake.")] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Start from raw fragments, not the published file.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Deduplicate and sort days into consolidated files, check them, and make their minutes."""
+    settings = settings_of(context)
+    if sum((bool(wanted), pending, every)) != 1:
+        raise typer.BadParameter("name days, or --pending, or --all")
+    lake = Lake.open(settings)
+    chosen = [_day(text) for text in wanted or ()] or _days(lake, settings, pending_only=pending)
+    results: list[Consolidated] = []
+    failed: dict[dt.date, str] = {}
+    with output.progress() as progress:
+        task = progress.add_task("consolidate", total=len(chosen))
+        for day in chosen:
+            progress.update(task, description=f"consolidate {day}")
+            try:
+                results.append(consolidation.consolidate(lake, day, settings, rebuild=rebuild))
+                minutes.build(lake, day, settings)
+            except HbError as error:
+                failed[day] = str(error)
+            progress.advance(task)
+    if as_json:
+        output.print_json(
+            {"days": results, "failed": {str(day): why for day, why in failed.items()}}
+        )
+    else:
+        _show_consolidated(results)
+    for why in failed.values():
+        output.complain(why)
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def _day(text: str) -> dt.date:
+    try:
+        return days.parse_day(text)
+    except ValueError:
+        raise typer.BadParameter(f"not a day like 2025-01-15: {text!r}") from None
+
+
+def _days(lake: Lake, settings: Settings, *, pending_only: bool) -> list[dt.date]:
+    found = inventory.days(lake)
+    if not pending_only:
+        return found
+
+    def is_due(day: dt.date) -> bool:
+        try:
+            state = inventory.day_state(lake, day, settings)
+        except HbError:
+            return True  # consolidating it says what is wrong, and the other days go on
+        return bool(state.pending_fragments) or not state.minutes_current
+
+    return [day for day in found if is_due(day)]
+
+
+def _show_consolidated(results: list[Consolidated]) -> None:
+    if not results:
+        output.results.print("nothing is pending")
+        return
+    table = output.table(
+        "Consolidated", "day", "rows", "unique", "repeats", "corrections", "files written", "checks"
+    )
+    for one in results:
+        passed = sum(figure.passed for figure in one.figures)
+        table.add_row(
+            str(one.day),
+            f"{one.rows:,}",
+            f"{one.unique:,}",
+            f"{one.repeats:,}",
+            f"{one.corrections:,}",
+            f"{one.shards_written:,}",
+            f"{passed} of {len(one.figures)} passed",
+        )
+    table.add_section()
+    table.add_row(
+        f"{len(results)} days",
+        f"{sum(one.rows for one in results):,}",
+        f"{sum(one.unique for one in results):,}",
+        f"{sum(one.repeats for one in results):,}",
+        f"{sum(one.corrections for one in results):,}",
+        f"{sum(one.shards_written for one in results):,}",
+        "",
+    )
+    output.results.print(table)
+
+
+@app.command("query")
+def query_user(
+    context: typer.Context,
+    user: Annotated[str, typer.Argument(help="user_id")],
+    start: Annotated[str, typer.Option(help="First instant, ISO 8601; without offset UTC.")],
+    end: Annotated[str, typer.Option(help="First instant after the range.")],
+    device: Annotated[
+        str | None, typer.Option(help="Only this device; default: by device priority.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Minute-level heart rate of one user, out of everything that is durable in the lake."""
+    settings = settings_of(context)
+    first, last = _instant(start, "--start"), _instant(end, "--end")
+    if first >= last:
+        raise typer.BadParameter("must lie after --start", param_hint="--end")
+    points = query.minute_points(Lake.open(settings), user, first, last, device, settings)
+    if as_json:
+        output.print_json(
+            {
+                "user_id": user,
+                "data": [
+                    {
+                        "timestamp": _iso(point.minute_ms),
+                        "heart_rate": point.heart_rate,
+                        "device_id": point.device_id,
+                    }
+                    for point in points
+                ],
+                "count": len(points),
+            }
+        )
+        return
+    table = output.table(f"{len(points):,} points", "minute (UTC)", "bpm", "device")
+    for point in points:
+        table.add_row(_iso(point.minute_ms), str(point.heart_rate), point.device_id)
+    output.results.print(table)
+
+
+def _instant(text: str, option: str) -> int:
+    try:
+        return record.parse_instant(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"not a time like 2025-01-15T10:00:00Z: {text!r}", param_hint=option
+        ) from None
+
+
+def _iso(epoch_ms: int) -> str:
+    moment = days.EPOCH + dt.timedelta(milliseconds=epoch_ms)
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+@app.command("audit")
+def audit_all(
+    context: typer.Context,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Count distinct keys from raw as well (reads all of it).")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Reconcile the buffer and every day of the lake; exit code 1 when it doesn't add up."""
+    settings = settings_of(context)
+    lake = Lake.open(settings)
+    began = time.monotonic()
+    with server.borrowed(settings):
+        client = connection.connect(settings)
+        connection.ping(client)
+        with output.progress() as progress:
+            progress.add_task("audit", total=None)
+            verdict = audit(client, lake, settings, deep=deep)
+    if as_json:
+        output.print_json({"adds_up": verdict.adds_up, "audit": verdict})
+    else:
+        _show_audit(verdict, time.monotonic() - began)
+    if not verdict.adds_up:
+        raise typer.Exit(FAILED)
+
+
+def _show_audit(verdict: Audit, seconds: float) -> None:
+    table = output.table(
+        "Every day: rows = unique + superseded (repeats + corrections) + pending",
+        *("day", "rows", "unique", "superseded", "repeats", "corrections", "pending", "adds up"),
+    )
+    for day in verdict.days:
+        counts = (day.rows, day.unique, day.superseded, day.repeats, day.corrections, day.pending)
+        table.add_row(
+            str(day.day), *(f"{count:,}" for count in counts), "no" if day.faults else "yes"
+        )
+    table.add_section()
+    table.add_row(
+        f"{len(verdict.days)} days",
+        *(
+            f"{sum(getattr(day, name) for day in verdict.days):,}"
+            for name in ("rows", "unique", "superseded", "repeats", "corrections", "pending")
+        ),
+        "",
+    )
+    output.results.print(table)
+    side = verdict.buffer
+    output.results.print(
+        f"buffer: {side.appended:,} appended = {side.acknowledged:,} acknowledged + "
+        f"{side.buffered:,} buffered"
+    )
+    output.results.print(
+        f"lake: {verdict.rows:,} rows in raw + {verdict.quarantined:,} quarantined = "
+        f"{verdict.rows + verdict.quarantined:,}"
+        + (f" ({side.in_flight:,} in flight)" if side.in_flight else "")
+    )
+    for difference in verdict.differences:
+        output.complain(difference)
+    answer = "it adds up" if verdict.adds_up else "it does NOT add up"
+    output.results.print(f"{answer} ({seconds:.1f} s)", style="green" if verdict.adds_up else "red")

@@ -1,0 +1,30 @@
+"""`hb serve`: the gateway alone, in the foreground."""
+
+from __future__ import annotations
+
+import logging
+
+import typer
+
+from hb_assets.cli import output
+from hb_assets.cli.app import AsJson, app, settings_of
+
+
+@app.command()
+def serve(context: typer.Context, as_json: AsJson = False) -> None:
+    """Serve the HTTP gateway alone, until Ctrl-C; `hb up` runs it together with all the rest."""
+    settings = settings_of(context)
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    from hb_assets.gateway import server
+
+    url = f"http://{settings.gateway_host}:{settings.gateway_port}"
+
+    def ready() -> None:
+        if as_json:
+            output.print_json({"gateway": url})
+        else:
+            output.note(f"the gateway serves {url}, until Ctrl-C")
+
+    server.serve(settings, ready)

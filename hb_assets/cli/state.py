@@ -1,0 +1,100 @@
+"""The running `hb up`, as other processes see it: one JSON file under HB_HOME.
+
+Belongs here: what `hb up` tells about itself, how it is found, how leftovers are known. Doesn't
+belong here: starting or ending anything.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from hb_assets.settings import Settings
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """A process, known by pid and start time: a pid alone may have been given to another."""
+
+    pid: int
+    created: float
+
+    def process(self) -> psutil.Process | None:
+        """The live process, or None when it ended (a zombie has ended)."""
+        try:
+            process = psutil.Process(self.pid)
+            # both times come from the same clock ticks; a reused pid is later by seconds
+            same = abs(process.create_time() - self.created) < 1
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.Error:
+            return None
+
+
+class MemberState(msgspec.Struct, frozen=True):
+    """One supervised member: `state` in supervisor's words; `since` is its start, epoch seconds."""
+
+    name: str
+    state: str
+    pid: int | None
+    since: float | None
+    restarts: int
+
+
+class UpState(msgspec.Struct, frozen=True):
+    """What a running `hb up` tells about itself."""
+
+    identity: Identity
+    start_date: dt.date
+    shards: int
+    gateway: str
+    dagster: str
+    phase: str
+    members: tuple[MemberState, ...] = ()
+    processes: tuple[Identity, ...] = ()
+    """Every process below `hb up` that still lived when this was written."""
+
+    @property
+    def pid(self) -> int:
+        """Pid of `hb up`."""
+        return self.identity.pid
+
+
+def path(settings: Settings) -> Path:
+    """The state file."""
+    return settings.run_dir / "up.json"
+
+
+def read(settings: Settings) -> UpState | None:
+    """The state that the latest `hb up` left, whether it still runs or not."""
+    try:
+        return msgspec.json.decode(path(settings).read_bytes(), type=UpState)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def running(settings: Settings) -> UpState | None:
+    """The state of the running `hb up`, or None."""
+    up = read(settings)
+    return up if up is not None and up.identity.process() is not None else None
+
+
+def write(settings: Settings, up: UpState) -> None:
+    """Replace the state file; readers see the old one or the new one."""
+    target = path(settings)
+    temp = target.with_suffix(".tmp")
+    temp.write_bytes(msgspec.json.encode(up))
+    temp.replace(target)
+
+
+def identify(processes: Iterable[psutil.Process]) -> tuple[Identity, ...]:
+    """Identities of the processes that still live."""
+    found = []
+    for process in processes:
+        try:
+            found.append(Identity(process.pid, process.create_time()))
+        except psutil.Error:
+            continue
+    return tuple(found)

@@ -1,0 +1,205 @@
+"""`hb status`: how members, buffer and lake stand, and what raises an alarm.
+
+Belongs here: putting together what others tell, and showing it. Doesn't belong here: any figure
+of its own. It works when nothing runs, and starts nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from hb_assets.buffer import connection, depth, server
+from hb_assets.buffer.depth import ShardDepth
+from hb_assets.cli import output, state
+from hb_assets.cli.app import FAILED, AsJson, app, settings_of
+from hb_assets.cli.state import MemberState, UpState
+from hb_assets.errors import BufferUnavailableError
+from hb_assets.lake import layout
+from hb_assets.lake.layout import RAW
+from hb_assets.lake.store import Lake
+from hb_assets.settings import Settings
+
+if TYPE_CHECKING:
+    from hb_assets.lake.inventory import DayState
+
+
+@dataclass(slots=True)
+class Status:
+    """Everything that `hb status` shows.
+
+    `pid` is that of `hb up`, None when it doesn't run; `buffer` is None when Redis can't be asked;
+    `last_drain` is epoch seconds.
+    """
+
+    pid: int | None = None
+    phase: str = "not running"
+    gateway: str | None = None
+    dagster: str | None = None
+    members: tuple[MemberState, ...] = ()
+    buffer: list[ShardDepth] | None = None
+    days: list[DayState] = field(default_factory=list)
+    days_in_lake: int = 0
+    last_drain: float | None = None
+    alarms: list[str] = field(default_factory=list)
+
+
+@app.command()
+def status(
+    context: typer.Context,
+    days: Annotated[
+        int, typer.Option("--days", min=0, help="Show this many of the latest days; 0: all.")
+    ] = 14,
+    as_json: AsJson = False,
+) -> None:
+    """Show members, buffer, lake and alarms. Exit code 1 when there is an alarm."""
+    settings = settings_of(context)
+    found = look(settings, latest=days)
+    if as_json:
+        output.print_json(found)
+    else:
+        _show(found, settings)
+    if found.alarms:
+        raise typer.Exit(FAILED)
+
+
+def look(settings: Settings, *, latest: int = 14) -> Status:
+    """How everything stands now; of the lake the `latest` days (0: all)."""
+    found = Status()
+    up = state.running(settings)
+    if up is not None:
+        _look_at_members(found, up)
+    _look_at_buffer(found, settings, up)
+    _look_at_lake(found, settings, latest)
+    return found
+
+
+def _look_at_members(found: Status, up: UpState) -> None:
+    found.pid, found.phase = up.pid, up.phase
+    found.gateway, found.dagster = up.gateway, up.dagster
+    found.members = up.members
+    if up.phase == "running":
+        found.alarms += [
+            f"member {member.name} is {member.state}; see its log"
+            for member in up.members
+            if member.state != "running"
+        ]
+
+
+def _look_at_buffer(found: Status, settings: Settings, up: UpState | None) -> None:
+    if settings.embedded and up is None and not server.running(settings):
+        return
+    try:
+        with closing(connection.connect(settings)) as client:
+            found.buffer = depth.depths(client, settings)
+    except BufferUnavailableError as error:
+        found.alarms.append(str(error))
+    else:
+        found.alarms += depth.high_water(found.buffer, settings)
+
+
+def _look_at_lake(found: Status, settings: Settings, latest: int) -> None:
+    if not (settings.lake_dir / "lake.json").exists():
+        return  # nothing was ever stored; a look doesn't make a lake
+    from hb_assets.lake import inventory
+
+    lake = Lake.open(settings)
+    every = inventory.days(lake)
+    found.days_in_lake = len(every)
+    found.days = [inventory.day_state(lake, day, settings) for day in every[-latest:]]
+    found.last_drain = _last_drain(lake)
+
+
+def _last_drain(lake: Lake) -> float | None:
+    """When a fragment was published last, epoch seconds: a folder's time is that of its names."""
+    newest = None
+    for day in layout.days_of(lake.root, RAW):
+        for shard in range(lake.shards):
+            try:
+                changed = layout.shard_folder(lake.root, RAW, day, shard).stat().st_mtime
+            except FileNotFoundError:
+                continue
+            newest = changed if newest is None else max(newest, changed)
+    return newest
+
+
+def _show(found: Status, settings: Settings) -> None:
+    console = output.results
+    now = time.time()
+    if found.pid is None:
+        console.print(f"`hb up` doesn't run on {settings.home_dir}", soft_wrap=True)
+    else:
+        console.print(
+            f"`hb up` (pid {found.pid}) is {found.phase}: gateway {found.gateway}, "
+            f"Dagster {found.dagster}",
+            soft_wrap=True,
+        )
+        table = output.table("Members", "member", "state", "pid", "uptime", "restarts")
+        for member in found.members:
+            table.add_row(
+                member.name,
+                member.state,
+                str(member.pid or "-"),
+                output.duration(now - member.since) if member.since else "-",
+                str(member.restarts),
+            )
+        console.print(table)
+    if found.buffer is None:
+        console.print("the buffer's server doesn't run; what it holds is on the disk")
+    elif any(one.entries or one.pending for one in found.buffer):
+        console.print(_buffer_table(found.buffer, now))
+    else:
+        console.print(f"the buffer is empty ({len(found.buffer)} shards)")
+    if found.days:
+        console.print(_lake_table(found))
+    else:
+        console.print("the lake is empty")
+    if found.last_drain is not None:
+        console.print(f"last drain: {output.duration(now - found.last_drain)} ago")
+    for alarm in found.alarms:
+        output.complain(f"alarm: {alarm}")
+
+
+def _buffer_table(shards: list[ShardDepth], now: float) -> Table:
+    table = output.table(
+        "Buffer", "shard", "heartbeats", "bytes", "entries", "claimed", "waiting", "oldest"
+    )
+    busy = [one for one in shards if one.entries or one.pending]
+    for one in busy:
+        age = output.duration(now - one.oldest_ms / 1000) if one.oldest_ms else "-"
+        table.add_row(
+            f"{one.shard:02d}",
+            *(f"{n:,}" for n in (one.heartbeats, one.bytes, one.entries, one.pending)),
+            f"{one.undelivered:,}",
+            age,
+        )
+    table.caption = f"{len(shards) - len(busy)} of {len(shards)} shards are empty"
+    return table
+
+
+def _lake_table(found: Status) -> Table:
+    table = output.table(
+        "Lake",
+        "day (UTC)",
+        "unique",
+        "superseded",
+        "pending",
+        "fragments",
+        "bytes",
+        "minutes",
+    )
+    for one in found.days:
+        table.add_row(
+            one.day.isoformat(),
+            *(f"{n:,}" for n in (one.unique, one.superseded, one.pending_rows)),
+            f"{one.pending_fragments:,}",
+            f"{one.bytes:,}",
+            "current" if one.minutes_current else "stale",
+        )
+    table.caption = f"{len(found.days)} of {found.days_in_lake} days"
+    return table

@@ -1,0 +1,158 @@
+"""`hb consolidate`, `hb query` and `hb audit`: results, exit codes, and one line when it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import redis
+
+from hb_assets.buffer import keys
+from hb_assets.lake import layout, minutes
+from hb_assets.lake.store import Lake
+from hb_assets.record import shard_of
+from hb_assets.settings import Settings
+from hb_assets_tests.cli.commands import complaint, hb, told
+from hb_assets_tests.lake.deliveries import DAY, NOON, consolidated, deliver, entry, line
+
+pytestmark = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
+START, END = "2025-01-15T12:00:00Z", "2025-01-15T12:01:00Z"
+
+
+@pytest.fixture(autouse=True)
+def environment(settings: Settings, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HB_HOME", str(settings.home))
+    monkeypatch.setenv("HB_SHARDS", "4")
+    monkeypatch.setenv("HB_REDIS_URL", redis_url)
+
+
+@pytest.fixture
+def lake(settings: Settings) -> Lake:
+    opened = Lake.open(settings)
+    deliver(opened, settings, entry([line(), line(bpm=80), line("u2", bpm=61)]))
+    return opened
+
+
+# -- consolidate
+
+
+@pytest.mark.parametrize("choice", ["2025-01-15", "--pending", "--all"])
+def test_consolidate(lake: Lake, settings: Settings, choice: str) -> None:
+    found = told("consolidate", choice)
+    [day] = found["days"]
+    assert found["failed"] == {}
+    assert (day["day"], day["rows"], day["unique"], day["corrections"]) == ("2025-01-15", 3, 2, 1)
+    assert all(figure["passed"] for figure in day["figures"])
+    assert len(consolidated(lake)) == 2
+    assert minutes.is_current(lake, DAY, shard_of("u1", 4), settings.device_priority)
+
+
+def test_nothing_pending(lake: Lake) -> None:
+    assert "2025-01-15" in hb("consolidate", "--pending").stdout
+    assert hb("consolidate", "--pending").stdout == "nothing is pending\n"
+    assert told("consolidate", "--pending") == {"days": [], "failed": {}}
+
+
+def test_rebuild(lake: Lake) -> None:
+    hb("consolidate", DAY)
+    [day] = told("consolidate", DAY, "--rebuild")["days"]
+    assert (day["written"], day["unique"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--pending", "--all"],
+        ["2025-01-15", "--all"],
+        ["2025-1-5"],
+        ["today"],
+        ["../../etc"],
+        ["2025-01-15", "2025-02-30"],
+    ],
+)
+def test_days_that_are_none(lake: Lake, arguments: list[str]) -> None:
+    complaint("consolidate", *arguments)
+    assert consolidated(lake) == []
+
+
+@pytest.mark.parametrize("choice", ["--pending", "--all"])
+def test_damaged_day_does_not_stop_the_others(lake: Lake, settings: Settings, choice: str) -> None:
+    hb("consolidate", "--all")
+    next_day = NOON + 86_400_000
+    deliver(lake, settings, entry([line(at=next_day), line(bpm=90)], ms=next_day))
+    path = layout.consolidated_file(lake.root, DAY, shard_of("u1", 4))
+    path.write_bytes(b"PAR1")
+    result = hb("consolidate", choice, code=1)
+    assert str(path) in result.stderr
+    assert result.stderr.count("hb: ") == 1
+    found = told("consolidate", "--all", code=1)
+    assert list(found["failed"]) == ["2025-01-15"]
+    assert [day["unique"] for day in found["days"]] == [1]
+
+
+# -- query
+
+
+def test_query(lake: Lake) -> None:
+    assert told("query", "u1", "--start", START, "--end", END) == {
+        "user_id": "u1",
+        "data": [{"timestamp": START, "heart_rate": 80, "device_id": "device_a"}],
+        "count": 1,
+    }
+    shown = hb("query", "u1", "--start", START, "--end", END, "--device", "device_a").stdout
+    assert "80" in shown
+    assert told("query", "u1", "--start", START, "--end", END, "--device", "other")["count"] == 0
+    assert told("query", "nobody", "--start", START, "--end", END)["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [(START, START), (END, START), ("noon", END), (START, "2025-01-15"), ("", END)],
+)
+def test_times_that_are_none(lake: Lake, start: str, end: str) -> None:
+    complaint("query", "u1", "--start", start, "--end", end)
+
+
+def test_query_of_a_damaged_lake(lake: Lake) -> None:
+    hb("consolidate", "--all")
+    path = layout.consolidated_file(lake.root, DAY, shard_of("u1", 4))
+    path.write_bytes(b"PAR1")
+    assert complaint("query", "u1", "--start", START, "--end", END).startswith(
+        f"hb: {path} is damaged"
+    )
+
+
+# -- audit
+
+
+def test_audit(client: redis.Redis, lake: Lake, settings: Settings) -> None:
+    """The fixture's rows came by no buffer: the audit says so."""
+    found = told("audit", code=1)
+    assert not found["adds_up"]
+    assert "the lake holds 3 heartbeats more" in found["audit"]["differences"][0]
+    assert "it does NOT add up" in hb("audit", "--deep", code=1).stdout
+    client.hset(keys.ledger(0), mapping={"appended": 3, "acknowledged": 3})
+    assert told("audit")["adds_up"]
+    assert "it adds up" in hb("audit").stdout
+    hb("consolidate", "--all")
+    [day] = told("audit", "--deep")["audit"]["days"]
+    assert (day["day"], day["unique"], day["superseded"], day["pending"]) == ("2025-01-15", 2, 1, 0)
+
+
+# -- what can't be used
+
+
+@pytest.mark.parametrize(
+    "command", [["consolidate", "--all"], ["query", "u", "--start", START, "--end", END], ["audit"]]
+)
+def test_lake_that_cannot_be_used(
+    lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setenv("HB_SHARDS", "5")
+    assert "HB_SHARDS=4" in complaint(*command)
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("HB_HOME", str(tmp_path / "file" / "home"))
+    text = complaint(*command)
+    assert text.startswith("hb: ")
+    assert text.count("\n") == 1
