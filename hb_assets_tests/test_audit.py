@@ -28,7 +28,6 @@ from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 from hb_assets_tests.lake.deliveries import DAY, NOON, line
 
-pytestmark = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
 SHARD = shard_of("u1", 4)
 
 

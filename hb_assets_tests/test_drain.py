@@ -43,8 +43,6 @@ from hb_assets_tests.lake.deliveries import (
 )
 from hb_assets_tests.servers import wait_for
 
-ONE_SERVER = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
-"""For what doesn't depend on the kind of server."""
 DAY = days.day_of(time.time_ns() // 1_000_000)
 MIDNIGHT = days.start_ms(DAY)
 
@@ -163,7 +161,6 @@ def test_second_drain_of_the_same_entries_changes_no_result(
     assert quarantine.counts(lake) == {"record_not_json": 1}
 
 
-@ONE_SERVER
 @pytest.mark.parametrize("times", [1, 2, 5])
 def test_disk_that_is_full(
     client: redis.Redis,
@@ -196,7 +193,6 @@ def test_disk_that_is_full(
     assert [one.attempts for one in quarantine.records(lake)] == [3]
 
 
-@ONE_SERVER
 def test_quarantine_that_cannot_be_written(
     client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
 ) -> None:
@@ -210,7 +206,6 @@ def test_quarantine_that_cannot_be_written(
     assert len(settled(client, lake, settings)) == 3
 
 
-@ONE_SERVER
 @pytest.mark.parametrize("moment", [*MOMENTS, ACKNOWLEDGED])
 def test_killed(client: redis.Redis, lake: Lake, settings: Settings, moment: str) -> None:
     append(client, settings, [*users(20), b"bad", beat("u1", bpm=80)])
@@ -236,7 +231,6 @@ def test_killed(client: redis.Redis, lake: Lake, settings: Settings, moment: str
 # -- budgets and ends
 
 
-@ONE_SERVER
 @pytest.mark.parametrize(
     "budget", [{"drain_max_rows": 10}, {"drain_max_bytes": 1024}, {"drain_max_rows": 1}]
 )
@@ -258,7 +252,6 @@ def test_budgets(
     assert len(settled(client, lake, small)) == 10
 
 
-@ONE_SERVER
 def test_no_cycle_starts_after_the_time(
     client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
 ) -> None:
@@ -268,7 +261,6 @@ def test_no_cycle_starts_after_the_time(
     assert drain(consumer, lake, settings, seconds=60).rows == 3
 
 
-@ONE_SERVER
 def test_stop(client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings) -> None:
     append(client, settings, users(3))
     assert drain(consumer, lake, settings, stop=lambda: True).rows == 0
@@ -279,7 +271,6 @@ def test_stop(client: redis.Redis, consumer: Consumer, lake: Lake, settings: Set
     assert done.rows == 3
 
 
-@ONE_SERVER
 def test_follow_takes_what_comes_later(
     client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
 ) -> None:
@@ -296,7 +287,6 @@ def test_follow_takes_what_comes_later(
         assert running.result().rows == 3
 
 
-@ONE_SERVER
 def test_until_empty_waits_for_what_another_one_holds(
     client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
 ) -> None:
@@ -317,7 +307,6 @@ def test_until_empty_waits_for_what_another_one_holds(
             assert running.result(timeout=30).rows == 0
 
 
-@ONE_SERVER
 def test_several_drainers_at_once(client: redis.Redis, lake: Lake, settings: Settings) -> None:
     small = settings.model_copy(
         update={

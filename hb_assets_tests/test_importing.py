@@ -30,7 +30,6 @@ from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 from hb_assets_tests.lake.deliveries import DAY, NOON, consolidated, line, survivors
 
-pytestmark = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
 HEADER = b"user_id,device_id,timestamp,heart_rate\n"
 MOMENT = dt.datetime(2025, 1, 15, 12, tzinfo=dt.UTC)
 

@@ -22,7 +22,6 @@ from hb_assets_tests.cli.commands import complaint, hb, told
 from hb_assets_tests.lake.deliveries import line, raw
 from hb_assets_tests.servers import wait_for
 
-VALKEY = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -41,7 +40,6 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-@VALKEY
 def test_import_then_drain(
     outside: None, file: Path, tmp_path: Path, client: redis.Redis, settings: Settings
 ) -> None:
@@ -61,7 +59,6 @@ def test_import_then_drain(
     assert sum(one.entries for one in depth.depths(client, settings)) == 0
 
 
-@VALKEY
 def test_shown_for_people(outside: None, file: Path) -> None:
     result = hb("import", file)
     assert "some file.ndjson:4: heart_rate_out_of_range: heart_rate must be" in result.stderr
@@ -70,7 +67,6 @@ def test_shown_for_people(outside: None, file: Path) -> None:
     assert "drained 2 entries: 2 rows" in hb("drain").stdout
 
 
-@VALKEY
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -86,7 +82,6 @@ def test_what_cannot_be_done(outside: None, arguments: list[str], why: str) -> N
     assert why in complaint(*arguments)
 
 
-@VALKEY
 @pytest.mark.parametrize("command", [["drain"], ["import", "x.ndjson"]])
 def test_lake_that_cannot_be_used(
     outside: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
@@ -110,7 +105,6 @@ def test_redis_that_does_not_answer(
     assert "pass@" not in text
 
 
-@VALKEY
 def test_full_disk_is_one_line(
     outside: None, client: redis.Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,6 @@ from hb_assets.settings import Settings
 from hb_assets_tests.cli.commands import complaint, hb, told
 from hb_assets_tests.lake.deliveries import DAY, NOON, consolidated, deliver, entry, line
 
-pytestmark = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
 START, END = "2025-01-15T12:00:00Z", "2025-01-15T12:01:00Z"
 
 

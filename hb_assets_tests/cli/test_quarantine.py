@@ -14,7 +14,6 @@ from hb_assets.settings import Settings
 from hb_assets_tests.cli.commands import complaint, hb, told
 from hb_assets_tests.lake.deliveries import line
 
-pytestmark = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
 OLD = [line("secret", at=f"2015-01-0{n}T00:00:00Z") for n in range(1, 4)]
 
 
