@@ -11,6 +11,8 @@ import pytest
 import redis
 
 from hb_assets.buffer.connection import connect
+from hb_assets.buffer.consumer import Consumer
+from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 from hb_assets_tests.servers import running_server, server_program
 
@@ -61,3 +63,15 @@ def settings(redis_url: str, tmp_path: Path) -> Settings:
 def client(settings: Settings) -> Iterator[redis.Redis]:
     with contextlib.closing(connect(settings)) as connected:
         yield connected
+
+
+@pytest.fixture
+def lake(settings: Settings) -> Lake:
+    return Lake.open(settings)
+
+
+@pytest.fixture
+def consumer(client: redis.Redis, settings: Settings) -> Iterator[Consumer]:
+    with contextlib.closing(Consumer(client, settings)) as opened:
+        opened.open()
+        yield opened

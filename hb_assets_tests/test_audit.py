@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -29,21 +29,6 @@ from hb_assets.settings import Settings
 from hb_assets_tests.lake.deliveries import DAY, NOON, line
 
 SHARD = shard_of("u1", 4)
-
-
-@pytest.fixture
-def lake(settings: Settings) -> Lake:
-    return Lake.open(settings)
-
-
-@pytest.fixture
-def consumer(settings: Settings) -> Iterator[Consumer]:
-    client = connect(settings)
-    opened = Consumer(client, settings)
-    opened.open()
-    yield opened
-    opened.close()
-    client.close()
 
 
 def append(client: redis.Redis, settings: Settings, lines: list[bytes], shard: int = SHARD) -> None:

@@ -6,7 +6,7 @@ import datetime as dt
 import gzip
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import redis
 from hb_assets import importing
 from hb_assets.audit import audit
 from hb_assets.buffer import depth
-from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
 from hb_assets.drain import drain
@@ -32,21 +31,6 @@ from hb_assets_tests.lake.deliveries import DAY, NOON, consolidated, line, survi
 
 HEADER = b"user_id,device_id,timestamp,heart_rate\n"
 MOMENT = dt.datetime(2025, 1, 15, 12, tzinfo=dt.UTC)
-
-
-@pytest.fixture
-def lake(settings: Settings) -> Lake:
-    return Lake.open(settings)
-
-
-@pytest.fixture
-def consumer(settings: Settings) -> Iterator[Consumer]:
-    client = connect(settings)
-    opened = Consumer(client, settings)
-    opened.open()
-    yield opened
-    opened.close()
-    client.close()
 
 
 Run = Callable[..., tuple[Imported, list[RefusedLine]]]

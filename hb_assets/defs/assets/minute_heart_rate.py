@@ -17,7 +17,8 @@ from hb_assets.lake.checks import MINUTE_CHECKS
 _DESCRIPTION = """\
 One row per user, minute and device: sum, count, min and max over all readings, and again (`kept_*`)
 over those that device priority keeps: `minutes/day=.../shard=NN/minutes.parquet`. Priority decides
-only between readings of one user at exactly the same timestamp. The query API reads these files.
+only between readings of one user at exactly the same timestamp. Coarser spans add up from these sums
+and counts.
 """
 
 
