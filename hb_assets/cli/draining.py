@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,9 @@ from hb_assets.buffer import connection, durability, server
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
 from hb_assets.cli import output
-from hb_assets.cli.app import AsJson, app, settings_of
+from hb_assets.cli.app import REFUSED, AsJson, app, settings_of
 from hb_assets.drain import Drained, drain
+from hb_assets.errors import ImportFileError
 from hb_assets.importing import Format, Imported, Importer, RefusedLine
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
@@ -63,6 +65,10 @@ def import_files(
     """
     settings = settings_of(context)
     wanted = _format(form)
+    if refused_file and any(
+        path.exists() and refused_file.exists() and path.samefile(refused_file) for path in files
+    ):
+        raise typer.BadParameter("is a file to import", param_hint="--refused")
     lake = Lake.open(settings)
     alone = settings.embedded and not server.running(settings)
     with server.borrowed(settings), _RefusedLines(refused_file) as refused:
@@ -76,13 +82,22 @@ def import_files(
                 nonlocal drained
                 drained = drained.plus(drain(consumer, lake, settings))
 
-            results = [
-                _import(path, wanted, settings, client, refused, make_room if alone else None)
-                for path in files
-            ]
+            results: list[Imported] = []
+            unreadable: list[str] = []
+            for path in files:
+                try:
+                    room = make_room if alone else None
+                    results.append(_import(path, wanted, settings, client, refused, room))
+                except ImportFileError as error:
+                    unreadable.append(str(error))  # the other files go on
             if alone:
                 drained = drained.plus(drain(consumer, lake, settings, until_empty=True))
-    _show_import(results, drained if alone else None, refused, as_json)
+    if results or as_json:
+        _show_import(results, drained if alone else None, refused, as_json)
+    for complaint in unreadable:
+        output.complain(complaint)
+    if unreadable:
+        raise typer.Exit(REFUSED)
 
 
 def _format(form: str | None) -> Format | None:
@@ -167,7 +182,7 @@ def _show_import(
             Path(one.path).name, f"{one.accepted:,}", f"{one.refused:,}", f"{one.seconds:.1f}"
         )
     output.results.print(table)
-    reasons = sum((one.reasons for one in results), start=type(results[0].reasons)())
+    reasons = sum((one.reasons for one in results), start=Counter[str]())
     for reason, count in reasons.most_common():
         output.results.print(f"refused {count:,}: {reason}")
     if drained is not None:

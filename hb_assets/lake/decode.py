@@ -9,8 +9,10 @@ The columnar path forgives a few slips of syntax that `record.parse` doesn't: a 
 
 from __future__ import annotations
 
+import io
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,6 +78,8 @@ ROWS: pa.Schema = pa.schema(
     [*HEARTBEATS, pa.field("shard", pa.int16()), pa.field("day", pa.int32())]
 )
 
+_CHUNK = 50_000
+"""Lines that are handled in Python at a time."""
 _SCAN = 64
 """Entries that one thread reads in one go."""
 _ENTRIES = pa.schema(
@@ -155,38 +159,18 @@ def decode(entries: Sequence[Delivery], settings: Settings) -> Decoded:
     """Read a batch of entries. A timestamp's "too far ahead" is measured from the entry's id."""
     bounds = settings.time_bounds
     rejects = _Rejects(entries)
-    texts: list[tuple[int, str]] = []
-    lines: list[tuple[int, int, bytes]] = []  # entry, position, text: for record.parse
-    for index, entry in enumerate(entries):
-        if entry.data is None or not entry.data.strip():
-            rejects.add(index, 0, entry.data or b"", _NO_DATA)
-            continue
-        try:
-            texts.append((index, entry.data.decode()))
-        except UnicodeDecodeError:
-            lines += ((index, pos, line) for pos, line in enumerate(entry.data.split(b"\n")))
-    table = pa.Table.from_arrays(
-        [
-            pa.array([index for index, _ in texts], pa.int32()),
-            pa.array([_latest(entries[index].ms, settings) for index, _ in texts], pa.int64()),
-            pa.array([entries[index].own is None for index, _ in texts], pa.bool_()),
-            pa.array([text for _, text in texts], pa.string()),
-        ],
-        schema=_ENTRIES,
-    )
+    found: list[tuple[int, int, Heartbeat]] = []
+    unknown_fields = 0
     with engine(settings) as connection:
-        read = _read(connection, table, settings)
+        columnar = [index for index, entry in enumerate(entries) if not _is_empty(entry)]
+        read, unread = _read_all(connection, entries, columnar, settings)
         sound = read.filter(read["sound"])
-        doubtful = read.filter(pa.compute.invert(read["sound"])).select(["entry", "pos", "line"])
-        for row in doubtful.to_pylist():
-            lines.append((row["entry"], row["pos"], row["line"].encode()))
-        found: list[tuple[int, int, Heartbeat]] = []
-        unknown_fields = 0
-        for index, pos, line in lines:
+        for index in set(range(len(entries))) - set(columnar):
+            rejects.add(index, 0, entries[index].data or b"", _NO_DATA)
+        for index, pos, line in _doubtful(read, entries, unread):
             if not line.strip():
                 continue
-            now_ms = min(entries[index].ms, LAST_MS)
-            result, unknown = record.parse(line, now_ms, bounds)
+            result, unknown = record.parse(line, min(entries[index].ms, LAST_MS), bounds)
             if isinstance(result, Refusal):
                 rejects.add(index, pos, line, result)
             else:
@@ -217,7 +201,60 @@ def _latest(entry_ms: int, settings: Settings) -> int:
     return min(min(entry_ms, LAST_MS) + settings.time_bounds.future_ms, LAST_MS)
 
 
-def _read(connection: duckdb.DuckDBPyConnection, table: pa.Table, settings: Settings) -> pa.Table:
+def _is_empty(entry: Delivery) -> bool:
+    return entry.data is None or not entry.data.strip()
+
+
+def _read_all(
+    connection: duckdb.DuckDBPyConnection,
+    entries: Sequence[Delivery],
+    indexes: Sequence[int],
+    settings: Settings,
+) -> tuple[pa.Table, list[int]]:
+    """Lines of these entries in columns, and the entries that can't be read so.
+
+    What fails in company (one entry that isn't UTF-8, or takes more memory than there is) is tried
+    in halves, down to the entry that fails alone: `record.parse` reads that one line by line.
+    """
+    try:
+        return _read(connection, entries, indexes, settings), []
+    except (UnicodeDecodeError, MemoryError, duckdb.Error, pa.ArrowException):
+        half = len(indexes) // 2
+        if half == 0:
+            return _read(connection, entries, [], settings), list(indexes)
+    first, unread = _read_all(connection, entries, indexes[:half], settings)
+    second, more = _read_all(connection, entries, indexes[half:], settings)
+    return pa.concat_tables([first, second]), unread + more
+
+
+def _doubtful(
+    read: pa.Table, entries: Sequence[Delivery], unread: Sequence[int]
+) -> Iterator[tuple[int, int, bytes]]:
+    """Entry, position and text of each line that DuckDB doesn't vouch for, a chunk at a time."""
+    lines = read.filter(pa.compute.invert(read["sound"])).select(["entry", "pos", "line"])
+    for batch in lines.to_batches(_CHUNK):
+        for index, pos, line in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            yield index, pos, line.encode()
+    for index in unread:
+        for pos, raw in enumerate(io.BytesIO(entries[index].data or b"")):
+            yield index, pos, raw.removesuffix(b"\n")
+
+
+def _read(
+    connection: duckdb.DuckDBPyConnection,
+    entries: Sequence[Delivery],
+    indexes: Sequence[int],
+    settings: Settings,
+) -> pa.Table:
+    table = pa.Table.from_arrays(
+        [
+            pa.array(indexes, pa.int32()),
+            pa.array([_latest(entries[index].ms, settings) for index in indexes], pa.int64()),
+            pa.array([entries[index].own is None for index in indexes], pa.bool_()),
+            pa.array([(entries[index].data or b"").decode() for index in indexes], pa.string()),
+        ],
+        schema=_ENTRIES,
+    )
     # DuckDB scans an Arrow table by its chunks, each in one thread.
     connection.register("entries", pa.Table.from_batches(table.to_batches(_SCAN), table.schema))
     parameters = {
@@ -271,30 +308,44 @@ def _found_rows(found: list[tuple[int, int, Heartbeat]], entries: Sequence[Deliv
 
 
 class _Rejects:
-    """Records that can't be used, gathered in their envelope."""
+    """Records that can't be used, gathered in columns: there may be millions of tiny ones."""
 
     def __init__(self, entries: Sequence[Delivery]) -> None:
         self._entries = entries
-        self._rows: list[dict[str, Any]] = []
-        self.indexes: list[int] = []
+        self.indexes = array("i")
+        self._positions = array("i")
+        self._raws: list[bytes] = []
+        self._refusals: list[Refusal] = []
+        self._known: dict[Refusal, Refusal] = {}
+        self._chunks: list[pa.Table] = []
+        self._done = 0
         self._now_ms = time.time_ns() // 1_000_000
 
     def add(self, index: int, pos: int, raw: bytes, refusal: Refusal) -> None:
-        entry = self._entries[index]
         self.indexes.append(index)
-        self._rows.append(
-            {
-                "raw": raw,
-                "reason": refusal.reason,
-                "message": refusal.message,
-                "arrival_ms": entry.ms,
-                "arrival_seq": entry.seq,
-                "arrival_shard": entry.shard,
-                "arrival_pos": pos,
-                "attempts": entry.deliveries,
-                "quarantined_at": self._now_ms,
-            }
-        )
+        self._positions.append(pos)
+        self._raws.append(raw)
+        self._refusals.append(self._known.setdefault(refusal, refusal))
+        if len(self._raws) == _CHUNK:
+            self._close_chunk()
 
     def table(self) -> pa.Table:
-        return pa.Table.from_pylist(self._rows, schema=QUARANTINE)
+        self._close_chunk()
+        return pa.concat_tables([QUARANTINE.empty_table(), *self._chunks])
+
+    def _close_chunk(self) -> None:
+        indexes = np.array(self.indexes[self._done :], np.int64)
+        attempts = np.array([entry.deliveries for entry in self._entries], np.int32)[indexes]
+        columns = [
+            pa.array(self._raws, pa.binary()),
+            pa.array([refusal.reason for refusal in self._refusals], pa.string()),
+            pa.array([refusal.message for refusal in self._refusals], pa.string()),
+            *_arrivals(indexes, self._positions[self._done :], self._entries),
+            pa.array(attempts, pa.int32()),
+            pa.array([self._now_ms] * len(indexes), pa.int64()).cast(
+                QUARANTINE.field("quarantined_at").type
+            ),
+        ]
+        self._chunks.append(pa.Table.from_arrays(columns, schema=QUARANTINE))
+        self._done = len(self.indexes)
+        self._raws, self._refusals = [], []

@@ -15,7 +15,12 @@ def test_a_server_that_fsyncs_every_write_is_durable(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "safe"), [("appendfsync", "everysec", "always"), ("appendonly", "no", "yes")]
+    ("name", "value", "safe"),
+    [
+        ("appendfsync", "everysec", "always"),
+        ("appendonly", "no", "yes"),
+        ("no-appendfsync-on-rewrite", "yes", "no"),
+    ],
 )
 def test_a_server_that_may_forget_is_refused(
     client: redis.Redis, settings: Settings, name: str, value: str, safe: str
@@ -30,6 +35,18 @@ def test_a_server_that_may_forget_is_refused(
         client.config_set(name, safe)
     assert "HB_DURABILITY=memory" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_server_that_evicts_is_refused_in_any_mode(
+    client: redis.Redis, settings: Settings
+) -> None:
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        for mode in ("fsync", "memory"):
+            with pytest.raises(BufferUnavailableError, match="set it to noeviction"):
+                durability.require(client, settings.model_copy(update={"durability": mode}))
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
 
 
 def test_a_server_whose_configuration_is_forbidden_has_to_be_trusted(

@@ -202,3 +202,16 @@ def handles(pid: int, number: signal.Signals) -> bool:
         next(text for text in status.splitlines() if text.startswith("SigCgt")).split()[1], 16
     )
     return all(caught >> (one - 1) & 1 for one in (number, signal.SIGTERM))
+
+
+def test_refused_lines_never_replace_a_file_to_import(outside: None, file: Path) -> None:
+    before = file.read_bytes()
+    hb("import", file, "--refused", file, code=2)
+    assert file.read_bytes() == before
+
+
+def test_an_unreadable_file_stops_no_other(outside: None, file: Path, tmp_path: Path) -> None:
+    result = hb("import", tmp_path / "missing.csv", file, code=2)
+    assert "some file.ndjson" in result.stdout
+    assert "missing.csv" in result.stderr.splitlines()[-1]
+    assert told("drain")["rows"] == 2

@@ -15,6 +15,7 @@ from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from hb_assets import days, record
+from hb_assets.lake import decode as decode_module
 from hb_assets.lake import fragments, layout, quarantine
 from hb_assets.lake.decode import Decoded, decode
 from hb_assets.lake.store import Lake
@@ -359,3 +360,30 @@ def test_unknown_fields_of_foreign_entries_are_counted() -> None:
     assert (decoded.rows.num_rows, decoded.unknown_fields) == (3, 4)
     own = dataclasses.replace(foreign, own=4)
     assert decode([own], SETTINGS).rows.equals(decoded.rows)
+
+
+def test_an_entry_that_takes_more_memory_than_there_is_stops_nobody() -> None:
+    """DuckDB gives up on the batch; its neighbours are read all the same, and so is the entry."""
+    tight = SETTINGS.model_copy(update={"duckdb_memory": 64 * 2**20})
+    huge = line("huge")[:-1] + b', "x": "' + b"y" * 40_000_000 + b'"}'
+    entries = [entry([line("u1")], 0), entry([huge, b"bad"], 1), entry([line("u2")], 2)]
+    decoded = decode(entries, tight)
+    assert sorted(decoded.rows["user_id"].to_pylist()) == ["huge", "u1", "u2"]
+    assert decoded.rejected["raw"].to_pylist() == [b"bad"]
+    assert decoded.counts == [1, 2, 1]
+
+
+def test_more_rejects_than_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_module, "_CHUNK", 7)
+    bad = [b"bad %d" % number for number in range(20)]
+    decoded = decode([entry(bad[:9], 0), entry([b"\xff", *bad[9:]], 1)], SETTINGS)
+    found = zip(
+        decoded.rejected["arrival_seq"].to_pylist(),
+        decoded.rejected["arrival_pos"].to_pylist(),
+        decoded.rejected["raw"].to_pylist(),
+        strict=True,
+    )
+    expected = [(0, pos, raw) for pos, raw in enumerate(bad[:9])]
+    expected += [(1, pos, raw) for pos, raw in enumerate([b"\xff", *bad[9:]])]
+    assert sorted(found) == expected
+    assert decoded.counts == [9, 12]

@@ -38,6 +38,7 @@ _UNFINISHED = [
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
 ]
+_WITHOUT_SUCCESS = (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
 
 
 def consolidation_sensor() -> dg.SensorDefinition:
@@ -113,7 +114,8 @@ def _states(installation: Installation, lake: Lake) -> tuple[list[DayState], dic
 def _attempt(instance: dg.DagsterInstance, day: str, now: int) -> str | None:
     """What tells this attempt from those before it; None while a failed day has to wait.
 
-    A run key is never used twice, even when its run failed: the run that failed last is part of it.
+    A run key is never used twice, even when its run failed or was cancelled: the last such run is
+    part of it.
     After a success there is no such part, so that a day which stays due all the same isn't
     consolidated over and over.
     """
@@ -121,9 +123,7 @@ def _attempt(instance: dg.DagsterInstance, day: str, now: int) -> str | None:
         dg.RunsFilter(job_name=CONSOLIDATE_DAY, tags={partitions.TAG: day}),
         limit=len(BACKOFF_MINUTES),
     )
-    failed = list(
-        takewhile(lambda one: one.dagster_run.status == dg.DagsterRunStatus.FAILURE, records)
-    )
+    failed = list(takewhile(lambda one: one.dagster_run.status in _WITHOUT_SUCCESS, records))
     if not failed:
         return "first"
     ended = failed[0].end_time or failed[0].update_timestamp.timestamp()

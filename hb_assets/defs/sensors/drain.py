@@ -52,6 +52,9 @@ def _tick(
             said, lost = _drain(installation, lake)
         except (HbError, OSError) as error:
             faults["drain"] = f"nothing can be drained: {outcomes.line(error)}"
+        except Exception as error:  # noqa: BLE001  # a drain that stands still must raise an alarm
+            # only its kind: the message may quote a heartbeat
+            faults["drain"] = f"nothing can be drained: unexpected {type(error).__name__}"
         events, reported = _report(installation, lake, cursor)
     except (HbError, OSError) as error:
         faults["lake"] = outcomes.line(error)

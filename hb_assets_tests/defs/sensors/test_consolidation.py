@@ -85,6 +85,20 @@ def test_after_failures_it_waits_longer_each_time_and_uses_no_key_twice(
     assert len(set(keys)) == len(keys)
 
 
+def test_a_day_whose_run_was_cancelled_is_asked_for_again(
+    append, ticks, instance, definitions, monkeypatch
+) -> None:
+    append(DAY, users=4, readings=5)
+    ticks("drain").tick()
+    sensor = ticks("consolidation")
+    [first] = sensor.tick().run_requests
+    a_run(instance, definitions, dg.DagsterRunStatus.CANCELED)
+    later = time.time_ns() // 1_000_000 + BACKOFF_MINUTES[0] * 60_000 + 1_000
+    monkeypatch.setattr(consolidation, "now_ms", lambda: later)
+    [second] = sensor.tick().run_requests
+    assert second.run_key != first.run_key
+
+
 def test_a_day_that_stays_due_after_a_success_is_not_asked_for_again(
     append, ticks, instance, definitions
 ) -> None:

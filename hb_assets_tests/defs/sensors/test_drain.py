@@ -129,3 +129,13 @@ def test_the_cursor_stays_small() -> None:
 @pytest.mark.parametrize("text", ["", "x", "[]", '{"months": 1}', None])
 def test_a_cursor_that_is_none_starts_anew(text) -> None:
     assert Cursor.parse(text) == Cursor()
+
+
+def test_anything_unforeseen_is_an_alarm_without_its_message(monkeypatch, ticks, webhook) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("secret 177")
+
+    monkeypatch.setattr(drain, "drain", fail)
+    data = ticks("drain").tick()
+    assert "unexpected RuntimeError" in data.skip_message
+    assert "secret" not in data.skip_message
