@@ -7,6 +7,7 @@ looks (`cli`). A file goes the way of any heartbeat, so that importing it twice 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import datetime as dt
 import gzip
@@ -241,7 +242,7 @@ def _open(
 
 def _ndjson(lines: Iterable[bytes]) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(lines, start=1):
-        text = line.strip()
+        text = line.strip() if number > 1 else line.removeprefix(codecs.BOM_UTF8).strip()
         if text:
             yield number, text
 

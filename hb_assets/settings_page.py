@@ -44,6 +44,7 @@ def page() -> str:
         for name in names:
             field = Settings.model_fields[name]
             default = "" if field.default_factory else defaults[name]
+            default = int(default) if isinstance(default, bool) else default
             shown = f"`{default}`" if default not in (None, "") else ""
             cells = (f"`HB_{name.upper()}`", _kind(field), shown, field.description or "")
             lines.append("| " + " | ".join(cells) + " |")

@@ -221,3 +221,14 @@ def test_a_foreign_entry_that_is_published_and_not_acknowledged_yet(
     verdict = audit(client, lake, settings)
     assert verdict.differences == []
     assert verdict.buffer.in_flight == 2
+
+
+def test_a_foreign_entry_that_lies_about_its_lines(
+    client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
+) -> None:
+    """Its n is none of ours: believed, it would break the ledger, and the bound, for good."""
+    client.xadd(keys.stream(0), {"data": line(), "n": 999_999_999})
+    drain(consumer, lake, settings)
+    verdict = audit(client, lake, settings)
+    assert verdict.differences == []
+    assert verdict.buffer.acknowledged == 1

@@ -404,3 +404,8 @@ def test_progress_and_unknown_fields(tmp_path: Path, run: Run) -> None:
     done, _ = run(path, on_progress=told.append)
     assert told == [len(content)]
     assert done.unknown_fields == 1
+
+
+def test_ndjson_with_a_byte_order_mark(tmp_path: Path, run: Run) -> None:
+    done, refused = run(stored(tmp_path / "a.ndjson", b"\xef\xbb\xbf" + line() + b"\n", False))
+    assert (done.accepted, refused) == (1, [])

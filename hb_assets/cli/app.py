@@ -110,7 +110,7 @@ def settings_of(context: typer.Context, *, agree: bool = True) -> Settings:
     Args:
         context: the command's context.
         agree: refuse settings that differ from the running `hb up` in what all processes of one
-            installation must agree on (HB_START_DATE, HB_SHARDS).
+            installation must agree on (HB_START_DATE, HB_SHARDS, HB_LAKE, HB_REDIS_URL).
 
     Raises:
         SettingsError: a value can't be used, or differs from that of the running `hb up`.
@@ -128,13 +128,19 @@ def _agree(settings: Settings) -> None:
     up = state.running(settings)
     if up is None:
         return
-    theirs = {"HB_START_DATE": up.start_date, "HB_SHARDS": up.shards}
-    ours = {"HB_START_DATE": settings.start_date, "HB_SHARDS": settings.shards}
+    theirs = {"HB_START_DATE": up.start_date, "HB_SHARDS": up.shards, "HB_LAKE": up.lake}
+    ours = {
+        "HB_START_DATE": settings.start_date,
+        "HB_SHARDS": settings.shards,
+        "HB_LAKE": str(settings.lake_dir),
+    }
     differing = [
         f"{name} is {ours[name]} here and {theirs[name]} there"
         for name in ours
         if ours[name] != theirs[name]
     ]
+    if up.redis != state.redis_digest(settings):
+        differing.append("HB_REDIS_URL is another one")
     if differing:
         raise SettingsError(
             f"`hb up` (pid {up.pid}) runs on this HB_HOME with other settings: "

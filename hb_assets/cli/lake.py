@@ -44,7 +44,11 @@ def consolidate(
     if sum((bool(wanted), pending, every)) != 1:
         raise typer.BadParameter("name days, or --pending, or --all")
     lake = Lake.open(settings)
-    chosen = [_day(text) for text in wanted or ()] or _days(lake, settings, pending_only=pending)
+    named = [_day(text) for text in wanted or ()]
+    unknown = sorted(set(named) - set(inventory.days(lake)))
+    if unknown:
+        raise HbError(f"the lake {lake.root} holds nothing of {', '.join(map(str, unknown))}")
+    chosen = named or _days(lake, settings, pending_only=pending)
     results: list[Consolidated] = []
     failed: dict[dt.date, str] = {}
     with output.progress() as progress:
@@ -126,7 +130,9 @@ def _show_consolidated(results: list[Consolidated]) -> None:
 def query_user(
     context: typer.Context,
     user: Annotated[str, typer.Argument(help="user_id")],
-    start: Annotated[str, typer.Option(help="First instant, ISO 8601; without offset UTC.")],
+    start: Annotated[
+        str, typer.Option(help="First instant, ISO 8601, or a day; without offset UTC.")
+    ],
     end: Annotated[str, typer.Option(help="First instant after the range.")],
     device: Annotated[
         str | None, typer.Option(help="Only this device; default: by device priority.")
@@ -163,7 +169,9 @@ def query_user(
 
 def _instant(text: str, option: str) -> int:
     try:
-        return record.parse_instant(text)
+        return (
+            days.start_ms(days.parse_day(text)) if len(text) == 10 else record.parse_instant(text)
+        )
     except ValueError:
         raise typer.BadParameter(
             f"not a time like 2025-01-15T10:00:00Z: {text!r}", param_hint=option

@@ -6,6 +6,7 @@ what to do. Doesn't belong here: starting anything.
 
 from __future__ import annotations
 
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,12 @@ _BORROWERS_SECONDS = 60.0
 
 def make_home(settings: Settings) -> None:
     """Make the folders under HB_HOME and write to them. Raises SettingsError when that fails."""
+    if re.search(r"%|\s[;#]|[\r\n]", str(settings.home_dir)):
+        # Dagster's SQLite addresses expand `%`; supervisord's ini dialect can't write the others
+        raise SettingsError(
+            f"HB_HOME {str(settings.home_dir)!r}: `hb up` can't have '%', a line end, or ';' or '#' "
+            "after a blank in its path; set HB_HOME to another folder"
+        )
     folders = (settings.run_dir, settings.log_dir, settings.dagster_home)
     try:
         for folder in folders:

@@ -7,6 +7,7 @@ belong here: starting or ending anything.
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -52,6 +53,9 @@ class UpState(msgspec.Struct, frozen=True):
     gateway: str
     dagster: str
     phase: str
+    lake: str = ""
+    redis: str = ""
+    """A digest of its HB_REDIS_URL, which may hold a password; empty: the embedded server."""
     members: tuple[MemberState, ...] = ()
     processes: tuple[Identity, ...] = ()
     """Every process below `hb up` that still lived when this was written."""
@@ -60,6 +64,14 @@ class UpState(msgspec.Struct, frozen=True):
     def pid(self) -> int:
         """Pid of `hb up`."""
         return self.identity.pid
+
+
+def redis_digest(settings: Settings) -> str:
+    """What tells one Redis from another without telling its password."""
+    url = settings.redis_url
+    return (
+        hashlib.blake2b(url.get_secret_value().encode(), digest_size=8).hexdigest() if url else ""
+    )
 
 
 def path(settings: Settings) -> Path:

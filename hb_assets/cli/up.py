@@ -144,6 +144,8 @@ class _Notebook:
             gateway=members.gateway_url(settings),
             dagster=room_of(settings),
             phase="starting",
+            lake=str(settings.lake_dir),
+            redis=state.redis_digest(settings),
         )
         state.write(settings, self._up)
 

@@ -78,7 +78,7 @@ def _day(lake: Lake, day: dt.date, connection: duckdb.DuckDBPyConnection, deep: 
         except DamagedFileError as error:
             ledger.faults.append(str(error))
         except (duckdb.Error, FileNotFoundError) as error:
-            ledger.faults.append(f"{where}: {str(error).splitlines()[0]}")
+            ledger.faults.append(f"{where}: can't be read ({type(error).__name__})")
     return ledger
 
 

@@ -107,9 +107,9 @@ def explained(error: Exception, paths: Iterable[Path]) -> HbError:
             continue
         except (pa.ArrowException, OSError) as fault:
             return damaged(path, str(fault))
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    # only its kind: the message of an engine's error may quote values
     return HbError(
-        f"reading the lake failed: {reason}; free memory (HB_DUCKDB_MEMORY) or disk space"
+        f"reading the lake failed ({type(error).__name__}); free memory (HB_DUCKDB_MEMORY) or disk space"
     )
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
+import pytest
 import typer
 from typer.testing import CliRunner
 
 from hb_assets.cli import app as frame
+from hb_assets.cli import state
+from hb_assets.cli.state import UpState
 from hb_assets.errors import HbError
+from hb_assets.settings import Settings
 
 
 def run(error: BaseException) -> tuple[int, str]:
@@ -46,3 +53,23 @@ def test_every_command_has_help_and_json() -> None:
         result = CliRunner().invoke(app, [name, "--help"])
         assert result.exit_code == 0
         assert "--json" in result.stdout, name
+
+
+def test_settings_that_differ_from_the_running_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Acknowledged rows must not end in another lake, nor come out of another Redis."""
+    settings = Settings(home=tmp_path)
+    settings.run_dir.mkdir()
+    (own,) = state.identify([psutil.Process()])
+    running = UpState(own, settings.start_date, 16, "g", "d", "running", str(settings.lake_dir))
+    state.write(settings, running)
+    monkeypatch.setenv("HB_HOME", str(tmp_path))
+    app = frame.load_commands()
+    for variable, value in (("HB_LAKE", "/elsewhere"), ("HB_REDIS_URL", "redis://:geheim@host")):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            result = CliRunner().invoke(app, ["drain"])
+        assert result.exit_code == frame.REFUSED
+        assert variable in result.stderr
+        assert "geheim" not in result.stderr

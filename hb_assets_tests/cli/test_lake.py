@@ -155,3 +155,12 @@ def test_lake_that_cannot_be_used(
     text = complaint(*command)
     assert text.startswith("hb: ")
     assert text.count("\n") == 1
+
+
+def test_a_day_that_the_lake_does_not_hold() -> None:
+    assert "holds nothing of 2019-01-01" in complaint("consolidate", "2019-01-01")
+
+
+def test_a_query_takes_days() -> None:
+    found = told("query", "nobody", "--start", "2025-01-15", "--end", "2025-01-16")
+    assert found["count"] == 0

@@ -227,6 +227,13 @@ def test_home_that_cannot_be_written(installation: Installation) -> None:
     assert str(installation.home) in one_line(installation.hb("up"))
 
 
+@pytest.mark.parametrize("name", ["50%41", "a ;b"])
+def test_home_that_its_members_cannot_use(installation: Installation, name: str) -> None:
+    home = installation.home / name
+    assert name in one_line(installation.hb("up", HB_HOME=str(home)))
+    assert not home.exists()
+
+
 @pytest.mark.parametrize("variable", ["HB_GATEWAY_PORT", "HB_DAGSTER_PORT"])
 def test_port_that_is_taken(installation: Installation, variable: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -10,7 +10,8 @@ for i = 2, #ARGV, 4 do
     if redis.call('XDEL', KEYS[1], ARGV[i]) == 1 then
         deleted = deleted + 1
         local n = tonumber(ARGV[i + 1])
-        if n >= 0 then
+        -- An n that isn't what the drain counted is none of ours: believed, it would break the ledger.
+        if n >= 0 and n == tonumber(ARGV[i + 2]) then
             acknowledged = acknowledged + n
             bytes = bytes + tonumber(ARGV[i + 3])
         else
