@@ -73,13 +73,15 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
         days = ledger.of_days(lake, settings, deep=deep)
         quarantine = ledger.of_quarantine(lake, settings)
         buffered, buffer_faults = _buffered(client, settings)
+        # before `after`: what is acknowledged meanwhile may count on both sides, never on neither
+        foreign = depth.foreign_lines(client, settings)
         after = depth.depths(client, settings)
         low = sum(shard.acknowledged for shard in before)
         high = sum(shard.acknowledged for shard in after)
         pending = sum(shard.pending for shard in after)
         if (low == high and not pending) or attempt == _ATTEMPTS - 1:
             break
-    in_flight = sum(buffered.values()) + depth.foreign_lines(client, settings) if pending else 0
+    in_flight = sum(buffered.values()) + foreign if pending else 0
     rows = sum(day.rows for day in days)
     in_lake = rows + quarantine.records - quarantine.in_fragments
     differences = buffer_faults + [fault for day in days for fault in day.faults]

@@ -43,6 +43,8 @@ _SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet",
 }
 _CHUNK = 10_000
+_FIELD_BYTES = 64 * 2**20
+"""A longer CSV field is a quote that was never closed."""
 _LINE_BYTES = 2048
 """More than the canonical JSON of any heartbeat takes."""
 _REQUIRED = {"user_id", "device_id", "heart_rate"}
@@ -165,6 +167,8 @@ class Importer:
         self._store(by_shard, done)
 
     def _refuse(self, line: int, refusal: Refusal, done: Imported) -> None:
+        if refusal.reason == "record_not_an_object":
+            refusal = Refusal(refusal.field, refusal.code, f"{refusal.message}, one on each line")
         done.refused += 1
         done.reasons[refusal.reason] += 1
         self._on_refused(RefusedLine(line, refusal.reason, refusal.message))
@@ -248,6 +252,7 @@ def _ndjson(lines: Iterable[bytes]) -> Iterator[tuple[int, Row]]:
 
 
 def _csv(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[int, Row]]:
+    csv.field_size_limit(_FIELD_BYTES)  # Python's own would end the file at 128 KiB
     rows = csv.DictReader(text)
     try:
         _require_columns(path, rows.fieldnames or ())

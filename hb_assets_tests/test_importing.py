@@ -202,7 +202,7 @@ BROKEN: dict[str, bytes] = {
     "headerless.csv": b"secret,d,2025-01-15T12:00:00Z,177\n",
     "missing.csv": b"user_id,heart_rate\nsecret,177\n",
     "latin.csv": HEADER + b"secret\xe9,d,2025-01-15T12:00:00Z,177\n",
-    "wide.csv": HEADER + b"s" * 200_000 + b",d,2025-01-15T12:00:00Z,177\n",
+    "wide.csv": HEADER + b"s" * 70 * 2**20 + b",d,2025-01-15T12:00:00Z,177\n",
 }
 
 
@@ -409,3 +409,17 @@ def test_progress_and_unknown_fields(tmp_path: Path, run: Run) -> None:
 def test_ndjson_with_a_byte_order_mark(tmp_path: Path, run: Run) -> None:
     done, refused = run(stored(tmp_path / "a.ndjson", b"\xef\xbb\xbf" + line() + b"\n", False))
     assert (done.accepted, refused) == (1, [])
+
+
+def test_a_long_csv_field_ends_no_file(tmp_path: Path, run: Run) -> None:
+    content = (
+        HEADER + b"x" * 300_000 + b",d,2025-01-15T12:00:00Z,75\nu1,d,2025-01-15T12:00:00Z,75\n"
+    )
+    done, refused = run(stored(tmp_path / "a.csv", content, False))
+    assert done.accepted == 1
+    assert [(one.line, one.reason) for one in refused] == [(2, "user_id_wrong_length")]
+
+
+def test_an_array_is_told_how_to_be_written(tmp_path: Path, run: Run) -> None:
+    _, refused = run(stored(tmp_path / "a.json", b"[" + line() + b"]", False))
+    assert [one.message for one in refused] == ["a heartbeat is a JSON object, one on each line"]

@@ -91,8 +91,9 @@ def replay(
 ) -> None:
     """Put records back into the buffer that are valid by now (HB_START_DATE was changed, say).
 
-    What is still invalid stays where it is. To repair content, export it with `show --json`, mend
-    it and `hb import` it.
+    A record that is put back arrives anew: it supersedes what arrived meanwhile for the same user,
+    device and timestamp. What is still invalid stays where it is. To repair content, export it
+    with `show --json`, mend it and `hb import` it.
     """
     settings = settings_of(context)
     if sum((bool(ids), reason is not None, every)) != 1:
