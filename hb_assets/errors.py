@@ -8,6 +8,7 @@ results, not exceptions. Messages never hold a heart rate or a clear user_id (he
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -36,7 +37,14 @@ class LakeMismatchError(HbError):
 
 
 class DamagedFileError(HbError):
-    """A file of the lake can't be read; the message names its path and the way out."""
+    """A file of the lake can't be read; the message names its path and the way out.
+
+    `path` is the file, where it is one that may be moved away.
+    """
+
+    def __init__(self, message: str, *, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class CheckFailedError(HbError):

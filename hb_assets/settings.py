@@ -244,6 +244,15 @@ class Settings(BaseSettings):
         default=1000,
         description="A day is consolidated when a shard of it has more pending fragments.",
     )
+    raw_keep: Duration = Field(
+        default=dt.timedelta(days=7),
+        description="How long raw fragments are kept after they were written, once a consolidated "
+        "file includes them. As long as raw is kept a damaged consolidated file can be made anew.",
+    )
+    temp_keep: PositiveDuration = Field(
+        default=dt.timedelta(hours=24),
+        description="How long a temp file may lie in the lake before it counts as left by a crash.",
+    )
     duckdb_memory: Annotated[Bytes, Field(ge=64 * 2**20)] = Field(
         default=2**30, description="Memory limit of each DuckDB engine."
     )

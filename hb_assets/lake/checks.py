@@ -38,7 +38,7 @@ DESCRIPTIONS = {
     PARTITION_DAY: "every timestamp lies within the partition's UTC day (pandera)",
     KEY_UNIQUE: "(user_id, device_id, timestamp) is unique",
     SORTED: "rows are sorted by user_id, timestamp, device_id",
-    COUNTS_ADD_UP: "distinct rows of the listed fragments = unique + superseded; unique = rows",
+    COUNTS_ADD_UP: "distinct rows of the listed fragments = unique + superseded + erased; unique = rows",
     MINUTES_SCHEMA: "columns, types, nulls and ranges of the minutes (pandera)",
     MINUTES_ADD_UP: "the minutes count every consolidated reading once, and keep no more than all",
 }
@@ -134,24 +134,28 @@ def order_and_key(connection: duckdb.DuckDBPyConnection, path: Path) -> tuple[Fi
     return in_order, unique
 
 
-def counts_add_up(*, rows_in: int, unique: int, superseded: int, rows_in_file: int) -> Figure:
+def counts_add_up(
+    *, rows_in: int, unique: int, superseded: int, erased: int, rows_in_file: int
+) -> Figure:
     """The ledger of one file.
 
     Args:
         rows_in: distinct rows of the fragments that the file lists, counted from them.
         unique: rows that survived, as the consolidation counted.
         superseded: rows that didn't, likewise.
+        erased: rows that were forgotten, likewise.
         rows_in_file: rows that the file really has.
     """
     faults = []
-    if rows_in != unique + superseded:
-        faults.append(f"{rows_in} rows came in, {unique} + {superseded} went out")
+    if rows_in != unique + superseded + erased:
+        faults.append(f"{rows_in} rows came in, {unique} + {superseded} + {erased} went out")
     if rows_in_file != unique:
         faults.append(f"the file has {rows_in_file} rows, {unique} survived")
     counted = {
         "rows_in": rows_in,
         "unique": unique,
         "superseded": superseded,
+        "erased": erased,
         "rows_in_file": rows_in_file,
     }
     return Figure(COUNTS_ADD_UP, not faults, counted, "; ".join(faults))

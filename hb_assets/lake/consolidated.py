@@ -13,18 +13,22 @@ from pathlib import Path
 
 import msgspec
 
+from hb_assets.errors import DamagedFileError
 from hb_assets.lake import layout, parquet
 from hb_assets.lake.fragments import Fragment
-from hb_assets.lake.store import Lake
+from hb_assets.lake.layout import FragmentName
+from hb_assets.lake.store import FORMAT, Lake
 
 
 class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
     """What a consolidated file's footer says of it. Counts are cumulative: they outlive pruning.
 
-    `fragments` are the fragments it includes; what it doesn't list is pending. `rows` distinct
-    rows came in, of which `unique` survived and `superseded` didn't (`repeats` + `corrections`);
-    `replayed` rows came again with an identity that was there already. `edition` is new with every
-    publication; `rows_written` counts all rows that publications of this file wrote.
+    `fragments` are the fragments it includes; what it doesn't list is pending. It includes `pruned`
+    more, which aren't there any more: of each source shard every row up to the entry id in
+    `watermark` is included. `rows` distinct rows came in, of which `unique` survived, `superseded`
+    didn't (`repeats` + `corrections`), and `erased` were forgotten; `replayed` rows came again with
+    an identity that was there already. `edition` is new with every publication; `rows_written`
+    counts all rows that publications of this file wrote.
     """
 
     format: int
@@ -39,6 +43,31 @@ class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
     corrections: int
     replayed: int
     rows_written: int
+    erased: int = 0
+    pruned: int = 0
+    watermark: dict[int, tuple[int, int]] = {}
+
+    @classmethod
+    def nothing(cls) -> ConsolidatedNote:
+        """The note of a file that was never written: nothing came in."""
+        return cls(
+            format=FORMAT,
+            day="",
+            shard=0,
+            edition="",
+            fragments=(),
+            rows=0,
+            unique=0,
+            superseded=0,
+            repeats=0,
+            corrections=0,
+            replayed=0,
+            rows_written=0,
+        )
+
+    def reaches(self, name: FragmentName) -> bool:
+        """Whether the fragment may hold rows at or below the watermark."""
+        return name.first <= self.watermark.get(name.source, (0, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +84,24 @@ class Current:
 
 
 def current(lake: Lake, day: dt.date, shard: int) -> Current | None:
-    """The published file of a (day, shard), or None. Raises DamagedFileError."""
+    """The published file of a (day, shard), or None.
+
+    Raises:
+        DamagedFileError: it can't be read, or it is gone although raw alone hasn't all of it.
+    """
     path = layout.consolidated_file(lake.root, day, shard)
     try:
         return Current(path, parquet.note(path, ConsolidatedNote))
     except FileNotFoundError:
-        return None
+        mark = layout.pruned_mark(lake.root, day, shard)
+        if not mark.exists():
+            return None
+        if path.exists():  # published and pruned meanwhile
+            return current(lake, day, shard)
+        raise DamagedFileError(
+            f"{path} is gone, and raw fragments that it included were pruned: put a copy in its "
+            f"place; to go on with what raw still holds, remove {mark}"
+        ) from None
 
 
 def is_published(lake: Lake, seen: Current | None, day: dt.date, shard: int) -> bool:

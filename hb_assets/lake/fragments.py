@@ -97,8 +97,21 @@ def _publish_one(lake: Lake, where: np.ndarray, rows: pa.Table) -> Fragment:
     with TempFile(lake.root, folder) as temp:
         note = FragmentNote(FORMAT, day.isoformat(), shard, source)
         parquet.write(temp.path, rows, note, ORDER)
+        name = name.sealed(temp.path)
         temp.publish_new(folder / str(name))
     return Fragment(name, folder / str(name))
+
+
+def verify(fragment: Fragment) -> None:
+    """Make sure that the fragment is, bit for bit, what was published.
+
+    Raises:
+        DamagedFileError: it isn't.
+        FileNotFoundError: it isn't there (any more).
+        OSError: the disk can't be read.
+    """
+    if not fragment.name.seals(fragment.path):
+        raise parquet.damaged(fragment.path, "its bytes aren't those that were written")
 
 
 def listed(lake: Lake, day: dt.date, shard: int) -> list[Fragment]:

@@ -10,7 +10,8 @@ import datetime as dt
 import os
 import re
 import secrets
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ HEARTBEATS = "heartbeats"
 MINUTES = "minutes"
 QUARANTINE = "quarantine"
 RELEASED = "released"
+PRUNED = "pruned"
+TOMBSTONES = "tombstones"
+DAMAGED = "damaged"
 TEMP = "tmp"
 """Where files lie that aren't published yet: beside the datasets, so that no reader sees them."""
 
@@ -63,6 +67,14 @@ class FragmentName:
         last = (int(match["last_ms"]), int(match["last_seq"]))
         return cls(first, last, int(match["source"]), match["random"])
 
+    def sealed(self, path: Path) -> FragmentName:
+        """The same name with the file's CRC-32 as the second half of its random part."""
+        return replace(self, random=self.random[:8] + _crc32(path))
+
+    def seals(self, path: Path) -> bool:
+        """Whether the file at `path` has the bytes that it had when this name was sealed."""
+        return self.random[8:] == _crc32(path)
+
     def __str__(self) -> str:
         first, last = self.first, self.last
         return f"part-{self.source:02d}-{first[0]}-{first[1]}-{last[0]}-{last[1]}-{self.random}.parquet"
@@ -71,6 +83,14 @@ class FragmentName:
         """Whether both may hold the same rows: one source, and ranges of ids that touch."""
         same_source = self.source == other.source
         return same_source and self.first <= other.last and other.first <= self.last
+
+
+def _crc32(path: Path) -> str:
+    crc32 = 0
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            crc32 = zlib.crc32(part, crc32)
+    return f"{crc32:08x}"
 
 
 def day_folder(root: Path, kind: str, day: dt.date) -> Path:
@@ -93,10 +113,32 @@ def minutes_file(root: Path, day: dt.date, shard: int) -> Path:
     return shard_folder(root, MINUTES, day, shard) / "minutes.parquet"
 
 
+def pruned_mark(root: Path, day: dt.date, shard: int) -> Path:
+    """The file that says that raw fragments of a (day, shard) were pruned."""
+    return shard_folder(root, PRUNED, day, shard) / "pruned.json"
+
+
+def set_aside(root: Path, where: Path) -> Path:
+    """Where a damaged file goes that lay at `where` in the lake.
+
+    A fragment keeps its name, which nothing else ever has; other names come again.
+    """
+    unique = "" if FragmentName.parse(where.name) else f"-{secrets.token_hex(4)}"
+    return root / DAMAGED / where.with_name(f"{where.stem}{unique}{where.suffix}")
+
+
 def temp_file(root: Path, folder: Path) -> Path:
     """A new name under `tmp/` for a file that will be published in `folder`, and says so."""
-    where = "-".join(folder.relative_to(root).parts) or "lake"
-    return root / TEMP / f"{where}-{secrets.token_hex(8)}"
+    return root / TEMP / f"{_temp_prefix(root, folder)}{secrets.token_hex(8)}"
+
+
+def temp_files(root: Path, folder: Path) -> list[Path]:
+    """Files under `tmp/` that are about to be published in `folder`."""
+    return sorted((root / TEMP).glob(f"{_temp_prefix(root, folder)}*"))
+
+
+def _temp_prefix(root: Path, folder: Path) -> str:
+    return "".join(f"{part}-" for part in folder.relative_to(root).parts) or "lake-"
 
 
 def day_of_folder(name: str) -> dt.date | None:

@@ -7,6 +7,7 @@ say. Doesn't belong here: the buffer's side, and the verdict (`audit`).
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import pyarrow as pa
 
 from hb_assets.errors import DamagedFileError
 from hb_assets.lake import consolidated, fragments, inventory, layout, parquet, quarantine
+from hb_assets.lake.consolidated import Current
 from hb_assets.lake.engine import engine, figures
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.layout import RAW
+from hb_assets.lake.merge import Inputs, fresh_rows
 from hb_assets.lake.store import Lake
 from hb_assets.record import Arrival
 from hb_assets.schema import ARRIVAL, KEY
@@ -28,7 +31,7 @@ from hb_assets.settings import Settings
 class DayLedger:
     """One day.
 
-    `rows` distinct rows lie in its raw fragments: `unique` + `superseded` of them are consolidated,
+    `rows` distinct rows came into raw: `unique` + `superseded` + `erased` of them are consolidated,
     `pending` aren't yet; `faults` says, in one line each, what doesn't add up.
     """
 
@@ -38,6 +41,7 @@ class DayLedger:
     superseded: int = 0
     repeats: int = 0
     corrections: int = 0
+    erased: int = 0
     pending: int = 0
     replayed: int = 0
     faults: list[str] = field(default_factory=list)
@@ -93,15 +97,15 @@ def _add_shard(
     raw = fragments.listed(lake, ledger.day, shard)
     published = consolidated.current(lake, ledger.day, shard)
     waiting = consolidated.pending(published, raw)
-    rows = fragments.distinct_rows(connection, raw)
+    pending = _pending_rows(published, waiting, raw, connection)
+    ledger.rows += pending
+    ledger.pending += pending
     if published is None:
-        ledger.rows += rows
-        ledger.pending += rows
         return
     note = published.note
     waiting_names = {one.name for one in waiting}
     listed = [one for one in raw if one.name not in waiting_names]
-    whole = len(listed) == len(note.fragments)
+    whole = len(listed) == len(note.fragments) and not note.pruned
     if whole:
         listed_rows = fragments.distinct_rows(connection, listed)
         if listed_rows != note.rows:
@@ -109,13 +113,10 @@ def _add_shard(
                 f"{where}: {listed_rows:,} distinct rows lie in the listed fragments, "
                 f"the consolidated file counts {note.rows:,}"
             )
-        pending = rows - listed_rows
-    else:
-        pending = fragments.distinct_rows(connection, waiting)
-    if note.rows != note.unique + note.superseded:
+    if note.rows != note.unique + note.superseded + note.erased:
         ledger.faults.append(
             f"{where}: {note.rows:,} rows came in, {note.unique:,} unique + "
-            f"{note.superseded:,} superseded"
+            f"{note.superseded:,} superseded + {note.erased:,} erased"
         )
     if note.superseded != note.repeats + note.corrections:
         ledger.faults.append(
@@ -125,20 +126,33 @@ def _add_shard(
     in_file = parquet.footer(published.path).num_rows
     if in_file != note.unique:
         ledger.faults.append(f"{where}: the file has {in_file:,} rows, {note.unique:,} are unique")
-    if deep and whole and listed:
+    if deep and whole and listed and not note.erased:
         paths = [str(one.path) for one in listed]
         (keys,) = figures(connection, _DISTINCT_KEYS, {"paths": paths})
         if keys != note.unique:
             ledger.faults.append(
                 f"{where}: raw has {keys:,} distinct keys, the consolidated file {note.unique:,}"
             )
-    ledger.rows += note.rows + pending
-    ledger.pending += pending
+    ledger.rows += note.rows
     ledger.unique += note.unique
     ledger.superseded += note.superseded
     ledger.repeats += note.repeats
     ledger.corrections += note.corrections
+    ledger.erased += note.erased
     ledger.replayed += note.replayed
+
+
+def _pending_rows(
+    published: Current | None,
+    waiting: Sequence[Fragment],
+    raw: Sequence[Fragment],
+    connection: duckdb.DuckDBPyConnection,
+) -> int:
+    """Distinct rows that wait for their consolidation; a row that comes again is none."""
+    inputs = Inputs.of(published, waiting, raw)
+    if inputs.included or inputs.watermark:
+        return fresh_rows(inputs, connection)
+    return fragments.distinct_rows(connection, waiting)
 
 
 @dataclass(frozen=True, slots=True)

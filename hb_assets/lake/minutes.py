@@ -165,9 +165,8 @@ def _build_shard(
         )
         with parquet.writer(temp.path, SCHEMA, ("user_id", "minute", "device_id")) as out:
             for batch in query.to_arrow_reader(parquet.ROW_GROUP):
-                rows = pa.Table.from_batches([batch])
-                out.write_table(rows.cast(SCHEMA), row_group_size=parquet.ROW_GROUP)
-            out.add_key_value_metadata({parquet.KEY: msgspec.json.encode(note)})
+                out.write(pa.Table.from_batches([batch]).cast(SCHEMA))
+            out.close_with(note)
         if not consolidated.is_published(lake, published, day, shard):
             overtaken_by = consolidated.current(lake, day, shard)
             if overtaken_by is not None:

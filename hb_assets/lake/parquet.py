@@ -6,15 +6,18 @@ files lie and which rows they hold.
 
 from __future__ import annotations
 
+import io
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import duckdb
 import msgspec
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hb_assets.errors import DamagedFileError, HbError
@@ -23,16 +26,67 @@ from hb_assets.lake import layout
 KEY = b"hb"
 ENGINE_ERRORS = (duckdb.Error, pl.exceptions.PolarsError, pa.ArrowException)
 """What reading rows out of a file may raise; `explained` makes one clear line of it."""
+DIGEST = b"hb.digest"
 ROW_GROUP = 122_880
 """Rows of a row group: DuckDB's own, so that its scans run side by side."""
+
+_READ = 2**20
 
 Note = TypeVar("Note", bound=msgspec.Struct)
 
 
+class _Digest(msgspec.Struct, frozen=True):
+    """CRC-32 of a file's first `bytes` bytes (all its rows), and of the note in its footer."""
+
+    bytes: int
+    crc32: int
+    note: int = 0
+
+
+class _Sink(io.RawIOBase):
+    """A file that is written from its start, and reckons the digest meanwhile."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = _Digest(0, 0)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        written = self._file.write(data)
+        part = memoryview(data).cast("B")[:written]
+        self.digest = _Digest(self.digest.bytes + written, zlib.crc32(part, self.digest.crc32))
+        return written
+
+    def tell(self) -> int:
+        return self.digest.bytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+class Writer:
+    """Writes rows, then the footer with our note in it."""
+
+    def __init__(self, sink: _Sink, out: pq.ParquetWriter) -> None:
+        self._sink = sink
+        self._out = out
+
+    def write(self, rows: pa.Table) -> None:
+        """Write rows, in row groups of ROW_GROUP at most."""
+        self._out.write_table(rows, row_group_size=ROW_GROUP)
+
+    def close_with(self, note: msgspec.Struct) -> None:
+        """Write the footer; nothing can be written after it."""
+        said = msgspec.json.encode(note)
+        digest = msgspec.structs.replace(self._sink.digest, note=zlib.crc32(said))
+        self._out.add_key_value_metadata({KEY: said, DIGEST: msgspec.json.encode(digest)})
+        self._out.close()
+
+
 @contextmanager
-def writer(
-    path: Path, schema: pa.Schema, sorted_by: Iterable[str] = ()
-) -> Iterator[pq.ParquetWriter]:
+def writer(path: Path, schema: pa.Schema, sorted_by: Iterable[str] = ()) -> Iterator[Writer]:
     """A writer into a file that is there: a temp file that a pruner unlinked is not made again.
 
     Raises:
@@ -51,8 +105,9 @@ def writer(
     order = [pq.SortingColumn(schema.get_field_index(name)) for name in sorted_by]
     with path.open("r+b") as file:
         file.truncate()
+        sink = _Sink(file)
         with pq.ParquetWriter(
-            file,
+            sink,
             schema,
             compression="zstd",
             use_dictionary=by_dictionary,
@@ -60,14 +115,14 @@ def writer(
             sorting_columns=order or None,
             write_page_index=True,
         ) as out:
-            yield out
+            yield Writer(sink, out)
 
 
 def write(path: Path, table: pa.Table, note: msgspec.Struct, sorted_by: Iterable[str] = ()) -> None:
     """Write a whole table with its note in the footer."""
     with writer(path, table.schema, sorted_by) as out:
-        out.add_key_value_metadata({KEY: msgspec.json.encode(note)})
-        out.write_table(table, row_group_size=ROW_GROUP)
+        out.write(table)
+        out.close_with(note)
 
 
 def footer(path: Path) -> pq.FileMetaData:
@@ -76,28 +131,97 @@ def footer(path: Path) -> pq.FileMetaData:
     Raises:
         DamagedFileError: not a Parquet file, or cut short.
         FileNotFoundError: it isn't there (any more).
+        OSError: the disk can't be read.
     """
     try:
         return pq.read_metadata(path)
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        raise damaged(path, str(error)) from None
+    except _UNREADABLE as error:
+        raise _meaning(error, path) from None
 
 
 def note(path: Path, kind: type[Note]) -> Note:
     """Our own note in the file's footer. Raises as `footer` does."""
-    found = (footer(path).metadata or {}).get(KEY)
-    if found is None:
-        raise damaged(path, "its footer has no note of ours")
+    said, _ = _sealed(path, footer(path))
     try:
-        return msgspec.json.decode(found, type=kind)
+        return msgspec.json.decode(said, type=kind)
     except msgspec.MsgspecError as error:
         raise damaged(path, str(error)) from None
 
 
+def _sealed(path: Path, found: pq.FileMetaData) -> tuple[bytes, _Digest]:
+    """The note in a footer, found to be what was written, and the digest beside it."""
+    metadata = found.metadata or {}
+    said, sealed = metadata.get(KEY), metadata.get(DIGEST)
+    if said is None or sealed is None:
+        raise damaged(path, "its footer has no note of ours")
+    try:
+        digest = msgspec.json.decode(sealed, type=_Digest)
+    except msgspec.MsgspecError as error:
+        raise damaged(path, str(error)) from None
+    if zlib.crc32(said) != digest.note:
+        raise damaged(path, "the note in its footer isn't what was written")
+    return said, digest
+
+
+def verify(path: Path) -> None:
+    """Make sure that the file's rows are, bit for bit, those that were written.
+
+    Raises:
+        DamagedFileError: they aren't, or the file can't be read at all.
+        FileNotFoundError: it isn't there (any more).
+        OSError: the disk can't be read.
+    """
+    _, digest = _sealed(path, footer(path))
+    with path.open("rb") as file:
+        crc32, left = 0, digest.bytes
+        while left and (part := file.read(min(left, _READ))):
+            crc32, left = zlib.crc32(part, crc32), left - len(part)
+    if left or crc32 != digest.crc32:
+        raise damaged(path, "its rows aren't what was written")
+
+
+def verify_footer(path: Path, schema: pa.Schema) -> None:
+    """Make sure that what the footer says of the rows is so: columns, their least and greatest.
+
+    It reads all rows: readers skip parts of the file by what the footer says.
+
+    Raises: as `verify`.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(schema):
+                raise damaged(path, "its columns aren't those that were written")
+            for number in range(file.num_row_groups):
+                group = file.metadata.row_group(number)
+                rows = file.read_row_group(number)
+                for index, name in enumerate(schema.names):
+                    said = group.column(index).statistics
+                    if said is None or not said.has_min_max:
+                        continue
+                    found = pc.min_max(rows[name]).as_py()
+                    if (said.min, said.max) != (found["min"], found["max"]):
+                        raise damaged(path, f"its footer is wrong about the column {name}")
+    except _UNREADABLE as error:
+        raise _meaning(error, path) from None
+
+
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What pyarrow raises for bytes that aren't Parquet, and for a disk that can't be read."""
+
+
+def _meaning(error: Exception, path: Path) -> DamagedFileError | OSError:
+    """A disk's fault has a number; what can't be read now may be read later."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    return damaged(path, str(error))
+
+
 def explained(error: Exception, paths: Iterable[Path]) -> HbError:
-    """What an engine's error while it read `paths` means: which one is damaged, if any is."""
+    """What an engine's error while it read `paths` means: which one is damaged, if any is.
+
+    Raises:
+        OSError: the disk can't be read.
+    """
     for path in paths:
         try:
             with pq.ParquetFile(path) as file:
@@ -105,8 +229,11 @@ def explained(error: Exception, paths: Iterable[Path]) -> HbError:
                     pass
         except FileNotFoundError:
             continue
-        except (pa.ArrowException, OSError) as fault:
-            return damaged(path, str(fault))
+        except _UNREADABLE as fault:
+            meaning = _meaning(fault, path)
+            if isinstance(meaning, OSError):
+                raise meaning from None
+            return meaning
     # only its kind: the message of an engine's error may quote values
     return HbError(
         f"reading the lake failed ({type(error).__name__}); free memory (HB_DUCKDB_MEMORY) or disk space"
@@ -114,10 +241,9 @@ def explained(error: Exception, paths: Iterable[Path]) -> HbError:
 
 
 _REMEDIES = {
-    layout.RAW: "restore it from a copy, or move it away: what no consolidated file includes of it "
-    "is lost then, and hb audit says how much",
-    layout.HEARTBEATS: "move it away, then rebuild its day from raw fragments: "
-    "hb consolidate DAY --rebuild",
+    layout.RAW: "the next consolidation sets it aside; put a whole copy in its place if you have one",
+    layout.HEARTBEATS: "hb consolidate DAY makes it anew while raw fragments have all of it; else "
+    "put a whole copy in its place",
     layout.MINUTES: "move it away, then make it anew: hb consolidate DAY",
 }
 
@@ -127,4 +253,4 @@ def damaged(path: Path, why: str) -> DamagedFileError:
     reason = why.splitlines()[0] if why else "unreadable"
     kind = next((part for part in reversed(path.parts) if part in _REMEDIES), "")
     remedy = _REMEDIES.get(kind, "restore it from a copy, or move it away")
-    return DamagedFileError(f"{path} is damaged ({reason}); {remedy}")
+    return DamagedFileError(f"{path} is damaged ({reason}); {remedy}", path=path)

@@ -57,7 +57,7 @@ def test_a_file_that_passes(tmp_path: Path, connection: duckdb.DuckDBPyConnectio
         checks.schema_and_ranges(path),
         checks.partition_day(path, DAY),
         *checks.order_and_key(connection, path),
-        checks.counts_add_up(rows_in=3, unique=2, superseded=1, rows_in_file=2),
+        checks.counts_add_up(rows_in=3, unique=2, superseded=1, erased=0, rows_in_file=2),
     ]
     assert {one.name for one in results} == set(checks.HEARTBEAT_CHECKS)
     assert all(one.passed and not one.message for one in results)
@@ -173,12 +173,24 @@ def test_order_of_users_is_that_of_their_bytes(
 
 
 @pytest.mark.parametrize(
-    ("rows_in", "unique", "superseded", "in_file", "passed"),
-    [(3, 2, 1, 2, True), (4, 2, 1, 2, False), (3, 2, 1, 3, False), (0, 0, 0, 0, True)],
+    ("rows_in", "unique", "superseded", "erased", "in_file", "passed"),
+    [
+        (3, 2, 1, 0, 2, True),
+        (4, 2, 1, 1, 2, True),
+        (4, 2, 1, 0, 2, False),
+        (3, 2, 1, 0, 3, False),
+        (0, 0, 0, 0, 0, True),
+    ],
 )
-def test_counts(rows_in: int, unique: int, superseded: int, in_file: int, passed: bool) -> None:
+def test_counts(
+    rows_in: int, unique: int, superseded: int, erased: int, in_file: int, passed: bool
+) -> None:
     figure = checks.counts_add_up(
-        rows_in=rows_in, unique=unique, superseded=superseded, rows_in_file=in_file
+        rows_in=rows_in,
+        unique=unique,
+        superseded=superseded,
+        erased=erased,
+        rows_in_file=in_file,
     )
     assert figure.passed == passed == (not figure.message)
 

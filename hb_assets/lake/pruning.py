@@ -1,0 +1,232 @@
+"""Pruning: raw fragments that are no longer needed, and what crashes left behind.
+
+Belongs here: which fragments may go, and the order of steps that keeps a consolidator from losing
+a row meanwhile (invariant 4). Doesn't belong here: when it runs (`defs`, `hb prune`).
+
+A fragment goes when all of this holds:
+
+- the published file lists it, and its rows are, bit for bit, what was written;
+- every entry that it came from is acknowledged (it lies below the file's watermark), so that its
+  rows can only come again from a drainer that slept meanwhile, and would be known as replays;
+- it was written longer ago than the grace period, for readers and for rebuilds;
+- none of its rows lies in quarantine as well, where the audit still has to tell them apart.
+
+The order of steps: read the published file; unlink the temp files of consolidators, who can't
+publish any more and start again; read the published file a second time; delete what both of its
+editions list. A consolidator that creates its temp file later reads an edition that isn't older
+than the first, and publishes only if that edition still stood after it had listed raw. So whatever
+it read, the rows of a deleted fragment are in it, by the fragment or by the file.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import msgspec
+
+from hb_assets.errors import HbError
+from hb_assets.lake import fragments, layout, parquet
+from hb_assets.lake.consolidated import Current, current
+from hb_assets.lake.engine import engine
+from hb_assets.lake.files import TempFile, sync_folder
+from hb_assets.lake.fragments import Fragment
+from hb_assets.lake.layout import HEARTBEATS, QUARANTINE, RAW, FragmentName
+from hb_assets.lake.store import FORMAT, Lake
+from hb_assets.schema import ARRIVAL
+from hb_assets.settings import Settings
+
+Allowed = Callable[[Fragment], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What pruning did: fragments deleted, their bytes, and leftovers of crashes removed.
+
+    `faults` says, in one line each, where it couldn't.
+    """
+
+    fragments: int = 0
+    bytes: int = 0
+    leftovers: int = 0
+    faults: tuple[str, ...] = ()
+
+    def plus(self, other: Pruned) -> Pruned:
+        """Both together."""
+        return Pruned(
+            self.fragments + other.fragments,
+            self.bytes + other.bytes,
+            self.leftovers + other.leftovers,
+            self.faults + other.faults,
+        )
+
+
+class _Mark(msgspec.Struct, frozen=True):
+    """Says that raw alone has no longer all of a (day, shard): it can't be rebuilt from it."""
+
+    format: int
+    since_ms: int
+
+
+def prune(
+    lake: Lake,
+    settings: Settings,
+    *,
+    days: Collection[dt.date] | None = None,
+    dry_run: bool = False,
+) -> Pruned:
+    """Delete raw fragments that are no longer needed, and leftovers of crashes.
+
+    A (day, shard) that can't be pruned doesn't stop the others.
+
+    Args:
+        lake: which lake.
+        settings: RAW_KEEP, the grace period; memory and threads.
+        days: only these; default all.
+        dry_run: only count what would go.
+    """
+    now = time.time()
+    total = Pruned() if dry_run else Pruned(leftovers=sweep(lake, settings, now))
+    with engine(settings) as connection:
+        for day in layout.days_of(lake.root, RAW):
+            if days is not None and day not in days:
+                continue
+            for shard in range(lake.shards):
+                total = total.plus(
+                    prune_shard(
+                        lake,
+                        day,
+                        shard,
+                        connection,
+                        lambda one: _written(one.path) < now - settings.raw_keep.total_seconds(),
+                        dry_run=dry_run,
+                    )
+                )
+    return total
+
+
+def prune_shard(
+    lake: Lake,
+    day: dt.date,
+    shard: int,
+    connection: duckdb.DuckDBPyConnection,
+    allowed: Allowed,
+    *,
+    dry_run: bool = False,
+) -> Pruned:
+    """Delete fragments of one (day, shard), those of them that `allowed` lets go."""
+    where = f"day {day.isoformat()}, shard {shard:02d}"
+    try:
+        first = current(lake, day, shard)
+        old = _included(lake, first, day, shard, connection, allowed)
+        if not old or first is None:
+            return Pruned()
+        size = sum(one.bytes for one in old)
+        if dry_run:
+            return Pruned(len(old), size)
+        fence(lake, day, shard)
+        second = current(lake, day, shard)
+        if second is None:
+            return Pruned()
+        parquet.verify(second.path)
+        doomed = [one for one in old if str(one.name) in second.names]
+        _mark(lake, day, shard)
+        for fragment in doomed:
+            fragment.path.unlink(missing_ok=True)
+        if doomed:
+            sync_folder(doomed[0].path.parent)
+        return Pruned(len(doomed), size)
+    except HbError as error:
+        return Pruned(faults=(str(error),))
+    except duckdb.Error as error:
+        return Pruned(faults=(f"{where}: can't be pruned ({type(error).__name__})",))
+    except FileNotFoundError:
+        return Pruned(faults=(f"{where}: files went while it was pruned; the next time does it",))
+
+
+def fence(lake: Lake, day: dt.date, shard: int) -> int:
+    """Unlink temp files of consolidators of a (day, shard): none of them can publish any more."""
+    folder = layout.shard_folder(lake.root, HEARTBEATS, day, shard)
+    temps = layout.temp_files(lake.root, folder)
+    for path in temps:
+        path.unlink(missing_ok=True)
+    return len(temps)
+
+
+def sweep(lake: Lake, settings: Settings, now: float) -> int:
+    """Remove temp files that nobody has written for TEMP_KEEP: their process is dead.
+
+    If it only slept it is fenced off: it can't publish, and starts again.
+    """
+    swept = 0
+    for path in (lake.root / layout.TEMP).glob("*"):
+        try:
+            if path.stat().st_mtime < now - settings.temp_keep.total_seconds():
+                path.unlink()
+                swept += 1
+        except FileNotFoundError:
+            continue
+    return swept
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _included(
+    lake: Lake,
+    published: Current | None,
+    day: dt.date,
+    shard: int,
+    connection: duckdb.DuckDBPyConnection,
+    allowed: Allowed,
+) -> list[Fragment]:
+    if published is None:
+        return []
+    listed = [
+        one
+        for one in fragments.listed(lake, day, shard)
+        if str(one.name) in published.names
+        and one.name.last <= published.note.watermark.get(one.name.source, (0, 0))
+        and allowed(one)
+    ]
+    held = _held(lake, listed, connection)
+    return [one for one in listed if str(one.path) not in held]
+
+
+_IDENTITY = ", ".join(ARRIVAL)
+_HELD = f"""
+SELECT DISTINCT filename FROM read_parquet($raw, hive_partitioning = false, filename = true)
+SEMI JOIN (SELECT {_IDENTITY} FROM read_parquet($quarantine, hive_partitioning = false)) AS quarantined
+USING ({_IDENTITY})
+"""
+
+
+def _held(
+    lake: Lake, listed: Sequence[Fragment], connection: duckdb.DuckDBPyConnection
+) -> set[str]:
+    """Paths of fragments with a row that lies in quarantine as well."""
+    quarantined = [
+        (name, str(path))
+        for path in (lake.root / QUARANTINE).rglob("*.parquet")
+        if (name := FragmentName.parse(path.name)) is not None
+    ]
+    near = {path for name, path in quarantined if any(one.name.overlaps(name) for one in listed)}
+    if not near:
+        return set()
+    raw = [str(one.path) for one in listed]
+    rows = connection.sql(_HELD, params={"raw": raw, "quarantine": sorted(near)}).fetchall()
+    return {path for (path,) in rows}
+
+
+def _mark(lake: Lake, day: dt.date, shard: int) -> None:
+    path = layout.pruned_mark(lake.root, day, shard)
+    if path.exists():
+        return
+    with TempFile(lake.root, path.parent) as temp:
+        temp.path.write_bytes(msgspec.json.encode(_Mark(FORMAT, int(time.time() * 1000))))
+        temp.publish_replacing(path)
