@@ -5,7 +5,7 @@ how either side counts (`buffer.depth`, `lake.ledger`).
 
     Redis, per shard:  appended = acknowledged + buffered
     lake:              distinct rows in raw + quarantined = acknowledged
-    per day:           rows = unique + superseded + pending
+    per day:           rows = unique + superseded + erased + pending
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from hb_assets.buffer import depth
 from hb_assets.buffer.connection import Client
-from hb_assets.lake import ledger
+from hb_assets.lake import damage, ledger
 from hb_assets.lake.ledger import DayLedger
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
@@ -62,7 +62,7 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
         client: of the buffer.
         lake: which lake.
         settings: shards, memory, threads.
-        deep: count distinct keys from raw as well (reads all of raw).
+        deep: verify every file, bit for bit, and count distinct keys from raw (reads it all).
 
     Raises:
         BufferUnavailableError: Redis doesn't answer.
@@ -85,6 +85,7 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
     rows = sum(day.rows for day in days)
     in_lake = rows + quarantine.records - quarantine.in_fragments
     differences = buffer_faults + [fault for day in days for fault in day.faults]
+    differences += damage.listed(lake)
     if in_lake < low:
         differences.append(
             f"{low - in_lake:,} heartbeats are missing: {low:,} were acknowledged, the lake holds "

@@ -13,6 +13,7 @@ from hb_assets.defs.assets.heartbeats import heartbeats
 from hb_assets.defs.assets.minute_heart_rate import minute_heart_rate
 from hb_assets.defs.assets.raw_heartbeats import raw_heartbeats
 from hb_assets.defs.installation import Installation
+from hb_assets.defs.maintenance import hourly_maintenance, maintenance
 from hb_assets.defs.sensors.buffer import buffer_sensor
 from hb_assets.defs.sensors.consolidation import consolidation_sensor
 from hb_assets.defs.sensors.drain import drain_sensor
@@ -31,7 +32,8 @@ def of(settings: Settings) -> dg.Definitions:
     daily = partitions.daily(settings)
     return dg.Definitions(
         assets=[raw_heartbeats(daily), heartbeats(daily), minute_heart_rate(daily)],
-        jobs=[jobs.consolidate_day, jobs.drain_and_report],
+        jobs=[jobs.consolidate_day, jobs.drain_and_report, maintenance],
+        schedules=[hourly_maintenance],
         sensors=[
             drain_sensor(settings),
             consolidation_sensor(),

@@ -253,6 +253,16 @@ class Settings(BaseSettings):
         default=dt.timedelta(hours=24),
         description="How long a temp file may lie in the lake before it counts as left by a crash.",
     )
+    locks: Literal["file", "redis", "none"] = Field(
+        default="file",
+        description="What keeps consolidators from doing one day's work twice: lock files in the "
+        "lake (processes of one machine), leases in Redis (several machines), or nothing. No row "
+        "depends on it.",
+    )
+    lock_wait: PositiveDuration = Field(
+        default=dt.timedelta(seconds=30),
+        description="How long a consolidator waits for another one before it works beside it.",
+    )
     duckdb_memory: Annotated[Bytes, Field(ge=64 * 2**20)] = Field(
         default=2**30, description="Memory limit of each DuckDB engine."
     )

@@ -5,6 +5,7 @@ here: commands on those keys (`producer`, `consumer`, `depth`).
 
     hb:{07}:stream   stream, one a shard; consumer group `hb`
     hb:{07}:ledger   hash, one a shard
+    hb:{07}:lease:2025-01-15   string that expires: who consolidates that day (HB_LOCKS=redis)
 
 The braces are part of the name: a cluster hash tag that keeps a shard's keys together, so that one
 script may touch both. Two digits, 00 to HB_SHARDS - 1.
@@ -35,8 +36,15 @@ appended - acknowledged is the number of heartbeats (without foreign ones) that 
 
 from __future__ import annotations
 
+import datetime as dt
+
 GROUP = "hb"
 """The consumer group that drains each stream."""
+
+
+def lease(shard: int, day: dt.date) -> str:
+    """Key of the lease on a (day, shard)."""
+    return f"hb:{{{shard:02d}}}:lease:{day.isoformat()}"
 
 
 def stream(shard: int) -> str:

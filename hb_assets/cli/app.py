@@ -18,6 +18,7 @@ not be done (one line on stderr says why); 130 ended by Ctrl-C.
 
 from __future__ import annotations
 
+import datetime as dt
 import errno
 import importlib
 import traceback
@@ -29,10 +30,11 @@ from typer.core import TyperGroup
 from hb_assets import __version__
 from hb_assets import settings as settings_module
 from hb_assets.cli import output, state
+from hb_assets.days import parse_day
 from hb_assets.errors import HbError, SettingsError
 from hb_assets.settings import Settings
 
-COMMANDS = ("up", "serve", "draining", "lake", "quarantine", "status", "backfill")
+COMMANDS = ("up", "serve", "draining", "lake", "quarantine", "maintenance", "status", "backfill")
 """Modules of this package that register commands, in the order of `hb --help`."""
 
 FAILED = 1
@@ -56,8 +58,7 @@ class _Group(TyperGroup):
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise  # the reader of our output went away; typer ends quietly
-            where = f" ({error.filename})" if error.filename else ""
-            output.complain(f"{error.strerror or type(error).__name__}{where}")
+            output.complain(output.line(error))
             raise typer.Exit(REFUSED) from None
         except (typer.Exit, typer.Abort, typer.TyperException):
             raise
@@ -147,6 +148,14 @@ def _agree(settings: Settings) -> None:
             + "; ".join(differing)
             + "; use the same in both terminals"
         )
+
+
+def day_of(text: str) -> dt.date:
+    """The day that an argument names. Raises typer.BadParameter."""
+    try:
+        return parse_day(text)
+    except ValueError:
+        raise typer.BadParameter(f"not a day like 2025-01-15: {text!r}") from None
 
 
 def load_commands() -> typer.Typer:

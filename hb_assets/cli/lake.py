@@ -16,7 +16,8 @@ from hb_assets import days, record
 from hb_assets.audit import Audit, audit
 from hb_assets.buffer import connection, server
 from hb_assets.cli import output
-from hb_assets.cli.app import FAILED, AsJson, app, settings_of
+from hb_assets.cli.app import FAILED, AsJson, app, day_of, settings_of
+from hb_assets.coordination import coordinated
 from hb_assets.errors import HbError
 from hb_assets.lake import consolidation, inventory, minutes, query
 from hb_assets.lake.consolidation import Consolidated
@@ -44,22 +45,34 @@ def consolidate(
     if sum((bool(wanted), pending, every)) != 1:
         raise typer.BadParameter("name days, or --pending, or --all")
     lake = Lake.open(settings)
-    named = [_day(text) for text in wanted or ()]
+    named = [day_of(text) for text in wanted or ()]
     unknown = sorted(set(named) - set(inventory.days(lake)))
     if unknown:
         raise HbError(f"the lake {lake.root} holds nothing of {', '.join(map(str, unknown))}")
     chosen = named or _days(lake, settings, pending_only=pending)
     results: list[Consolidated] = []
     failed: dict[dt.date, str] = {}
-    with output.progress() as progress:
+    with (
+        coordinated(lake, settings, start_server=True) as known,
+        output.progress() as progress,
+    ):
         task = progress.add_task("consolidate", total=len(chosen))
         for day in chosen:
             progress.update(task, description=f"consolidate {day}")
             try:
-                results.append(consolidation.consolidate(lake, day, settings, rebuild=rebuild))
+                results.append(
+                    consolidation.consolidate(
+                        lake,
+                        day,
+                        settings,
+                        rebuild=rebuild,
+                        watermarks=known.watermarks,
+                        lock=known.lock,
+                    )
+                )
                 minutes.build(lake, day, settings)
-            except HbError as error:
-                failed[day] = str(error)
+            except (HbError, OSError) as error:
+                failed[day] = output.line(error)
             progress.advance(task)
     if as_json:
         output.print_json(
@@ -67,17 +80,11 @@ def consolidate(
         )
     else:
         _show_consolidated(results)
-    for why in failed.values():
+    set_aside = [said for one in results for said in one.set_aside]
+    for why in [*set_aside, *failed.values()]:
         output.complain(why)
-    if failed:
+    if failed or set_aside:
         raise typer.Exit(FAILED)
-
-
-def _day(text: str) -> dt.date:
-    try:
-        return days.parse_day(text)
-    except ValueError:
-        raise typer.BadParameter(f"not a day like 2025-01-15: {text!r}") from None
 
 
 def _days(lake: Lake, settings: Settings, *, pending_only: bool) -> list[dt.date]:
@@ -187,7 +194,8 @@ def _iso(epoch_ms: int) -> str:
 def audit_all(
     context: typer.Context,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Count distinct keys from raw as well (reads all of it).")
+        bool,
+        typer.Option("--deep", help="Verify every file, bit for bit, and count keys from raw."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -209,23 +217,21 @@ def audit_all(
         raise typer.Exit(FAILED)
 
 
+_COUNTS = ("rows", "unique", "repeats", "corrections", "erased", "pending")
+
+
 def _show_audit(verdict: Audit, seconds: float) -> None:
     table = output.table(
-        "Every day: rows = unique + superseded (repeats + corrections) + pending",
-        *("day", "rows", "unique", "superseded", "repeats", "corrections", "pending", "adds up"),
+        "Every day: rows = unique + repeats + corrections + erased + pending",
+        *("day", *_COUNTS, "adds up"),
     )
     for day in verdict.days:
-        counts = (day.rows, day.unique, day.superseded, day.repeats, day.corrections, day.pending)
-        table.add_row(
-            str(day.day), *(f"{count:,}" for count in counts), "no" if day.faults else "yes"
-        )
+        counts = (f"{getattr(day, name):,}" for name in _COUNTS)
+        table.add_row(str(day.day), *counts, "no" if day.faults else "yes")
     table.add_section()
     table.add_row(
         f"{len(verdict.days)} days",
-        *(
-            f"{sum(getattr(day, name) for day in verdict.days):,}"
-            for name in ("rows", "unique", "superseded", "repeats", "corrections", "pending")
-        ),
+        *(f"{sum(getattr(day, name) for day in verdict.days):,}" for name in _COUNTS),
         "",
     )
     output.results.print(table)

@@ -34,6 +34,14 @@ def complain(message: str) -> None:
     notes.print(Text(f"hb: {' '.join(message.split())}", style="red"), soft_wrap=True)
 
 
+def line(error: Exception) -> str:
+    """One line for an error that a user can mend: an HbError, or a disk's."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or type(error).__name__}{where}"
+
+
 def note(message: str, *, style: str = "") -> None:
     """One line on stderr, never wrapped, never read as markup."""
     notes.print(Text(message, style=style), soft_wrap=True)

@@ -64,11 +64,13 @@ def of_heartbeats(lake: Lake, done: Consolidated) -> Metadata:
         "superseded": done.superseded,
         "repeats": done.repeats,
         "corrections": done.corrections,
+        "erased": done.erased,
         "replayed": done.replayed,
         "bytes": done.bytes,
         "written_rows": done.written,
         "written_files": done.shards_written,
         "fragments_taken_in": done.pending,
+        "damaged_files_set_aside": len(done.set_aside),
     }
     files = [layout.consolidated_file(lake.root, done.day, shard) for shard in range(lake.shards)]
     return {

@@ -65,9 +65,13 @@ class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
             rows_written=0,
         )
 
+    def mark(self, source: int) -> tuple[int, int]:
+        """The watermark of a source shard; below every entry id where there is none."""
+        return self.watermark.get(source, (0, 0))
+
     def reaches(self, name: FragmentName) -> bool:
         """Whether the fragment may hold rows at or below the watermark."""
-        return name.first <= self.watermark.get(name.source, (0, 0))
+        return name.first <= self.mark(name.source)
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,18 +105,19 @@ def consolidate(
         CheckFailedError: a new file failed its checks; the published one is still in place.
         DamagedFileError: a file can't be read, or a rebuild lacks fragments that were pruned.
         FencedError: a pruner fenced us off; start again.
+        OSError: a disk can't be read or written.
     """
     chosen = range(lake.shards) if shards is None else shards
     results = []
     set_aside: list[str] = []
-    failure: HbError | None = None
+    failure: HbError | OSError | None = None
     with engine(settings) as connection:
         for done, shard in enumerate(chosen, start=1):
             task = _Task(lake, day, shard, connection, watermarks or {}, rebuild, rewrite)
             try:
                 with lock(day, shard):
                     results.append(_without_damage(task, set_aside))
-            except HbError as error:
+            except (HbError, OSError) as error:
                 failure = failure or error
             if progress:
                 progress(done, len(chosen))

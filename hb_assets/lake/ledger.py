@@ -7,8 +7,9 @@ say. Doesn't belong here: the buffer's side, and the verdict (`audit`).
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -23,7 +24,7 @@ from hb_assets.lake.layout import RAW
 from hb_assets.lake.merge import Inputs, fresh_rows
 from hb_assets.lake.store import Lake
 from hb_assets.record import Arrival
-from hb_assets.schema import ARRIVAL, KEY
+from hb_assets.schema import ARRIVAL, HEARTBEATS, KEY, MINUTES
 from hb_assets.settings import Settings
 
 
@@ -67,7 +68,8 @@ def of_days(lake: Lake, settings: Settings, *, deep: bool = False) -> list[DayLe
     Args:
         lake: which lake.
         settings: for memory and threads.
-        deep: count distinct keys from raw as well, to be held against the unique rows.
+        deep: verify every file, and count distinct keys from raw as well, to be held against the
+            unique rows.
     """
     with engine(settings) as connection:
         return [_day(lake, day, connection, deep) for day in inventory.days(lake)]
@@ -77,13 +79,40 @@ def _day(lake: Lake, day: dt.date, connection: duckdb.DuckDBPyConnection, deep: 
     ledger = DayLedger(day)
     for shard in range(lake.shards):
         where = f"day {day.isoformat()}, shard {shard:02d}"
+        paths = [one.path for one in fragments.listed(lake, day, shard)]
+        paths.append(layout.consolidated_file(lake.root, day, shard))
         try:
+            if deep:
+                ledger.faults += _damage(lake, day, shard)
             _add_shard(ledger, lake, shard, where, connection, deep)
         except DamagedFileError as error:
             ledger.faults.append(str(error))
-        except (duckdb.Error, FileNotFoundError) as error:
-            ledger.faults.append(f"{where}: can't be read ({type(error).__name__})")
+        except FileNotFoundError:
+            ledger.faults.append(f"{where}: files went while it was counted; count again")
+        except duckdb.Error as error:
+            ledger.faults.append(f"{where}: {parquet.explained(error, paths)}")
+    ledger.faults = list(dict.fromkeys(ledger.faults))
     return ledger
+
+
+def _damage(lake: Lake, day: dt.date, shard: int) -> list[str]:
+    """One line for each file of a (day, shard) that isn't what was written."""
+    listed = fragments.listed(lake, day, shard)
+    looks: list[Callable[[], None]] = [partial(fragments.verify, one) for one in listed]
+    for path, schema in (
+        (layout.consolidated_file(lake.root, day, shard), HEARTBEATS),
+        (layout.minutes_file(lake.root, day, shard), MINUTES),
+    ):
+        looks += [partial(parquet.verify, path), partial(parquet.verify_footer, path, schema)]
+    faults = []
+    for look in looks:
+        try:
+            look()
+        except FileNotFoundError:
+            continue
+        except DamagedFileError as error:
+            faults.append(str(error))
+    return faults
 
 
 def _add_shard(

@@ -16,6 +16,7 @@ import duckdb
 import msgspec
 import pyarrow as pa
 
+from hb_assets.errors import DamagedFileError
 from hb_assets.lake import checks, consolidated, layout, parquet
 from hb_assets.lake.checks import Figure
 from hb_assets.lake.consolidated import Current
@@ -90,8 +91,8 @@ def is_current(lake: Lake, day: dt.date, shard: int, priority: Sequence[str]) ->
 def _note(lake: Lake, day: dt.date, shard: int) -> MinutesNote | None:
     try:
         return parquet.note(layout.minutes_file(lake.root, day, shard), MinutesNote)
-    except FileNotFoundError:
-        return None
+    except (FileNotFoundError, DamagedFileError):
+        return None  # a damaged one is made anew as well
 
 
 def build(

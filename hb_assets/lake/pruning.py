@@ -24,7 +24,6 @@ import datetime as dt
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import duckdb
 import msgspec
@@ -32,6 +31,7 @@ import msgspec
 from hb_assets.errors import HbError
 from hb_assets.lake import fragments, layout, parquet
 from hb_assets.lake.consolidated import Current, current
+from hb_assets.lake.consolidation import Lock, Watermarks, no_lock
 from hb_assets.lake.engine import engine
 from hb_assets.lake.files import TempFile, sync_folder
 from hb_assets.lake.fragments import Fragment
@@ -77,6 +77,7 @@ def prune(
     settings: Settings,
     *,
     days: Collection[dt.date] | None = None,
+    lock: Lock = no_lock,
     dry_run: bool = False,
 ) -> Pruned:
     """Delete raw fragments that are no longer needed, and leftovers of crashes.
@@ -87,26 +88,71 @@ def prune(
         lake: which lake.
         settings: RAW_KEEP, the grace period; memory and threads.
         days: only these; default all.
+        lock: held around each shard, so that no consolidator's work is thrown away.
         dry_run: only count what would go.
     """
-    now = time.time()
-    total = Pruned() if dry_run else Pruned(leftovers=sweep(lake, settings, now))
+    allowed = _old(settings)
+    total = Pruned() if dry_run else Pruned(leftovers=sweep(lake, settings))
     with engine(settings) as connection:
-        for day in layout.days_of(lake.root, RAW):
-            if days is not None and day not in days:
-                continue
+        for day in _days(lake, days):
             for shard in range(lake.shards):
-                total = total.plus(
-                    prune_shard(
-                        lake,
-                        day,
-                        shard,
-                        connection,
-                        lambda one: _written(one.path) < now - settings.raw_keep.total_seconds(),
-                        dry_run=dry_run,
+                if not any(map(allowed, fragments.listed(lake, day, shard))):
+                    continue
+                with lock(day, shard):
+                    total = total.plus(
+                        prune_shard(lake, day, shard, connection, allowed, dry_run=dry_run)
                     )
-                )
     return total
+
+
+def held_back(
+    lake: Lake,
+    settings: Settings,
+    watermarks: Watermarks,
+    days: Collection[dt.date] | None = None,
+) -> dict[dt.date, list[int]]:
+    """Days and shards where old fragments wait for a watermark that the buffer has reached.
+
+    Args:
+        lake: which lake.
+        settings: RAW_KEEP.
+        watermarks: the buffer's.
+        days: only these; default all.
+    """
+    allowed = _old(settings)
+    found: dict[dt.date, list[int]] = {}
+    for day in _days(lake, days):
+        for shard in range(lake.shards):
+            old = [one for one in fragments.listed(lake, day, shard) if allowed(one)]
+            try:
+                published = current(lake, day, shard) if old else None
+            except HbError:
+                continue  # pruning or consolidating it says so
+            if published is not None and any(
+                str(one.name) in published.names
+                and published.note.mark(one.name.source)
+                < one.name.last
+                <= watermarks.get(one.name.source, (0, 0))
+                for one in old
+            ):
+                found.setdefault(day, []).append(shard)
+    return found
+
+
+def _days(lake: Lake, days: Collection[dt.date] | None) -> list[dt.date]:
+    return [day for day in layout.days_of(lake.root, RAW) if days is None or day in days]
+
+
+def _old(settings: Settings) -> Allowed:
+    latest = time.time() - settings.raw_keep.total_seconds()
+
+    def allowed(fragment: Fragment) -> bool:
+        try:
+            return fragment.path.stat().st_mtime < latest
+        except FileNotFoundError:
+            return False
+
+    return allowed
 
 
 def prune_shard(
@@ -157,24 +203,21 @@ def fence(lake: Lake, day: dt.date, shard: int) -> int:
     return len(temps)
 
 
-def sweep(lake: Lake, settings: Settings, now: float) -> int:
+def sweep(lake: Lake, settings: Settings) -> int:
     """Remove temp files that nobody has written for TEMP_KEEP: their process is dead.
 
     If it only slept it is fenced off: it can't publish, and starts again.
     """
+    oldest = time.time() - settings.temp_keep.total_seconds()
     swept = 0
     for path in (lake.root / layout.TEMP).glob("*"):
         try:
-            if path.stat().st_mtime < now - settings.temp_keep.total_seconds():
+            if path.stat().st_mtime < oldest:
                 path.unlink()
                 swept += 1
         except FileNotFoundError:
             continue
     return swept
-
-
-def _written(path: Path) -> float:
-    return path.stat().st_mtime
 
 
 def _included(
@@ -191,7 +234,7 @@ def _included(
         one
         for one in fragments.listed(lake, day, shard)
         if str(one.name) in published.names
-        and one.name.last <= published.note.watermark.get(one.name.source, (0, 0))
+        and one.name.last <= published.note.mark(one.name.source)
         and allowed(one)
     ]
     held = _held(lake, listed, connection)

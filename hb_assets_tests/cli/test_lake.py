@@ -13,7 +13,15 @@ from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 from hb_assets_tests.cli.commands import complaint, hb, told
-from hb_assets_tests.lake.deliveries import DAY, NOON, consolidated, deliver, entry, line
+from hb_assets_tests.lake.deliveries import (
+    DAY,
+    NOON,
+    consolidated,
+    deliver,
+    entry,
+    line,
+    spoil_for_good,
+)
 
 START, END = "2025-01-15T12:00:00Z", "2025-01-15T12:01:00Z"
 
@@ -81,7 +89,7 @@ def test_damaged_day_does_not_stop_the_others(lake: Lake, settings: Settings, ch
     next_day = NOON + 86_400_000
     deliver(lake, settings, entry([line(at=next_day), line(bpm=90)], ms=next_day))
     path = layout.consolidated_file(lake.root, DAY, shard_of("u1", 4))
-    path.write_bytes(b"PAR1")
+    spoil_for_good(lake, path)
     result = hb("consolidate", choice, code=1)
     assert str(path) in result.stderr
     assert result.stderr.count("hb: ") == 1

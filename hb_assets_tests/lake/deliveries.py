@@ -94,3 +94,11 @@ def survivors(rows: Sequence[Row]) -> dict[tuple[str, str, int], Row]:
 def left_behind(root: Path) -> list[Path]:
     """Temp files."""
     return [path for path in root.rglob(f"{layout.TEMP}/*") if path.is_file()]
+
+
+def spoil_for_good(lake: Lake, path: Path) -> None:
+    """Damage a consolidated file that can't be made anew: raw, it is said, was pruned."""
+    path.write_bytes(b"PAR1 no more")
+    mark = lake.root / layout.PRUNED / path.parent.relative_to(lake.root / layout.HEARTBEATS)
+    mark.mkdir(parents=True)
+    (mark / "pruned.json").write_bytes(b"{}")

@@ -2,14 +2,17 @@
 
 # No `from __future__ import annotations`: Dagster compares the annotation of `context` itself.
 
+import datetime as dt
 from collections.abc import Iterator
 
 import dagster as dg
 
-from hb_assets import days, schema
+from hb_assets import alarms, days, schema
+from hb_assets.coordination import coordinated
 from hb_assets.defs import metadata, outcomes
 from hb_assets.defs.assets import HEARTBEATS, OWNERS, RAW_HEARTBEATS, TAGS
 from hb_assets.defs.installation import Installation
+from hb_assets.defs.sensors import now_ms
 from hb_assets.errors import CheckFailedError
 from hb_assets.lake.checks import HEARTBEAT_CHECKS
 from hb_assets.lake.consolidation import consolidate
@@ -55,20 +58,29 @@ def _heartbeats(
     installation: dg.ResourceParam[Installation],
 ) -> Iterator[dg.AssetCheckResult | dg.MaterializeResult[None]]:
     day = days.parse_day(context.partition_key)
+    settings = installation.settings
     with outcomes.failures():
         lake = installation.lake()
         try:
-            done = consolidate(
-                lake,
-                day,
-                installation.settings,
-                rebuild=config.rebuild,
-                progress=outcomes.progress(context.log),
-            )
+            with coordinated(lake, settings, start_server=False) as known:
+                done = consolidate(
+                    lake,
+                    day,
+                    settings,
+                    rebuild=config.rebuild,
+                    watermarks=known.watermarks,
+                    lock=known.lock,
+                    progress=outcomes.progress(context.log),
+                )
         except CheckFailedError as error:
             yield from outcomes.check_results(HEARTBEATS, HEARTBEAT_CHECKS, error.figures)
             raise
+        alarms.tell([_damage(day, said) for said in done.set_aside], settings)
         yield dg.MaterializeResult(
             metadata=metadata.of_heartbeats(lake, done),
             check_results=outcomes.check_results(HEARTBEATS, HEARTBEAT_CHECKS, done.figures),
         )
+
+
+def _damage(day: dt.date, said: str) -> alarms.Alarm:
+    return alarms.alarm("damaged_file", said, now_ms(), day=day.isoformat())

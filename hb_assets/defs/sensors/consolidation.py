@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 
 import dagster as dg
@@ -66,11 +67,7 @@ def _tick(
     states, faults = _states(installation, lake)
     requests: list[dg.RunRequest] = []
     passed_over = list(faults.values())
-    for state in states:
-        reason = policy.due(state, now, settings)
-        day = state.day.isoformat()
-        if reason is None:
-            continue
+    for day, reason, fingerprint in _due(states, faults, now, settings):
         if day in busy:
             passed_over.append(f"{day}: a run is under way")
             continue
@@ -78,11 +75,12 @@ def _tick(
         if attempt is None:
             passed_over.append(f"{day}: waiting after a failure")
             continue
-        run_key = f"{day}/{_fingerprint(state, settings)}/{attempt}"
+        run_key = f"{day}/{fingerprint}/{attempt}"
         requests.append(dg.RunRequest(run_key=run_key, partition_key=day, tags={REASON: reason}))
         if len(requests) == MOST_REQUESTS:
             break
-    notices, standing = alarms.changes(alarms.load(context.cursor), faults, now)
+    unreadable = {f"day_unreadable:{day}": message for day, message in faults.items()}
+    notices, standing = alarms.changes(alarms.load(context.cursor), unreadable, now)
     alarms.tell(notices, settings)
     return dg.SensorResult(
         run_requests=requests,
@@ -91,8 +89,23 @@ def _tick(
     )
 
 
+def _due(
+    states: Sequence[DayState], faults: Mapping[str, str], now: int, settings: Settings
+) -> Iterator[tuple[str, str, str]]:
+    """Day, reason and fingerprint of what is to be done, of each day that is due.
+
+    A day that can't be read is: its run sets the damaged file aside, or fails and says why.
+    """
+    for day, message in faults.items():
+        yield day, "a file of it is damaged", _digest(message)
+    for state in states:
+        reason = policy.due(state, now, settings)
+        if reason is not None:
+            yield state.day.isoformat(), reason, _fingerprint(state, settings)
+
+
 def _states(installation: Installation, lake: Lake) -> tuple[list[DayState], dict[str, str]]:
-    """How each day stands, and what can't be read."""
+    """How each day stands; and of days that can't be read, why."""
 
     def look(lake: Lake, day: dt.date) -> DayState:
         return inventory.day_state(lake, day, installation.settings)
@@ -107,7 +120,7 @@ def _states(installation: Installation, lake: Lake) -> tuple[list[DayState], dic
                     installation.folders.remembered(lake, day, (RAW, HEARTBEATS, MINUTES), look)
                 )
             except HbError as error:
-                faults[f"day_unreadable:{day.isoformat()}"] = str(error)
+                faults[day.isoformat()] = str(error)
     return states, faults
 
 
@@ -137,5 +150,8 @@ def _fingerprint(state: DayState, settings: Settings) -> str:
 
     That is other pending fragments, another publication, or another device priority.
     """
-    parts = (state.pending_digest, str(state.rows_written), *settings.device_priority)
+    return _digest(state.pending_digest, str(state.rows_written), *settings.device_priority)
+
+
+def _digest(*parts: str) -> str:
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()

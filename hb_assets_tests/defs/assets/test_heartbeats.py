@@ -8,9 +8,11 @@ import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 
+from hb_assets import alarms
 from hb_assets.defs.assets import HEARTBEATS, MINUTE_HEART_RATE
 from hb_assets.lake import checks, consolidation, layout
 from hb_assets.lake.checks import Figure
+from hb_assets_tests.lake.deliveries import spoil_for_good
 
 DAY = "2025-01-15"
 
@@ -161,16 +163,32 @@ def test_a_damaged_file_is_one_clear_line(drained, run, installation) -> None:
     run(DAY)
     lake = installation.lake()
     path = next((lake.root / layout.HEARTBEATS).rglob("*.parquet"))
-    path.write_bytes(b"PAR1 no more")
+    spoil_for_good(lake, path)
     result = run(DAY)
     assert not result.success
     assert failure(result).startswith(f"{path} is damaged")
-    assert run(DAY, rebuild=True).success
+
+
+def test_a_damaged_file_that_raw_still_has_is_made_anew_and_told(
+    drained, run, installation, monkeypatch
+) -> None:
+    drained(users=4, readings=5)
+    run(DAY)
+    told = []
+    monkeypatch.setattr(alarms, "tell", lambda notices, _settings: told.extend(notices))
+    path = next((installation.lake().root / layout.HEARTBEATS).rglob("*.parquet"))
+    path.write_bytes(b"PAR1 no more")
+    assert run(DAY).success
+    [notice] = told
+    assert notice.alarm == "damaged_file"
+    assert notice.message.startswith(f"{path} was damaged")
 
 
 def test_an_error_is_not_tried_again_unless_that_helps(drained, run, installation) -> None:
     drained(users=4, readings=5)
     run(DAY)
-    next((installation.lake().root / layout.HEARTBEATS).rglob("*.parquet")).write_bytes(b"")
+    lake = installation.lake()
+    spoil_for_good(lake, next((lake.root / layout.HEARTBEATS).rglob("*.parquet")))
     result = run(DAY)
+    assert not result.success
     assert not any(event.is_step_up_for_retry for event in result.all_events)

@@ -7,6 +7,7 @@ import dagster as dg
 from hb_assets.definitions import of
 from hb_assets.defs.installation import Installation
 from hb_assets.lake import layout
+from hb_assets_tests.lake.deliveries import spoil_for_good
 
 DAY = "2025-01-15"
 
@@ -31,7 +32,7 @@ def failed_run(append, ticks, run, installation):
     ticks("drain").tick()
     run(DAY)
     path = next((installation.lake().root / layout.HEARTBEATS).rglob("*.parquet"))
-    path.write_bytes(b"")
+    spoil_for_good(installation.lake(), path)
     return path, run(DAY)
 
 

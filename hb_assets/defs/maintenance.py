@@ -1,0 +1,56 @@
+"""maintenance: the job and the schedule that keep the lake from only growing.
+
+Belongs here: its one step and when it runs. Doesn't belong here: the work itself (`maintenance`).
+"""
+
+# No `from __future__ import annotations`: Dagster compares the annotation of `context` itself.
+
+import dagster as dg
+
+from hb_assets.coordination import coordinated
+from hb_assets.defs import outcomes
+from hb_assets.defs.installation import Installation
+from hb_assets.errors import HbError
+from hb_assets.maintenance import maintain
+
+MAINTENANCE = "maintenance"
+
+
+@dg.op(description="Prune raw fragments, and remove what crashes left behind.")
+def prune(context: dg.OpExecutionContext, installation: dg.ResourceParam[Installation]) -> None:
+    """The one step; it fails, after all else was done, when a day can't be pruned."""
+    settings = installation.settings
+    with outcomes.failures():
+        lake = installation.lake()
+        with coordinated(lake, settings, start_server=False) as known:
+            done = maintain(lake, settings, known)
+        context.add_output_metadata(
+            {
+                "fragments_pruned": done.fragments,
+                "bytes_pruned": done.bytes,
+                "leftovers_removed": done.leftovers,
+                "files_renewed": done.renewed,
+            }
+        )
+        if done.faults:
+            raise HbError("; ".join(done.faults))
+
+
+@dg.job(
+    name=MAINTENANCE,
+    description="Prune raw fragments that consolidated files include and that are older than "
+    "HB_RAW_KEEP, and remove what crashes left behind. By hand: `hb prune`.",
+)
+def maintenance() -> None:
+    """The job."""
+    prune()
+
+
+hourly_maintenance = dg.ScheduleDefinition(
+    name="hourly_maintenance",
+    job=maintenance,
+    cron_schedule="17 * * * *",
+    execution_timezone="UTC",
+    default_status=dg.DefaultScheduleStatus.RUNNING,
+    description="Runs the maintenance job.",
+)

@@ -1,0 +1,67 @@
+"""`hb prune`: what goes, what would go, and one line when it can't."""
+
+from __future__ import annotations
+
+import pytest
+
+from hb_assets.lake import fragments, layout
+from hb_assets.lake.store import Lake
+from hb_assets.record import shard_of
+from hb_assets.settings import Settings
+from hb_assets_tests.cli.commands import complaint, hb, told
+from hb_assets_tests.lake.deliveries import DAY, line
+
+
+@pytest.fixture(autouse=True)
+def environment(settings: Settings, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HB_HOME", str(settings.home))
+    monkeypatch.setenv("HB_SHARDS", "4")
+    monkeypatch.setenv("HB_REDIS_URL", redis_url)
+    monkeypatch.setenv("HB_RAW_KEEP", "0s")
+
+
+@pytest.fixture
+def lake(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    file = tmp_path_factory.mktemp("import") / "beats.ndjson"
+    file.write_bytes(line() + b"\n" + line("u2"))
+    hb("import", file)
+    hb("drain", "--until-empty")
+    hb("consolidate", "--all")
+    return Lake.open(settings)
+
+
+def test_prune(lake: Lake) -> None:
+    before = len(fragments.all_listed(lake, DAY))
+    assert told("prune", "--dry-run")["fragments"] == before > 0
+    assert told("prune", "2025-01-16")["fragments"] == 0
+    assert "would be pruned" in hb("prune", "--dry-run").stdout
+    assert f"{before} fragments" in hb("prune").stdout
+    assert fragments.all_listed(lake, DAY) == []
+    assert "it adds up" in hb("audit", "--deep").stdout
+
+
+def test_what_cant_be_pruned_is_named(lake: Lake) -> None:
+    path = layout.consolidated_file(lake.root, DAY, shard_of("u1", lake.shards))
+    path.write_bytes(b"")
+    result = hb("prune", code=1)
+    assert str(path) in result.stderr.replace("\n", "")
+
+
+def test_not_a_day() -> None:
+    assert "not a day like 2025-01-15" in complaint("prune", "yesterday")
+
+
+def test_damage_is_told_once_by_consolidate_and_by_the_audit_until_it_is_mended(
+    lake: Lake,
+) -> None:
+    [one, *_] = fragments.all_listed(lake, DAY)
+    whole = one.path.read_bytes()
+    one.path.write_bytes(whole[:-9])
+    assert str(one.path) in hb("audit", "--deep", code=1).stderr.replace("\n", "")
+    hb("consolidate", DAY, "--rebuild", code=1)
+    assert "set aside" in hb("audit", code=1).stderr.replace("\n", " ")
+    one.path.write_bytes(whole)
+    [aside] = (lake.root / layout.DAMAGED).rglob("*.parquet")
+    aside.unlink()
+    hb("consolidate", DAY)
+    assert "it adds up" in hb("audit", "--deep").stdout
