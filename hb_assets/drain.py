@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from hb_assets.buffer.consumer import Consumer
-from hb_assets.lake import fragments, quarantine
+from hb_assets.lake import erased, fragments, quarantine, tombstones
 from hb_assets.lake.decode import decode
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
@@ -61,8 +61,11 @@ def drain_cycle(consumer: Consumer, lake: Lake, settings: Settings) -> Drained:
     if not entries:
         return Drained(empty=True, seconds=time.monotonic() - began)
     decoded = decode(entries, settings)
-    published = fragments.publish(lake, decoded.rows)
-    quarantine.publish(lake, decoded.rejected)
+    rows, forgotten = tombstones.withheld(lake, decoded.rows)
+    records, forgotten_too = tombstones.withheld(lake, decoded.rejected)
+    published = fragments.publish(lake, rows)
+    quarantine.publish(lake, records)
+    erased.publish(lake, forgotten, forgotten_too)
     # Everything is durable now; a crash before this line means that the entries come again.
     consumer.acknowledge(list(zip(entries, decoded.counts, strict=True)))
     return Drained(

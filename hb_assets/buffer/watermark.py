@@ -1,8 +1,9 @@
 """The watermark: per shard the entry id up to which every entry was acknowledged.
 
-Belongs here: reading it. Doesn't belong here: what it is good for (`lake.consolidation`,
-`lake.pruning`). An acknowledged entry is deleted, so that whatever lies below the oldest entry of
-a stream was acknowledged; ids only grow, so that nothing new appears there.
+Belongs here: reading it, and whether it has passed an instant. Doesn't belong here: what it is good
+for (`lake.consolidation`, `lake.pruning`). An acknowledged entry is deleted, so that whatever lies
+below the oldest entry of a stream was acknowledged; ids only grow, so that nothing new appears
+there. Of an empty stream the server's clock tells below which id nothing more will come.
 """
 
 from __future__ import annotations
@@ -18,28 +19,53 @@ _LAST_SEQ = 2**64 - 1
 
 
 def watermarks(client: Client, settings: Settings) -> dict[int, tuple[int, int]]:
-    """Per shard the watermark; shards that never had an entry are left out.
+    """Per shard the watermark.
 
     Raises:
         BufferUnavailableError: Redis doesn't answer, or something else lies at a stream's key.
     """
+    return {
+        shard: _before(*_id(oldest)) if oldest else max(_id(last), _before(now, 0))
+        for shard, (oldest, last, now) in _ends(client, settings).items()
+    }
+
+
+def latest(client: Client, settings: Settings) -> int:
+    """The server's clock, epoch ms, or the last id that it gave, if that is ahead of the clock.
+
+    Whatever is appended from now on arrives at that millisecond or later.
+
+    Raises:
+        BufferUnavailableError: as `watermarks`.
+    """
+    return max(max(now, _id(last)[0]) for _, last, now in _ends(client, settings).values())
+
+
+def passed(client: Client, settings: Settings, ms: int) -> bool:
+    """Whether every entry that arrived at that instant (epoch ms) or before is acknowledged.
+
+    Raises:
+        BufferUnavailableError: as `watermarks`.
+    """
+    oldest = (oldest for oldest, _, _ in _ends(client, settings).values() if oldest)
+    return all(_id(one)[0] > ms for one in oldest)
+
+
+def _ends(client: Client, settings: Settings) -> dict[int, tuple[bytes, bytes, int]]:
+    """Per shard the oldest entry's id or b"", the last id ever given, and the clock (epoch ms)."""
     shards = range(settings.shards)
+    commands = [script("watermark", (keys.stream(shard),), ()) for shard in shards]
     try:
-        replies = exchange(
-            client, [script("watermark", (keys.stream(shard),), ()) for shard in shards]
-        )
+        replies = exchange(client, commands)
     except (failures.RedisError, OSError) as error:
         raise unavailable(error, client) from None
-    found = {}
     for shard, reply in zip(shards, replies, strict=True):
         if isinstance(reply, failures.RedisError):
             raise unavailable(reply, client, shard)
-        oldest, last = reply
-        if oldest:
-            found[shard] = _before(*_id(oldest))
-        elif last:
-            found[shard] = _id(last)
-    return found
+    return {
+        shard: (oldest, last, int(now))
+        for shard, (oldest, last, now) in zip(shards, replies, strict=True)
+    }
 
 
 def _id(text: bytes) -> tuple[int, int]:

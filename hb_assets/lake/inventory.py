@@ -60,6 +60,12 @@ def raw_digest(lake: Lake, day: dt.date) -> str:
     return fragments.digest(fragments.all_listed(lake, day))
 
 
+def notes(lake: Lake, day: dt.date) -> list[ConsolidatedNote]:
+    """Notes of the day's consolidated files. Raises DamagedFileError."""
+    found = (_published(layout.consolidated_file(lake.root, day, s)) for s in range(lake.shards))
+    return [one[0] for one in found if one is not None]
+
+
 def day_state(lake: Lake, day: dt.date, settings: Settings) -> DayState:
     """How a day stands now.
 

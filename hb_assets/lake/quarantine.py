@@ -94,7 +94,8 @@ def _arrivals(rows: pa.Table) -> Iterable[Arrival]:
     return (Arrival(*values) for values in zip(*columns, strict=True))
 
 
-def _read(path: Path) -> pa.Table:
+def read(path: Path) -> pa.Table:
+    """All records of one file. Raises DamagedFileError."""
     try:
         return pq.read_table(path, partitioning=None)
     except (pa.ArrowException, OSError) as error:
@@ -103,7 +104,7 @@ def _read(path: Path) -> pa.Table:
 
 def released(lake: Lake) -> set[Arrival]:
     """Identities of the records that were put back."""
-    return {arrival for path in _files(lake, RELEASED) for arrival in _arrivals(_read(path))}
+    return {arrival for path in _files(lake, RELEASED) for arrival in _arrivals(read(path))}
 
 
 def records(lake: Lake, *, reason: str | None = None) -> Iterator[Quarantined]:
@@ -116,7 +117,7 @@ def records(lake: Lake, *, reason: str | None = None) -> Iterator[Quarantined]:
     gone = released(lake)
     seen: set[Arrival] = set()
     for path in _files(lake, QUARANTINE):
-        rows = _read(path)
+        rows = read(path)
         for arrival, row in zip(_arrivals(rows), rows.to_pylist(), strict=True):
             if arrival in seen:
                 continue

@@ -15,7 +15,7 @@ import duckdb
 
 from hb_assets import days
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import consolidated, fragments, inventory, parquet
+from hb_assets.lake import consolidated, fragments, inventory, parquet, tombstones
 from hb_assets.lake.consolidated import Current
 from hb_assets.lake.engine import engine
 from hb_assets.lake.minutes import AGGREGATE, MINUTE_MS
@@ -45,6 +45,7 @@ WITH readings AS (
     WHERE user_id = $user
         AND timestamp >= make_timestamptz($start * 1000)
         AND timestamp < make_timestamptz($end * 1000)
+        AND arrival_ms > $cutoff
     GROUP BY user_id, device_id, timestamp
 )
 """
@@ -80,6 +81,7 @@ def minute_points(
 
     def ask() -> list[Point]:
         shard = shard_of(user_id, lake.shards)
+        forgotten = tombstones.of_user(lake, user_id)
         paths, published = _files(lake, shard, start_ms, end_ms)
         if not paths:
             return []
@@ -92,6 +94,7 @@ def minute_points(
                         "user": user_id,
                         "start": start_ms,
                         "end": end_ms,
+                        "cutoff": forgotten.cutoff_ms if forgotten else -1,
                         "priority": list(settings.device_priority),
                     },
                 ).fetchall()

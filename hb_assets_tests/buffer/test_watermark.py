@@ -7,14 +7,36 @@ import redis
 from hb_assets.buffer import keys
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
-from hb_assets.buffer.watermark import watermarks
+from hb_assets.buffer.watermark import latest, passed, watermarks
 from hb_assets.settings import Settings
 
 LINE = b'{"user_id":"u1","device_id":"d","timestamp_ms":1736942400000,"heart_rate":75}'
 
 
-def test_nothing_was_ever_there(client: redis.Redis, settings: Settings) -> None:
-    assert watermarks(client, settings) == {}
+def clock(client: redis.Redis) -> int:
+    seconds, microseconds = client.time()
+    return seconds * 1000 + microseconds // 1000
+
+
+def test_where_nothing_ever_was_nothing_comes_below_the_clock(
+    client: redis.Redis, settings: Settings
+) -> None:
+    before = clock(client)
+    found = watermarks(client, settings)
+    assert found.keys() == {0, 1, 2, 3}
+    assert all(before <= ms + 1 <= clock(client) for ms, _ in found.values())
+    assert before <= latest(client, settings) <= clock(client)
+    assert passed(client, settings, before)
+
+
+def test_latest_is_ahead_of_the_clock_where_the_ids_are(
+    client: redis.Redis, settings: Settings
+) -> None:
+    ahead = clock(client) + 3_600_000
+    client.xadd(keys.stream(2), {"data": LINE}, id=f"{ahead}-0")
+    assert latest(client, settings) == ahead
+    assert passed(client, settings, ahead - 1)
+    assert not passed(client, settings, ahead)
 
 
 def test_it_stands_right_below_the_oldest_entry(
@@ -30,7 +52,7 @@ def test_it_stands_right_below_the_oldest_entry(
     consumer.acknowledge([(first, 1)])
     assert (second.ms, second.seq) <= watermarks(client, settings)[0] < (third.ms, third.seq)
     consumer.acknowledge([(third, 1)])
-    assert watermarks(client, settings)[0] == (third.ms, third.seq)
+    assert watermarks(client, settings)[0] >= (third.ms, third.seq)
     assert len(entries) == 3
 
 
