@@ -4,7 +4,7 @@ Belongs here: holding the buffer's ledger against the lake's, and the verdict. D
 how either side counts (`buffer.depth`, `lake.ledger`).
 
     Redis, per shard:  appended = acknowledged + buffered
-    lake:              distinct rows in raw + quarantined = acknowledged
+    lake:              distinct rows in raw + quarantined + erased = acknowledged
     per day:           rows = unique + superseded + erased + pending
 """
 
@@ -37,13 +37,18 @@ class BufferLedger:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """The verdict. `differences` says, in one line each, what doesn't add up."""
+    """The verdict. `differences` says, in one line each, what doesn't add up.
+
+    `erased` were forgotten before they came into raw; those that were forgotten later are counted
+    by their day.
+    """
 
     buffer: BufferLedger
     days: list[DayLedger]
     rows: int
     quarantined: int
     released: int
+    erased: int = 0
     differences: list[str] = field(default_factory=list)
 
     @property
@@ -72,6 +77,7 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
         before = depth.depths(client, settings)
         days = ledger.of_days(lake, settings, deep=deep)
         quarantine = ledger.of_quarantine(lake, settings)
+        erased = ledger.of_erased(lake, settings)
         buffered, buffer_faults = _buffered(client, settings)
         # before `after`: what is acknowledged meanwhile may count on both sides, never on neither
         foreign = depth.foreign_lines(client, settings)
@@ -83,13 +89,14 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
             break
     in_flight = sum(buffered.values()) + foreign if pending else 0
     rows = sum(day.rows for day in days)
-    in_lake = rows + quarantine.records - quarantine.in_fragments
+    in_lake = rows + quarantine.records - quarantine.in_fragments + erased
     differences = buffer_faults + [fault for day in days for fault in day.faults]
     differences += damage.listed(lake)
     if in_lake < low:
         differences.append(
             f"{low - in_lake:,} heartbeats are missing: {low:,} were acknowledged, the lake holds "
-            f"{in_lake:,} ({rows:,} rows in raw, {quarantine.records:,} quarantined)"
+            f"{in_lake:,} ({rows:,} rows in raw, {quarantine.records:,} quarantined, {erased:,} "
+            "erased before)"
         )
     elif in_lake > high + in_flight:
         differences.append(
@@ -108,6 +115,7 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
         rows=rows,
         quarantined=quarantine.records - quarantine.in_fragments,
         released=quarantine.released,
+        erased=erased,
         differences=differences,
     )
 

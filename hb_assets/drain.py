@@ -65,7 +65,7 @@ def drain_cycle(consumer: Consumer, lake: Lake, settings: Settings) -> Drained:
     records, forgotten_too = tombstones.withheld(lake, decoded.rejected)
     published = fragments.publish(lake, rows)
     quarantine.publish(lake, records)
-    erased.publish(lake, forgotten, forgotten_too)
+    erased.publish(lake, settings, forgotten, forgotten_too)
     # Everything is durable now; a crash before this line means that the entries come again.
     consumer.acknowledge(list(zip(entries, decoded.counts, strict=True)))
     return Drained(

@@ -25,7 +25,7 @@ from hb_assets.buffer.watermark import latest, passed, watermarks
 from hb_assets.coordination import Coordination
 from hb_assets.drain import drain
 from hb_assets.errors import BufferUnavailableError
-from hb_assets.lake import erasure, tombstones
+from hb_assets.lake import erasure, ledger, tombstones
 from hb_assets.lake.erasure import Gone, Whose
 from hb_assets.lake.store import Lake
 from hb_assets.lake.tombstones import Tombstone
@@ -44,7 +44,9 @@ class Forgotten:
     """What went, and what is left.
 
     Attributes:
-        rows: heartbeats that went from consolidated files and pending fragments.
+        rows: heartbeats that went from consolidated files and pending fragments, those that were
+            superseded not counted.
+        buffered: heartbeats that went from the buffer.
         fragments: raw fragments that were deleted.
         days: days that were written anew.
         quarantined: records that went from quarantine.
@@ -55,6 +57,7 @@ class Forgotten:
     """
 
     rows: int
+    buffered: int
     fragments: int
     days: int
     quarantined: int
@@ -101,6 +104,7 @@ def forget(
     tombstone, spooled = _tombstone(user_id, client, lake, settings, clear_spool)
     whose = Whose(user_id, tombstone.cutoff_ms)
     gone = Gone()
+    erased_before = ledger.of_erased(lake, settings)
     for _ in range(_ROUNDS):
         on_step("buffer")
         _drain_past(tombstone.cutoff_ms, client, consumer, lake, settings)
@@ -125,6 +129,7 @@ def forget(
         tombstones.put(lake, _changed(tombstone, done=True))
     return Forgotten(
         rows=gone.rows,
+        buffered=max(0, ledger.of_erased(lake, settings) - erased_before - gone.quarantined),
         fragments=gone.fragments,
         days=gone.days,
         quarantined=gone.quarantined,

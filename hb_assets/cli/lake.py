@@ -241,8 +241,9 @@ def _show_audit(verdict: Audit, seconds: float) -> None:
         f"{side.buffered:,} buffered"
     )
     output.results.print(
-        f"lake: {verdict.rows:,} rows in raw + {verdict.quarantined:,} quarantined = "
-        f"{verdict.rows + verdict.quarantined:,}"
+        f"lake: {verdict.rows:,} rows in raw + {verdict.quarantined:,} quarantined"
+        + (f" + {verdict.erased:,} erased" if verdict.erased else "")
+        + f" = {verdict.rows + verdict.quarantined + verdict.erased:,}"
         + (f" ({side.in_flight:,} in flight)" if side.in_flight else "")
     )
     for difference in verdict.differences:

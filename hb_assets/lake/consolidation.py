@@ -330,7 +330,7 @@ def _inputs(
         fragments.verify(fragment)
     if base is not None:
         parquet.verify(base.path)
-    found = Inputs.of(base, new, raw)
+    found = Inputs.of(task.lake, base, new, raw)
     paths = [*([found.base] if found.base else []), *found.new]
     erased = tombstones.of_files(task.lake, task.shard, paths, task.connection)
     return replace(found, erased=erased)

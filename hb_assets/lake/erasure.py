@@ -31,7 +31,7 @@ from hb_assets.lake import (
 )
 from hb_assets.lake.consolidation import Lock, Watermarks, consolidate
 from hb_assets.lake.engine import engine
-from hb_assets.lake.layout import DAMAGED, QUARANTINE, FragmentName
+from hb_assets.lake.layout import DAMAGED, QUARANTINE
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.schema import ARRIVAL
@@ -41,12 +41,6 @@ _ATTEMPTS = 5
 _HOLDING = """
 SELECT DISTINCT filename FROM read_parquet($paths, hive_partitioning = false, filename = true)
 WHERE user_id = $user AND arrival_ms <= $cutoff
-"""
-_IDENTITY = ", ".join(ARRIVAL)
-_NOT_IN_RAW = f"""
-SELECT {_IDENTITY} FROM taken
-ANTI JOIN (SELECT {_IDENTITY} FROM read_parquet($raw, hive_partitioning = false)) AS rows
-USING ({_IDENTITY})
 """
 
 
@@ -210,17 +204,13 @@ def forget_quarantine(lake: Lake, whose: Whose, settings: Settings) -> Gone:
     """
     taken = 0
     for path in sorted((lake.root / QUARANTINE).rglob("*.parquet")):
-        name = FragmentName.parse(path.name)
-        if name is None:
-            continue
         rows = quarantine.read(path)
         gone = _spoken_of(rows, whose)
         count = int(pc.sum(gone).as_py() or 0)
         if not count:
             continue
-        identities = rows.filter(gone).select(ARRIVAL)
         # Each of these steps may be the last before a crash: an identity counts once, wherever.
-        erased.publish(lake, _not_in_raw(lake, identities, name, settings))
+        erased.publish(lake, settings, rows.filter(gone).select(ARRIVAL))
         quarantine.publish(lake, rows.filter(pc.invert(gone)))
         path.unlink()
         taken += count
@@ -238,21 +228,6 @@ def _spoken_of(rows: pa.Table, whose: Whose) -> pa.Array:
         [maybe and whose.said_in(raw.as_py()) for maybe, raw in zip(doubtful, raws, strict=True)],
         pa.bool_(),
     )
-
-
-def _not_in_raw(lake: Lake, taken: pa.Table, name: FragmentName, settings: Settings) -> pa.Table:
-    """Those that no fragment holds: the others count as the fragment's."""
-    near = [
-        str(one.path)
-        for day in layout.days_of(lake.root, layout.RAW)
-        for one in fragments.all_listed(lake, day)
-        if one.name.overlaps(name)
-    ]
-    if not near:
-        return taken
-    with engine(settings) as connection:
-        connection.register("taken", taken)
-        return connection.sql(_NOT_IN_RAW, params={"raw": near}).to_arrow_table()
 
 
 def unreadable(lake: Lake) -> list[Path]:

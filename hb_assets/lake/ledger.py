@@ -16,7 +16,7 @@ import duckdb
 import pyarrow as pa
 
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import consolidated, fragments, inventory, layout, parquet, quarantine
+from hb_assets.lake import consolidated, erased, fragments, inventory, layout, parquet, quarantine
 from hb_assets.lake.consolidated import Current
 from hb_assets.lake.engine import engine, figures
 from hb_assets.lake.fragments import Fragment
@@ -126,7 +126,7 @@ def _add_shard(
     raw = fragments.listed(lake, ledger.day, shard)
     published = consolidated.current(lake, ledger.day, shard)
     waiting = consolidated.pending(published, raw)
-    pending = _pending_rows(published, waiting, raw, connection)
+    pending = _pending_rows(lake, published, waiting, raw, connection)
     ledger.rows += pending
     ledger.pending += pending
     if published is None:
@@ -172,16 +172,53 @@ def _add_shard(
 
 
 def _pending_rows(
+    lake: Lake,
     published: Current | None,
     waiting: Sequence[Fragment],
     raw: Sequence[Fragment],
     connection: duckdb.DuckDBPyConnection,
 ) -> int:
     """Distinct rows that wait for their consolidation; a row that comes again is none."""
-    inputs = Inputs.of(published, waiting, raw)
+    inputs = Inputs.of(lake, published, waiting, raw)
     if inputs.included or inputs.watermark:
         return fresh_rows(inputs, connection)
     return fragments.distinct_rows(connection, waiting)
+
+
+_ERASED = f"""
+SELECT count(*) FROM (
+    SELECT DISTINCT {_IDENTITY} FROM read_parquet($erased, hive_partitioning = false)
+)
+"""
+_ERASED_BUT_NOT_IN_QUARANTINE = f"""
+SELECT count(*) FROM (
+    SELECT DISTINCT {_IDENTITY} FROM read_parquet($erased, hive_partitioning = false)
+    ANTI JOIN (
+        SELECT {_IDENTITY} FROM read_parquet($quarantine, hive_partitioning = false)
+    ) AS kept USING ({_IDENTITY})
+)
+"""
+
+
+def of_erased(lake: Lake, settings: Settings) -> int:
+    """Heartbeats that were erased before any consolidation: withheld by a drain, or quarantined.
+
+    Raises:
+        DamagedFileError: a file can't be read.
+    """
+    paths = erased.paths(lake)
+    if not paths:
+        return 0
+    query, parameters = _ERASED, {"erased": [str(path) for path in paths]}
+    records = sorted((lake.root / layout.QUARANTINE).rglob("*.parquet"))
+    if records:
+        query = _ERASED_BUT_NOT_IN_QUARANTINE
+        parameters["quarantine"] = [str(path) for path in records]
+    with engine(settings) as connection:
+        try:
+            return figures(connection, query, parameters)[0]
+        except duckdb.Error as error:
+            raise parquet.explained(error, [*paths, *records]) from None
 
 
 @dataclass(frozen=True, slots=True)

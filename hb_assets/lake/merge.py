@@ -18,10 +18,11 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hb_assets.lake import parquet
+from hb_assets.lake import erased, parquet
 from hb_assets.lake.consolidated import Current
 from hb_assets.lake.engine import figures
 from hb_assets.lake.fragments import Fragment
+from hb_assets.lake.store import Lake
 from hb_assets.schema import ARRIVAL, KEY, ORDER
 from hb_assets.schema import HEARTBEATS as SCHEMA
 
@@ -33,8 +34,9 @@ class Inputs:
     Attributes:
         base: the published file, if there is one.
         new: pending fragments.
-        included: fragments that `base` includes and that may hold rows of `new`, after a drain that
-            died between publication and acknowledgement; survivors alone wouldn't tell.
+        included: files whose identities are no news where they may come in `new`: fragments that
+            `base` includes, after a drain that died between publication and acknowledgement
+            (survivors alone wouldn't tell), and lists of identities that were erased.
         watermark: per source shard the entry id up to which `base` includes every row there ever
             was: such a row can only come again.
         erased: users whose rows are to go, each with the latest arrival (epoch ms) that goes.
@@ -47,19 +49,23 @@ class Inputs:
     erased: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, base: Current | None, new: Sequence[Fragment], raw: Sequence[Fragment]) -> Inputs:
+    def of(
+        cls, lake: Lake, base: Current | None, new: Sequence[Fragment], raw: Sequence[Fragment]
+    ) -> Inputs:
         """The published file and pending fragments, with what may know rows of theirs already.
 
         Args:
+            lake: which lake.
             base: the published file, if there is one.
             new: pending fragments.
             raw: all fragments that are there.
         """
         paths = [one.path for one in new]
+        known = erased.near(lake, [one.name for one in new])
         if base is None:
-            return cls(None, paths)
+            return cls(None, paths, known)
         listed = base.names
-        included = [
+        included = known + [
             one.path
             for one in raw
             if str(one.name) in listed and any(one.name.overlaps(other.name) for other in new)

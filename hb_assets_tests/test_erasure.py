@@ -1,0 +1,286 @@
+"""Erasure: nothing of the user is left, everything of the others is, and it still adds up."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+import redis
+
+from hb_assets import drain as drain_module
+from hb_assets import erasure
+from hb_assets.audit import audit
+from hb_assets.buffer import connection, foreign, log, server
+from hb_assets.buffer.consumer import Consumer
+from hb_assets.buffer.producer import Producer
+from hb_assets.coordination import coordinated
+from hb_assets.drain import drain
+from hb_assets.erasure import Forgotten, forget
+from hb_assets.errors import BufferUnavailableError
+from hb_assets.lake import consolidation, erased, minutes, pruning, quarantine, query, tombstones
+from hb_assets.lake import erasure as in_lake
+from hb_assets.lake.consolidation import consolidate
+from hb_assets.lake.erasure import Whose
+from hb_assets.lake.store import Lake
+from hb_assets.record import shard_of
+from hb_assets.settings import Settings
+from hb_assets_tests.lake.deliveries import DAY, NOON, line
+
+USER, OTHER = "Zoë-1234", "Zoë-12345"
+NEXT = NOON + 86_400_000
+
+
+def put(client: redis.Redis, settings: Settings, *lines: bytes, user: str = USER) -> None:
+    shard = shard_of(user, settings.shards)
+    assert Producer(client, settings).append({shard: list(lines)}) == {shard: None}
+
+
+class House:
+    """A buffer and a lake with heartbeats of two users in every place."""
+
+    def __init__(self, client: redis.Redis, settings: Settings) -> None:
+        self.client, self.settings = client, settings
+        self.lake = Lake.open(settings)
+        self.consumer = Consumer(client, settings)
+        self.consumer.open()
+
+    def fill(self) -> None:
+        for user in (USER, OTHER):
+            put(self.client, self.settings, line(user), line(user, bpm=76), user=user)
+            put(self.client, self.settings, line(user, at=NEXT), user=user)
+            put(self.client, self.settings, line(user, bpm=0), user=user)  # refused
+        half = f'{{"user_id": "{USER}", "device_id'.encode()
+        foreign.append(self.client, 0, b"\n".join([half, line(OTHER, at=NOON + 5)]))
+        self.drain()
+        self.consolidate()
+        for user in (USER, OTHER):
+            put(self.client, self.settings, line(user, at=NOON + 1), user=user)
+        self.drain()  # pending fragments
+        for user in (USER, OTHER):
+            put(self.client, self.settings, line(user, at=NOON + 2), user=user)  # buffered
+
+    def drain(self) -> None:
+        drain(self.consumer, self.lake, self.settings, until_empty=True)
+
+    def consolidate(self) -> None:
+        for day in (DAY, DAY + timedelta(days=1)):
+            with coordinated(self.lake, self.settings, start_server=False) as known:
+                consolidate(
+                    self.lake, day, self.settings, watermarks=known.watermarks, lock=known.lock
+                )
+            minutes.build(self.lake, day, self.settings)
+
+    def forget(self, spool: Callable[..., int] = lambda _: 0) -> Forgotten:
+        with coordinated(self.lake, self.settings, start_server=False) as known:
+            return forget(USER, self.client, self.consumer, self.lake, self.settings, known, spool)
+
+    def assert_forgotten(self) -> None:
+        """Looked at with DuckDB, file by file, and byte by byte."""
+        others = 0
+        for path in self.lake.root.rglob("*.parquet"):
+            rows = duckdb.sql(f"FROM read_parquet('{path}', hive_partitioning = false)").fetchall()
+            text = repr(rows)
+            assert not re.search(r"Zoë-1234\b|Zo\\xc3\\xab-1234\b", text), path
+            others += text.count("1234")
+        assert others > 8
+        for path in self.settings.home_dir.rglob("*"):
+            if path.is_file():
+                assert f'"{USER}"'.encode() not in path.read_bytes(), path
+
+    def assert_adds_up(self) -> None:
+        assert audit(self.client, self.lake, self.settings, deep=True).differences == []
+
+    def minutes_of(self, user: str) -> int:
+        return len(query.minute_points(self.lake, user, NOON, NEXT + 60_000, None, self.settings))
+
+
+@pytest.fixture
+def house(client: redis.Redis, settings: Settings) -> Iterator[House]:
+    made = House(client, settings)
+    with contextlib.closing(made.consumer):
+        yield made
+
+
+def test_everything_of_the_user_goes_and_all_else_stays(house: House) -> None:
+    house.fill()
+    spoken = [line(USER), line(OTHER), b"nobody's"]
+    kept: list[bytes] = []
+
+    def spool(keep: Callable[[bytes], bool]) -> int:
+        kept.extend(one for one in spoken if keep(one))
+        return len(spoken) - len(kept)
+
+    done = house.forget(spool)
+    assert done.left == []
+    assert (done.rows, done.buffered, done.quarantined, done.spooled) == (3, 1, 2, 1)
+    assert done.days == 2
+    assert done.fragments > 0
+    assert kept == spoken[1:]
+    house.drain()
+    house.assert_forgotten()
+    house.assert_adds_up()
+    house.consolidate()
+    house.assert_adds_up()
+    assert house.minutes_of(USER) == 0
+    assert house.minutes_of(OTHER) == 2
+    standing = tombstones.of_user(house.lake, USER)
+    assert standing is not None
+    assert standing.done
+    assert USER not in standing.user
+
+
+def test_later_heartbeats_are_welcome_and_may_be_forgotten_again(house: House) -> None:
+    house.fill()
+    house.forget()
+    put(house.client, house.settings, line(USER, at=NOON, bpm=99))
+    house.drain()
+    assert house.minutes_of(USER) == 1
+    house.consolidate()
+    assert house.minutes_of(USER) == 1
+    house.assert_adds_up()
+    again = house.forget()
+    assert (again.left, again.rows) == ([], 1)
+    house.drain()
+    house.assert_forgotten()
+    house.assert_adds_up()
+
+
+def test_who_was_never_there(house: House) -> None:
+    done = house.forget()
+    assert done.left == []
+    assert (done.rows, done.fragments, done.days) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (erasure, "_drain_past"),
+        (in_lake, "forget_quarantine"),
+        (erased, "publish"),
+        (quarantine, "publish"),
+        (Path, "unlink"),
+        (in_lake, "forget_day"),
+        (consolidation, "merged"),
+        (pruning, "fence"),
+        (minutes, "build"),
+        (in_lake, "sweep_temp"),
+        (log, "rewrite"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_crash_at_any_step_is_gone_on_from(
+    house: House, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, after: bool
+) -> None:
+    house.fill()
+    original = getattr(place, name)
+
+    def die(*arguments: Any, **named: Any) -> Any:
+        if place is Path and "quarantine" not in arguments[0].parts:
+            return original(*arguments, **named)
+        if after:
+            monkeypatch.undo()
+            original(*arguments, **named)
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, die)
+        with pytest.raises(SystemExit):
+            house.forget()
+    monkeypatch.undo()
+    put(house.client, house.settings, line(USER, at=NOON + 120_000))
+    assert house.minutes_of(USER) == 0, "readers pass over what is forgotten from the first step"
+    done = house.forget()
+    assert done.left == []
+    house.drain()
+    assert house.minutes_of(USER) == 1, "what came after the first request is welcome"
+    house.assert_adds_up()
+    house.consolidate()
+    house.assert_adds_up()
+
+
+def test_a_drain_that_slept_brings_nothing_back(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoded before the tombstone stood, published after all was done."""
+    house.fill()
+    sleeping = Consumer(house.client, house.settings, name="elsewhere:1:1:00")
+    sleeping.open()
+    entries = sleeping.claim(100, 10**6)
+    decoded = drain_module.decode(entries, house.settings)
+    other = Consumer(house.client, house.settings)
+    other.open()
+    monkeypatch.setattr(other, "_min_idle_ms", 0)
+    drain(other, house.lake, house.settings, until_empty=True)
+    assert house.forget().left == []
+    drain_module.fragments.publish(house.lake, decoded.rows)
+    assert sleeping.acknowledge(list(zip(entries, decoded.counts, strict=True))) == 0
+    assert house.minutes_of(USER) == 0
+    house.assert_adds_up()
+    house.consolidate()
+    assert house.minutes_of(USER) == 0
+    house.assert_adds_up()
+
+
+def test_entries_that_another_drainer_keeps_are_told(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.fill()
+    asleep = Consumer(house.client, house.settings, name="elsewhere:1:1:00")
+    asleep.open()
+    assert asleep.claim(100, 10**6)
+    monkeypatch.setattr(erasure, "_PATIENCE_SECONDS", -60.0)
+    with pytest.raises(BufferUnavailableError, match="stay with another drainer"):
+        house.forget()
+
+
+def test_damaged_files_are_told(house: House) -> None:
+    house.fill()
+    path = house.lake.root / "damaged" / "raw" / "part.parquet"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"?")
+    done = house.forget()
+    [said] = done.left
+    assert str(path) in said
+    path.unlink()
+    assert house.forget().left == []
+
+
+def test_nothing_is_left_in_the_embedded_servers_log(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path / "home", shards=4)
+    with (
+        server.borrowed(settings),
+        contextlib.closing(connection.connect(settings)) as client,
+    ):
+        house = House(client, settings)
+        with contextlib.closing(house.consumer):
+            house.fill()
+            logged = b"".join(p.read_bytes() for p in settings.redis_dir.rglob("*.aof"))
+            assert f'"{USER}"'.encode() in logged
+            done = house.forget()
+            assert done.left == []
+            assert done.log_rewritten
+            house.drain()
+            house.assert_forgotten()
+
+
+@pytest.mark.parametrize(
+    ("text", "spoken"),
+    [
+        (b'{"user_id":"Zo\\u00eb-1234","x":1}', True),
+        ('{"user_id": "Zoë-1234"}'.encode(), True),
+        ('{"user_id": "Zoë-12345", "device_id": "Zoë-1234"}'.encode(), False),
+        ('{"user_id": "Zoë-1234", "devi'.encode(), True),
+        ('{"user_id": "Zoë-12345", "devi'.encode(), False),
+        (b"\xff", False),
+        ('["Zoë-1234"]'.encode(), True),
+    ],
+)
+def test_which_records_speak_of_the_user(text: bytes, spoken: bool) -> None:
+    assert Whose(USER, 0).said_in(text) == spoken
