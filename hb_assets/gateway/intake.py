@@ -18,7 +18,7 @@ from typing import TypeAlias
 from hb_assets.buffer.producer import AsyncProducer, Lines, Outcomes
 from hb_assets.errors import BufferUnavailableError, SpoolUnavailableError
 from hb_assets.gateway.replay import Replayer
-from hb_assets.gateway.spool import CLOSING, Spool
+from hb_assets.gateway.spool import ALL_FREE, CLOSING, Spool
 
 _COMMIT_BYTES = 16 * 2**20
 """About how much one commit takes along; what waits behind leaves with the next."""
@@ -50,23 +50,30 @@ class Intake:
             they are not stored: BufferFullError, SpoolFullError or SpoolUnavailableError.
         """
         replayer, marks = self._replayer, self._spool.queued()
-        if not replayer.away and not any(map(marks.__getitem__, lines_by_shard)):
+        if not replayer.away and marks == ALL_FREE:  # kept short: the way of every request
             outcomes = await self._producer.append(lines_by_shard)
-            lost = {s: e for s, e in outcomes.items() if isinstance(e, BufferUnavailableError)}
-            if lost:
-                replayer.lost(next(iter(lost.values())))
-                outcomes.update(await self._put({s: lines_by_shard[s] for s in lost}))
-            return outcomes
+            if not any(outcomes.values()):
+                return outcomes
+            return await self._rescued(lines_by_shard, outcomes)
         if not replayer.away and any(marks[shard] == CLOSING for shard in lines_by_shard):
             marks = await self._closed()
         behind = {s: ls for s, ls in lines_by_shard.items() if replayer.away or marks[s]}
         direct = {s: ls for s, ls in lines_by_shard.items() if s not in behind}
-        if not direct:
-            return await self._put(behind)
-        if not behind:
-            return await self.append(direct)
-        first, second = await asyncio.gather(self._put(behind), self.append(direct))
-        return {**first, **second}
+        queued = asyncio.create_task(self._put(behind)) if behind else None
+        outcomes = {}
+        if direct:
+            outcomes |= await self._rescued(direct, await self._producer.append(direct))
+        if queued is not None:
+            outcomes |= await queued
+        return outcomes
+
+    async def _rescued(self, lines_by_shard: Lines, outcomes: Outcomes) -> Outcomes:
+        """The outcomes, once the spool has what Redis, unreachable, didn't take."""
+        lost = {s: e for s, e in outcomes.items() if isinstance(e, BufferUnavailableError)}
+        if lost:
+            self._replayer.lost(next(iter(lost.values())))
+            outcomes.update(await self._put({s: lines_by_shard[s] for s in lost}))
+        return outcomes
 
     async def close(self) -> None:
         """Wait for the commits that are under way."""

@@ -40,6 +40,8 @@ from hb_assets.settings import Settings
 FREE, QUEUED, CLOSING = 0, 1, 2
 """Marks of a shard: the spool holds nothing of it; new heartbeats go behind what it holds; the
 last ones are on their way to Redis, so that it is better to wait a moment than to queue."""
+ALL_FREE = bytes(100)
+"""The marks while the spool is empty; HB_SHARDS is at most 100."""
 FULL_RETRY_SECONDS = 10.0
 """When to ask again while the spool is full: Redis has to come back and take some of it first."""
 
@@ -47,8 +49,6 @@ _FULL_BYTES = 2048
 """With less room than this, which any heartbeat fits into, it is called full."""
 _READ_BYTES = 4 * 2**20
 """About what one `read` returns, in bytes of NDJSON: what one round trip of a replay carries."""
-_ALL_FREE = bytes(100)
-"""HB_SHARDS is at most 100."""
 _LOCK_SECONDS = 10.0
 _LOCK_POLL_SECONDS = 0.005
 _NAME = re.compile(r"spool-(\d{16,})\.sqlite")
@@ -138,7 +138,7 @@ class Spool:
         A mark is set before a commit and cleared after one: whoever asks after a `put` has
         returned, in whatever process, sees that it isn't FREE.
         """
-        return _ALL_FREE if self._marks is None else os.pread(self._marks, len(_ALL_FREE), 0)
+        return ALL_FREE if self._marks is None else os.pread(self._marks, len(ALL_FREE), 0)
 
     def put(self, calls: Sequence[Lines]) -> list[Outcomes]:
         """Store the lines of many calls in one transaction; all of a call's shard or none.
@@ -325,8 +325,8 @@ class Spool:
     def _open_marks(self) -> None:
         fresh = os.open(self._folder / "queued", os.O_RDWR | os.O_CREAT, 0o600)
         size = os.fstat(fresh).st_size
-        if size < len(_ALL_FREE):
-            os.pwrite(fresh, _ALL_FREE[size:], size)
+        if size < len(ALL_FREE):
+            os.pwrite(fresh, ALL_FREE[size:], size)
         if self._marks is None:
             self._marks = fresh
         else:  # in one step: the event loop may read it at any moment

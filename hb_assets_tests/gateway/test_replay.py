@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,7 @@ def test_two_gateways_share_one_spool(redis: Redis, settings: Settings, spool: S
         assert figures == [3, 3]
 
 
+@pytest.mark.parametrize("redis", ["valkey"], indirect=True)
 def test_two_processes_that_spool_and_replay_keep_each_users_order(
     redis: Redis, settings: Settings, spool: Spool
 ) -> None:
@@ -232,6 +234,31 @@ def test_two_processes_that_spool_and_replay_keep_each_users_order(
         # a retried append comes twice, which is harmless as long as nothing newer came before it
         assert found[user] == sorted(found[user])
         assert set(moments) == set(found[user])
+
+
+@pytest.mark.parametrize("redis", ["valkey"], indirect=True)
+@pytest.mark.parametrize("patience", [30, 0.01])
+def test_a_heartbeat_waits_a_moment_for_the_last_ones_before_it(
+    settings: Settings, spool: Spool, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    """Else a busy shard would go through the spool for ever."""
+    monkeypatch.setattr("hb_assets.gateway.intake._CLOSING_SECONDS", patience)
+    shard = shard_of("u1", SHARDS)
+    with running(settings) as http, spool.replaying():
+        spool.put([{shard: [b"before"]}])
+        last = spool.read(0, frozenset())
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(post, http)
+            if patience < 1:
+                answer.result(timeout=30)
+                assert spool.holdings().heartbeats == 2
+            else:
+                with pytest.raises(TimeoutError):
+                    answer.result(timeout=0.2)
+                spool.remove(last)
+                answer.result(timeout=30)
+                assert empty(spool)
+                assert rates(settings) == [75]
 
 
 # -- what is spooled and what is not
