@@ -32,6 +32,18 @@ class BufferFullError(HbError):
         self.retry_after = retry_after
 
 
+class SpoolFullError(HbError):
+    """The gateway's spool is at its bound: nothing was stored; try again after `retry_after`."""
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class SpoolUnavailableError(HbError):
+    """The gateway's spool can't be written or read; the message names its folder and why."""
+
+
 class LakeMismatchError(HbError):
     """The lake was made with another shard count or format than the one we run with."""
 

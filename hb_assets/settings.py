@@ -279,6 +279,12 @@ class Settings(BaseSettings):
     batch_max_heartbeats: Count = Field(
         default=50_000, description="Most heartbeats in one batch request."
     )
+    spool_max_bytes: Annotated[Bytes, Field(ge=0)] = Field(
+        default=256 * 2**20,
+        description="Bound of the spool, in bytes of NDJSON: what the gateway accepts onto its own "
+        "disk (under HB_HOME) while Redis is away. Above it heartbeats are refused (503 with "
+        "Retry-After). 0: no spool.",
+    )
     query_max_range: PositiveDuration = Field(
         default=dt.timedelta(days=31), description="Longest time range of one query."
     )
@@ -366,6 +372,11 @@ class Settings(BaseSettings):
     def redis_dir(self) -> Path:
         """Data folder (AOF) of the embedded server."""
         return self.home_dir / "redis"
+
+    @property
+    def spool_dir(self) -> Path:
+        """The gateway's spool."""
+        return self.home_dir / "spool"
 
     @property
     def dagster_home(self) -> Path:

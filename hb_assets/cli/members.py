@@ -133,9 +133,11 @@ def _redis_answers(settings: Settings) -> bool:
 
 
 def _healthy(url: str) -> bool:
+    """Whether the gateway reaches Redis and the lake; a full spool may be waiting for the drain."""
     try:
-        return httpx.get(f"{url}/health", timeout=2, trust_env=False).is_success
-    except httpx.HTTPError:
+        parts = httpx.get(f"{url}/health", timeout=2, trust_env=False).json()["parts"]
+        return bool(parts["redis"] == parts["lake"] == "ok")
+    except (httpx.HTTPError, ValueError, LookupError, TypeError):
         return False
 
 

@@ -19,13 +19,14 @@ from hb_assets.buffer.depth import ShardDepth
 from hb_assets.cli import output, state
 from hb_assets.cli.app import FAILED, AsJson, app, settings_of
 from hb_assets.cli.state import MemberState, UpState
-from hb_assets.errors import BufferUnavailableError
+from hb_assets.errors import BufferUnavailableError, SpoolUnavailableError
 from hb_assets.lake import layout
 from hb_assets.lake.layout import RAW
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 
 if TYPE_CHECKING:
+    from hb_assets.gateway.spool import Holdings
     from hb_assets.lake.inventory import DayState
 
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 class Status:
     """Everything that `hb status` shows.
 
-    `pid` is that of `hb up`, None when it doesn't run; `buffer` is None when Redis can't be asked;
-    `last_drain` is epoch seconds.
+    `pid` is that of `hb up`, None when it doesn't run; `buffer` is None when Redis can't be asked,
+    `spool` when there is none; `last_drain` is epoch seconds.
     """
 
     pid: int | None = None
@@ -43,6 +44,7 @@ class Status:
     dagster: str | None = None
     members: tuple[MemberState, ...] = ()
     buffer: list[ShardDepth] | None = None
+    spool: Holdings | None = None
     days: list[DayState] = field(default_factory=list)
     days_in_lake: int = 0
     last_drain: float | None = None
@@ -75,6 +77,7 @@ def look(settings: Settings, *, latest: int = 14) -> Status:
     if up is not None:
         _look_at_members(found, up)
     _look_at_buffer(found, settings, up)
+    _look_at_spool(found, settings)
     _look_at_lake(found, settings, latest)
     return found
 
@@ -101,6 +104,17 @@ def _look_at_buffer(found: Status, settings: Settings, up: UpState | None) -> No
         found.alarms.append(str(error))
     else:
         found.alarms += depth.high_water(found.buffer, settings)
+
+
+def _look_at_spool(found: Status, settings: Settings) -> None:
+    from hb_assets.gateway import spool
+
+    try:
+        found.spool = spool.look(settings)
+    except SpoolUnavailableError as error:
+        found.alarms.append(str(error))
+    if found.spool is not None:
+        found.alarms += found.spool.alarms()
 
 
 def _look_at_lake(found: Status, settings: Settings, latest: int) -> None:
@@ -155,6 +169,10 @@ def _show(found: Status, settings: Settings) -> None:
         console.print(_buffer_table(found.buffer, now))
     else:
         console.print(f"the buffer is empty ({len(found.buffer)} shards)")
+    if found.spool is not None and found.spool.heartbeats:
+        console.print(
+            f"the spool holds {found.spool.heartbeats:,} heartbeats, {found.spool.bytes:,} bytes"
+        )
     if found.days:
         console.print(_lake_table(found))
     else:

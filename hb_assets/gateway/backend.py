@@ -1,7 +1,7 @@
 """The backend: what the gateway's handlers work with, opened and closed together.
 
-Belongs here: the producer, the client that depth and health are read by, the lake, and the
-limits on threads that wait for them. Doesn't belong here: HTTP.
+Belongs here: the producer, the spool, the client that depth and health are read by, the lake, and
+the limits on threads that wait for them. Doesn't belong here: HTTP.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from typing import TypeVar
 
 from hb_assets.buffer import connection, depth, durability
 from hb_assets.buffer.producer import AsyncProducer
-from hb_assets.errors import BufferUnavailableError, HbError
+from hb_assets.errors import BufferUnavailableError, HbError, SpoolUnavailableError
+from hb_assets.gateway.intake import Intake
+from hb_assets.gateway.replay import Replayer
+from hb_assets.gateway.spool import Holdings, Spool
 from hb_assets.lake import query
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
@@ -35,15 +38,21 @@ class Backend:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._spool: Spool | None = None
+        self._intake: Intake | None = None
         self._away = False
 
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
         """Open everything; at the end, finish the appends that are under way and close.
 
+        Redis may be away when the spool remembers it as durable enough: after a restart in the
+        middle of an outage the gateway goes on with the spool.
+
         Raises:
             BufferUnavailableError: Redis doesn't answer, or isn't as durable as HB_DURABILITY.
             LakeMismatchError: the lake has another shard count or format.
+            SettingsError: the spool has another shard count or format.
         """
         # More readers than cores only queue inside DuckDB, where they would slow down the posts.
         self._readers = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "readers")
@@ -53,18 +62,31 @@ class Backend:
                 stack.callback(pool.shutdown, wait=False, cancel_futures=True)
             self._client = connection.connect(self.settings)
             stack.callback(self._client.close)
-            await asyncio.to_thread(connection.ping, self._client)
-            await asyncio.to_thread(durability.require, self._client, self.settings)
+            if self.settings.spool_max_bytes:
+                self._spool = Spool(self.settings)
+                stack.callback(self._spool.close)
+                replayer = Replayer(self._client, self._spool, self.settings)
+                await asyncio.to_thread(replayer.prepare)
+            else:
+                await asyncio.to_thread(connection.ping, self._client)
+                await asyncio.to_thread(durability.require, self._client, self.settings)
             self._lake = await asyncio.to_thread(Lake.open, self.settings)
             client = connection.connect_async(self.settings)
             stack.push_async_callback(client.aclose)
             self._producer = AsyncProducer(client, self.settings)
             await self._producer.start()
+            if self._spool is not None:
+                replayer.start()
+                stack.push_async_callback(asyncio.to_thread, replayer.stop)
+                self._intake = Intake(self._producer, self._spool, replayer)
+                stack.push_async_callback(self._intake.close)
             stack.push_async_callback(self._producer.close)
             yield
 
     async def append(self, lines: Mapping[int, Sequence[bytes]]) -> dict[int, HbError | None]:
-        """Store lines by shard; the outcome by shard, None for stored."""
+        """Store lines by shard, in Redis or the spool; the outcome by shard, None for stored."""
+        if self._intake is not None:
+            return await self._intake.append(lines)
         outcome = await self._producer.append(lines)
         away = next((e for e in outcome.values() if isinstance(e, BufferUnavailableError)), None)
         # One line when Redis goes and one when it is back, however many requests meet it.
@@ -75,6 +97,21 @@ class Backend:
             _log.info("the buffer answers again")
             self._away = False
         return outcome
+
+    async def holdings(self) -> Holdings | None:
+        """What the spool holds; None when there is none.
+
+        Raises:
+            SpoolUnavailableError: it can't be used, or doesn't answer within PROBE_SECONDS.
+        """
+        if self._spool is None:
+            return None
+        try:
+            return await self._probe(self._spool.holdings)
+        except TimeoutError:
+            raise SpoolUnavailableError(
+                f"spool: its disk didn't answer within {PROBE_SECONDS:g} s"
+            ) from None
 
     async def minute_points(
         self, user_id: str, start_ms: int, end_ms: int, device_id: str | None

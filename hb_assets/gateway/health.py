@@ -7,13 +7,14 @@ a part is probed (`backend`).
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from hb_assets.buffer import depth
-from hb_assets.errors import BufferUnavailableError
+from hb_assets.errors import BufferUnavailableError, SpoolUnavailableError
 from hb_assets.gateway.backend import Backend
 
 
@@ -22,17 +23,22 @@ class Health:
 
     An alarm stands beside them and fails nothing: above its high-water mark the buffer still
     takes heartbeats, and who waits for the gateway before starting the drain would wait for ever.
+    So does a spool that holds heartbeats: what it waits for may be the drain.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
     async def get(self, _request: Request) -> Response:
-        """Look at all parts at once; each is "ok" or says what is wrong."""
-        (redis, alarms), lake = await asyncio.gather(self._redis(), self._lake())
-        parts = {"redis": redis, "lake": lake}
-        ok = all(part == "ok" for part in parts.values())
-        body = {"status": "ok" if ok else "failing", "parts": parts, "alarms": alarms}
+        """Look at all parts at once; each is "ok", or says what is wrong or how it stands."""
+        redis, lake, spool = await asyncio.gather(self._redis(), self._lake(), self._spool())
+        parts = {"redis": redis.text, "lake": lake.text, "spool": spool.text}
+        ok = not (redis.failing or lake.failing or spool.failing)
+        body = {
+            "status": "ok" if ok else "failing",
+            "parts": parts,
+            "alarms": [*redis.alarms, *spool.alarms],
+        }
         return Response(
             msgspec.json.encode(body),
             status_code=200 if ok else 503,
@@ -40,18 +46,38 @@ class Health:
             media_type="application/json",
         )
 
-    async def _redis(self) -> tuple[str, list[str]]:
+    async def _redis(self) -> _Part:
         try:
             depths = await self._backend.depths()
         except BufferUnavailableError as error:
-            return str(error), []
-        return "ok", depth.high_water(depths, self._backend.settings)
+            return _Part(str(error), failing=True)
+        return _Part("ok", alarms=depth.high_water(depths, self._backend.settings))
 
-    async def _lake(self) -> str:
+    async def _lake(self) -> _Part:
         try:
             await self._backend.probe_lake()
         except TimeoutError:
-            return "the lake's folder doesn't answer"
+            return _Part("the lake's folder doesn't answer", failing=True)
         except OSError as error:
-            return f"the lake's folder can't be written: {error.strerror}"
-        return "ok"
+            return _Part(f"the lake's folder can't be written: {error.strerror}", failing=True)
+        return _Part("ok")
+
+    async def _spool(self) -> _Part:
+        try:
+            held = await self._backend.holdings()
+        except SpoolUnavailableError as error:
+            return _Part(str(error), failing=True)
+        if held is None:
+            return _Part("off")
+        size = f"{held.heartbeats:,} heartbeats, {held.bytes:,} of {held.most_bytes:,} bytes"
+        if held.full:
+            return _Part(f"full: holds {size}", failing=True, alarms=held.alarms())
+        text = f"holds {size}" if held.heartbeats else "ok"
+        return _Part(text, alarms=held.alarms())
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    text: str
+    failing: bool = False
+    alarms: list[str] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 Belongs here: reading a bounded body, telling a batch's records apart, and the answer about what
 was stored and what was not. Doesn't belong here: what makes a heartbeat valid (`record`), how it
-gets to Redis (`buffer`). These are plain ASGI callables: the way of one heartbeat is kept short.
+gets to Redis (`intake`). These are plain ASGI callables: the way of one heartbeat is kept short.
 """
 
 from __future__ import annotations
@@ -60,11 +60,13 @@ class One:
         self._body_max = settings.body_max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """200 only when Redis has it; 422 names the field (`record`: not one JSON object).
+        """200 only when Redis or the spool has it; 422 names the field.
+
+        The field `record` means: not one JSON object.
 
         Raises:
             ProblemError: 413, 422.
-            HbError: the buffer didn't take it.
+            HbError: neither buffer nor spool took it.
         """
         body = await read_body(scope, receive, self._body_max)
         heartbeat, unknown = record.parse(body, time.time_ns() // 1_000_000, self._bounds)

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from hb_assets.buffer.depth import ShardDepth
 from hb_assets.errors import HbError
 from hb_assets.gateway.backend import Backend
+from hb_assets.gateway.spool import Holdings
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Bounds of the latency histogram, seconds."""
@@ -47,7 +48,9 @@ class Metrics:
             registry=registry,
         )
         self.accepted = Counter(
-            "hb_heartbeats_accepted", "Heartbeats that the buffer took.", registry=registry
+            "hb_heartbeats_accepted",
+            "Heartbeats that the buffer or the spool took.",
+            registry=registry,
         )
         self._refused = Counter(
             "hb_heartbeats_refused",
@@ -76,6 +79,27 @@ class Metrics:
         self._oldest = Gauge(
             "hb_buffer_oldest_seconds", "Age of the oldest entry.", shard, registry=registry
         )
+        self._spool = {
+            name: Gauge(f"hb_spool_{name}", text, registry=registry)
+            for name, text in (
+                ("heartbeats", "Heartbeats that wait in the spool for Redis."),
+                ("bytes", "Bytes of NDJSON in the spool."),
+                ("most_bytes", "Bytes of NDJSON that the spool may hold."),
+                ("damaged_records", "Records of the spool that were set aside as damaged."),
+                ("damaged_files", "Databases of the spool that can't be read."),
+            )
+        }
+        self.spool_up = Gauge(
+            "hb_spool_up",
+            "Whether the spool could be used when these metrics were read.",
+            registry=registry,
+        )
+        self._replayed = Counter(
+            "hb_spool_replayed",
+            "Heartbeats that Redis took over from the spool.",
+            registry=registry,
+        )
+        self._replayed_before = 0
         # labels() takes a lock and builds a key of texts; a hot path does that once per label set.
         self._request_cells: dict[tuple[str, str, int], Counter] = {}
         self._latency_cells: dict[tuple[str, str], Histogram] = {}
@@ -107,6 +131,14 @@ class Metrics:
             oldest = 0.0 if depth.oldest_ms is None else max(0.0, now - depth.oldest_ms / 1000)
             self._oldest.labels(shard).set(oldest)
 
+    def spool(self, held: Holdings) -> None:
+        """Set the spool's gauges and counter: those of its file, whichever process counts."""
+        for name, gauge in self._spool.items():
+            gauge.set(getattr(held, name))
+        # a spool that was begun anew counts from 0 again
+        self._replayed.inc(max(0, held.replayed - self._replayed_before))
+        self._replayed_before = held.replayed
+
 
 class Exposition:
     """GET /metrics."""
@@ -116,11 +148,19 @@ class Exposition:
         self._metrics = metrics
 
     async def get(self, _request: Request) -> Response:
-        """Prometheus' text format; the buffer's gauges are read now, or keep their last values."""
+        """Prometheus' text format; the gauges are read now, or keep their last values."""
         try:
             self._metrics.depths(await self._backend.depths())
             self._metrics.buffer_up.set(1)
         except HbError as error:
             _log.debug("metrics without the buffer's depth: %s", error)
             self._metrics.buffer_up.set(0)
+        try:
+            held = await self._backend.holdings()
+            self._metrics.spool_up.set(held is not None)
+            if held is not None:
+                self._metrics.spool(held)
+        except HbError as error:
+            _log.debug("metrics without the spool: %s", error)
+            self._metrics.spool_up.set(0)
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)

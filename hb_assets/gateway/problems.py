@@ -22,6 +22,8 @@ from hb_assets.errors import (
     BufferUnavailableError,
     DamagedFileError,
     HbError,
+    SpoolFullError,
+    SpoolUnavailableError,
 )
 
 MEDIA_TYPE = "application/problem+json"
@@ -88,13 +90,22 @@ def seconds(retry_after: float) -> str:
     return str(max(1, math.ceil(retry_after)))
 
 
+_KINDS: dict[type[HbError], tuple[str, str]] = {
+    BufferFullError: ("buffer-full", "The buffer is full"),
+    BufferUnavailableError: ("buffer-unavailable", "The buffer can't be reached"),
+    SpoolFullError: ("spool-full", "The buffer can't be reached, and the spool is full"),
+    SpoolUnavailableError: ("spool-unavailable", "The spool can't be used"),
+}
+"""Kind and title of each way in which a heartbeat isn't stored."""
+
+
 def of_storage(error: HbError, members: Mapping[str, object] | None = None) -> ProblemError:
-    """The 503 of a heartbeat (or a whole batch) that the buffer didn't take."""
-    full = isinstance(error, BufferFullError)
+    """The 503 of a heartbeat (or a whole batch) that neither buffer nor spool took."""
+    kind, title = _KINDS[type(error)]
     return ProblemError(
         503,
-        "buffer-full" if full else "buffer-unavailable",
-        "The buffer is full" if full else "The buffer can't be reached",
+        kind,
+        title,
         storage_message(error),
         retry_after=retry_after(error),
         members=members,
@@ -102,27 +113,30 @@ def of_storage(error: HbError, members: Mapping[str, object] | None = None) -> P
 
 
 def storage_reason(error: HbError) -> str:
-    """Reason code of a heartbeat that the buffer didn't take."""
-    return "buffer_full" if isinstance(error, BufferFullError) else "buffer_unavailable"
+    """Reason code of a heartbeat that was not stored."""
+    kind, _ = _KINDS[type(error)]
+    return kind.replace("-", "_")
 
 
 def storage_message(error: HbError) -> str:
-    """The same for people; where Redis is and what ails it is for the log alone."""
-    if isinstance(error, BufferFullError):
+    """The same for people; where things are and what ails them is for the log alone."""
+    if isinstance(error, BufferFullError | SpoolFullError):
         return str(error)
-    return "not confirmed, the buffer doesn't answer: send it again later (twice is harmless)"
+    return "not confirmed, the storage doesn't answer: send it again later (twice is harmless)"
 
 
 def retry_after(error: HbError) -> float:
     """Seconds after which another try makes sense."""
-    return error.retry_after if isinstance(error, BufferFullError) else UNAVAILABLE_RETRY_SECONDS
+    if isinstance(error, BufferFullError | SpoolFullError):
+        return error.retry_after
+    return UNAVAILABLE_RETRY_SECONDS
 
 
 def of(error: Exception) -> ProblemError:
     """The problem that an exception is to a client; what only an operator may see is logged."""
     if isinstance(error, ProblemError):
         return error
-    if isinstance(error, BufferFullError | BufferUnavailableError):
+    if isinstance(error, HbError) and type(error) in _KINDS:
         return of_storage(error)
     if isinstance(error, HTTPException):
         phrase = HTTPStatus(error.status_code).phrase

@@ -40,7 +40,7 @@ def serve(settings: Settings, ready: Callable[[], None] | None = None) -> None:
     Raises:
         AlreadyRunningError: the port is taken.
         SettingsError: the address can't be bound, or the lake can't be used.
-        BufferUnavailableError: Redis doesn't answer.
+        BufferUnavailableError: Redis doesn't answer, and the spool doesn't know it.
         LakeMismatchError: the lake has another shard count or format.
     """
     with bound(settings.gateway_host, settings.gateway_port) as listener:

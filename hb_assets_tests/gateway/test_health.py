@@ -16,7 +16,7 @@ def test_healthy(http: httpx.Client) -> None:
     assert response.status_code == 200
     assert response.json() == {
         "status": "ok",
-        "parts": {"redis": "ok", "lake": "ok"},
+        "parts": {"redis": "ok", "lake": "ok", "spool": "ok"},
         "alarms": [],
     }
 

@@ -157,11 +157,11 @@ def test_a_lake_of_another_shard_count(settings: Settings, port: int) -> None:
         serve(other)
 
 
-def test_redis_that_goes_away_and_comes_back(
+def test_redis_that_goes_away_and_comes_back_without_a_spool(
     settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     redis = Redis(tmp_path, free_port())
-    away = settings.model_copy(update={"redis_url": SecretStr(redis.url)})
+    away = settings.model_copy(update={"redis_url": SecretStr(redis.url), "spool_max_bytes": 0})
     with contextlib.ExitStack() as stack:
         stack.callback(redis.kill)
         redis.start()
@@ -181,6 +181,7 @@ def test_redis_that_goes_away_and_comes_back(
         assert health.status_code == 503
         assert str(redis.port) in health.json()["parts"]["redis"]
         assert health.json()["parts"]["lake"] == "ok"
+        assert health.json()["parts"]["spool"] == "off"
         metrics = http.get("/metrics")
         assert metrics.status_code == 200
         assert "hb_buffer_up 0.0" in metrics.text
@@ -189,12 +190,15 @@ def test_redis_that_goes_away_and_comes_back(
         assert http.get("/health").status_code == 200
     warnings = [r for r in caplog.records if r.levelname == "WARNING" and "Redis at" in r.message]
     assert len(warnings) == 1
+    assert not away.spool_dir.exists()
 
 
 class Redis:
     """A Redis of a test's own, that it may kill."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, port: int, kind: str = "valkey") -> None:
+        self.kind = kind
+        self.appendfsync = "always"
         self.port = port
         self.url = f"redis://127.0.0.1:{port}"
         self._folder = folder
@@ -203,13 +207,17 @@ class Redis:
     def start(self) -> None:
         self._process = subprocess.Popen(
             [
-                *(server_program("valkey"), "--port", str(self.port), "--bind", "127.0.0.1"),
+                *(server_program(self.kind), "--port", str(self.port), "--bind", "127.0.0.1"),
                 *("--dir", str(self._folder), "--save", ""),
-                *("--appendonly", "yes", "--appendfsync", "always"),
+                *("--appendonly", "yes", "--appendfsync", self.appendfsync),
             ],
             stdout=subprocess.DEVNULL,
         )
         wait_for(lambda: accepts(self.port), "the server to listen")
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def kill(self) -> None:
         if self._process is not None:
