@@ -1,17 +1,24 @@
-"""`hb prune`: what the lake no longer needs goes.
+"""`hb prune` and `hb forget`: what is no longer needed goes, and what somebody asked to go.
 
-Belongs here: options and results. Doesn't belong here: the work itself (`maintenance`).
+Belongs here: options and results. Doesn't belong here: the work itself (`maintenance`, `erasure`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Annotated
 
 import typer
 
+from hb_assets.buffer import connection, server
+from hb_assets.buffer.consumer import Consumer
 from hb_assets.cli import output
 from hb_assets.cli.app import FAILED, AsJson, app, day_of, settings_of
 from hb_assets.coordination import coordinated
+from hb_assets.erasure import Forgotten
+from hb_assets.erasure import forget as forget_user
+from hb_assets.gateway.spool import Spool
 from hb_assets.lake.store import Lake
 from hb_assets.maintenance import maintain
 
@@ -45,3 +52,64 @@ def prune(
         output.complain(fault)
     if done.faults:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def forget(
+    context: typer.Context,
+    user: Annotated[str, typer.Argument(metavar="USER", help="user_id; - reads it from stdin.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Erase all heartbeats of a user that have arrived by now; nothing brings them back.
+
+    Exit code 1 when bytes of them are, or may be, left: each place is named. Asking again goes on
+    where it stopped. Heartbeats that arrive later are accepted as ever.
+    """
+    settings = settings_of(context)
+    user_id = sys.stdin.readline().rstrip("\n") if user == "-" else user
+    if not user_id:
+        raise typer.BadParameter("must not be empty", param_hint="USER")
+    lake = Lake.open(settings)
+    if not yes:
+        typer.confirm(f"Erase the heartbeats of {user_id} from {lake.root} for good?", abort=True)
+    spool = Spool(settings)
+    with (
+        server.borrowed(settings),
+        contextlib.closing(connection.connect(settings)) as client,
+        contextlib.closing(Consumer(client, settings)) as consumer,
+        coordinated(lake, settings, start_server=False) as known,
+        contextlib.closing(spool),
+        output.progress() as progress,
+    ):
+        connection.ping(client)
+        consumer.open()
+        task = progress.add_task("forget", total=None)
+        done = forget_user(
+            user_id,
+            client,
+            consumer,
+            lake,
+            settings,
+            known,
+            spool.rewrite,
+            lambda step: progress.update(task, description=f"forget: {step}"),
+        )
+    _show_forgotten(done, as_json=as_json)
+    if not done.done:
+        raise typer.Exit(FAILED)
+
+
+def _show_forgotten(done: Forgotten, *, as_json: bool) -> None:
+    if as_json:
+        output.print_json(done)
+    else:
+        output.results.print(
+            f"erased: {done.rows:,} heartbeats on {done.days:,} days, {done.buffered:,} in the "
+            f"buffer, {done.spooled:,} in the spool, {done.quarantined:,} records in quarantine; "
+            f"{done.fragments:,} fragments deleted ({done.seconds:.1f} s)"
+        )
+        if done.done:
+            output.results.print("a scan of all bytes finds nothing of them", style="green")
+    for line in done.left:
+        output.complain(line)

@@ -65,3 +65,24 @@ def test_damage_is_told_once_by_consolidate_and_by_the_audit_until_it_is_mended(
     aside.unlink()
     hb("consolidate", DAY)
     assert "it adds up" in hb("audit", "--deep").stdout
+
+
+def test_forget(lake: Lake) -> None:
+    done = told("forget", "u1", "--yes")
+    assert (done["rows"], done["left"]) == (1, [])
+    assert told("query", "u1", "--start", "2025-01-15", "--end", "2025-01-16")["count"] == 0
+    assert told("query", "u2", "--start", "2025-01-15", "--end", "2025-01-16")["count"] == 1
+    assert "it adds up" in hb("audit", "--deep").stdout
+    assert "finds nothing of them" in hb("forget", "u1", "--yes").stdout
+
+
+def test_forget_asks_first(lake: Lake) -> None:
+    assert "for good?" in hb("forget", "u1", code=1).stdout
+    assert told("query", "u1", "--start", "2025-01-15", "--end", "2025-01-16")["count"] == 1
+
+
+def test_what_is_left_is_named(lake: Lake) -> None:
+    path = lake.root / layout.DAMAGED / "raw" / "part.parquet"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"?")
+    assert str(path) in hb("forget", "u1", "--yes", code=1).stderr
