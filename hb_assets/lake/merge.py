@@ -96,18 +96,50 @@ _SORT = ", ".join((*ORDER, *ARRIVAL))
 _FLAGGED: pa.Schema = pa.schema(
     [*SCHEMA, pa.field("late", pa.bool_()), pa.field("gone", pa.bool_())]
 )
-_BASE = "SELECT *, false AS late FROM read_parquet($base, hive_partitioning = false)"
-_NEW = (
-    "SELECT arrived.*, {late} AS late FROM read_parquet($new, hive_partitioning = false) AS arrived"
-)
 _LATE = (
     "coalesce(arrival_ms < mark.ms OR (arrival_ms = mark.ms AND arrival_seq <= mark.seq), false)"
 )
-_MARK = " LEFT JOIN mark ON arrived.arrival_shard = mark.source"
+_BASE = "SELECT *, false AS late FROM read_parquet($base, hive_partitioning = false)"
 _UNKNOWN = f"""
  ANTI JOIN (SELECT {_IDENTITY} FROM read_parquet($included, hive_partitioning = false)) AS known
  USING ({_IDENTITY})
 """
+# Each part is there only where it is needed: most merges know of nothing that comes again.
+_NEW = {
+    (late, included): f"""
+SELECT arrived.*, {_LATE if late else "false"} AS late
+FROM read_parquet($new, hive_partitioning = false) AS arrived
+{"LEFT JOIN mark ON arrived.arrival_shard = mark.source" if late else ""}
+{_UNKNOWN if included else ""}
+"""
+    for late in (False, True)
+    for included in (False, True)
+}
+_FRESH = {
+    kind: f"SELECT count(*) FROM (SELECT DISTINCT {_IDENTITY} FROM ({new}) WHERE NOT late)"
+    for kind, new in _NEW.items()
+}
+_ROWS = {
+    (base, kind): " UNION ALL BY NAME ".join(
+        [*([_BASE] if base else []), *([_NEW[kind]] if kind is not None else [])]
+    )
+    for base in (False, True)
+    for kind in (None, *_NEW)
+    if base or kind is not None
+}
+# Of two rows with one identity the one that was counted already stands last.
+_SORTED = {
+    (which, flagged, forgotten): f"""
+SELECT {_COLUMNS}
+    {", late" if flagged else ""}
+    {", coalesce(arrival_ms <= erased.cutoff, false) AS gone" if forgotten else ""}
+    {", false AS gone" if flagged and not forgotten else ""}
+FROM ({rows}) AS delivered {"LEFT JOIN erased USING (user_id)" if forgotten else ""}
+ORDER BY {_SORT} {", late DESC" if flagged else ""}
+"""
+    for which, rows in _ROWS.items()
+    for flagged, forgotten in ((False, False), (True, False), (True, True))
+}
 _MARKS = pa.schema([("source", pa.int16()), ("ms", pa.uint64()), ("seq", pa.uint64())])
 _ERASED = pa.schema([("user_id", pa.string()), ("cutoff", pa.uint64())])
 
@@ -123,47 +155,36 @@ def fresh_rows(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> int:
     """Distinct rows of the pending fragments that `base` doesn't include yet."""
     if not inputs.new:
         return 0
-    new, parameters = _new(inputs, connection)
-    query = f"SELECT count(*) FROM (SELECT DISTINCT {_IDENTITY} FROM ({new}) WHERE NOT late)"
-    return figures(connection, query, parameters)[0]
+    _register(inputs, connection)
+    return figures(connection, _FRESH[_kind(inputs)], _parameters(inputs, base=False))[0]
 
 
-def _new(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> tuple[str, dict[str, list[str]]]:
-    """Rows of pending fragments but for those that an included one has; with a flag `late`."""
-    query = _NEW.format(late=_LATE if inputs.watermark else "false")
-    parameters = {"new": [str(path) for path in inputs.new]}
+def _kind(inputs: Inputs) -> tuple[bool, bool]:
+    return bool(inputs.watermark), bool(inputs.included)
+
+
+def _register(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> None:
     if inputs.watermark:
         connection.register("mark", _marks(inputs.watermark))
-        query += _MARK
-    if inputs.included:
-        query += _UNKNOWN
-        parameters["included"] = [str(path) for path in inputs.included]
-    return query, parameters
+    if inputs.erased:
+        connection.register("erased", _erased(inputs.erased))
+
+
+def _parameters(inputs: Inputs, *, base: bool) -> dict[str, list[str]]:
+    files = {"new": inputs.new, "included": inputs.included if inputs.new else ()}
+    if base and inputs.base is not None:
+        files["base"] = [inputs.base]
+    return {name: [str(path) for path in paths] for name, paths in files.items() if paths}
 
 
 def _sorted(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> Iterator[pa.RecordBatch]:
-    parts: list[str] = []
-    parameters: dict[str, list[str]] = {}
-    if inputs.base is not None:
-        parts.append(_BASE)
-        parameters["base"] = [str(inputs.base)]
-    if inputs.new:
-        new, of_new = _new(inputs, connection)
-        parts.append(new)
-        parameters.update(of_new)
-    rows = f"({' UNION ALL BY NAME '.join(parts)}) AS delivered"
-    columns, order = _COLUMNS, _SORT
-    if inputs.erased or inputs.watermark:
-        gone = "false"
-        if inputs.erased:
-            connection.register("erased", _erased(inputs.erased))
-            rows += " LEFT JOIN erased USING (user_id)"
-            gone = "coalesce(arrival_ms <= erased.cutoff, false)"
-        columns += f", late, {gone} AS gone"
-        # Of two rows with one identity the one that was counted already stands last.
-        order += ", late DESC"
-    query = f"SELECT {columns} FROM {rows} ORDER BY {order}"
-    yield from connection.sql(query, params=parameters).to_arrow_reader(parquet.ROW_GROUP)
+    which = inputs.base is not None, _kind(inputs) if inputs.new else None
+    flagged = bool(inputs.erased or inputs.watermark)
+    _register(inputs, connection)
+    rows = connection.sql(
+        _SORTED[which, flagged, bool(inputs.erased)], params=_parameters(inputs, base=True)
+    )
+    yield from rows.to_arrow_reader(parquet.ROW_GROUP)
 
 
 def _marks(watermark: Mapping[int, tuple[int, int]]) -> pa.Table:
