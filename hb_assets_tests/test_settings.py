@@ -173,6 +173,7 @@ BAD = {
     "body_max_bytes": ["1"],
     "batch_max_heartbeats": ["0"],
     "query_max_range": ["all"],
+    "spool_max_bytes": ["-1", "much"],
     "dagster_port": ["0", "65536"],
     "drain_sensor_interval": ["0", "5s"],
     "log_level": ["loud"],

@@ -20,6 +20,9 @@ import httpx
 import psutil
 import pytest
 
+from hb_assets.gateway.spool import Spool
+from hb_assets.settings import Settings
+
 START_SECONDS = 120
 
 
@@ -261,6 +264,18 @@ def test_lake_of_another_shard_count(installation: Installation) -> None:
 
 def test_setting_that_cannot_be_used(installation: Installation) -> None:
     assert "HB_SHARDS" in one_line(installation.hb("status", HB_SHARDS="many"))
+
+
+def test_status_shows_what_the_spool_holds(installation: Installation) -> None:
+    with closing(Spool(Settings(home=installation.home))) as spool:
+        spool.put([{0: [b"{}", b"{}"]}])
+    result = installation.hb("status", "--json")
+    assert result.returncode == 1
+    found = json.loads(result.stdout)
+    assert found["spool"]["heartbeats"] == 2
+    (alarm,) = found["alarms"]
+    assert "2 heartbeats" in alarm
+    assert "the spool holds 2 heartbeats, 5 bytes" in installation.hb("status").stdout
 
 
 def test_status_when_nothing_runs(installation: Installation) -> None:
