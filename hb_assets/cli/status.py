@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from hb_assets.buffer import connection, depth, server
+from hb_assets.buffer import connection, depth, durability, server
 from hb_assets.buffer.depth import ShardDepth
 from hb_assets.cli import output, state
 from hb_assets.cli.app import FAILED, AsJson, app, settings_of
@@ -34,7 +34,7 @@ class Status:
     """Everything that `hb status` shows.
 
     `pid` is that of `hb up`, None when it doesn't run; `buffer` is None when Redis can't be asked;
-    `last_drain` is epoch seconds.
+    `last_drain` is epoch seconds; `durability` the mode in force; a warning is no alarm.
     """
 
     pid: int | None = None
@@ -46,6 +46,8 @@ class Status:
     days: list[DayState] = field(default_factory=list)
     days_in_lake: int = 0
     last_drain: float | None = None
+    durability: str = ""
+    warnings: list[str] = field(default_factory=list)
     alarms: list[str] = field(default_factory=list)
 
 
@@ -70,7 +72,7 @@ def status(
 
 def look(settings: Settings, *, latest: int = 14) -> Status:
     """How everything stands now; of the lake the `latest` days (0: all)."""
-    found = Status()
+    found = Status(durability=settings.durability)
     up = state.running(settings)
     if up is not None:
         _look_at_members(found, up)
@@ -97,10 +99,13 @@ def _look_at_buffer(found: Status, settings: Settings, up: UpState | None) -> No
     try:
         with closing(connection.connect(settings)) as client:
             found.buffer = depth.depths(client, settings)
+            standing = durability.standing(client, settings)
     except BufferUnavailableError as error:
         found.alarms.append(str(error))
     else:
         found.alarms += depth.high_water(found.buffer, settings)
+        found.alarms += [standing.fault] if standing.fault else []
+        found.warnings += standing.warnings
 
 
 def _look_at_lake(found: Status, settings: Settings, latest: int) -> None:
@@ -155,6 +160,9 @@ def _show(found: Status, settings: Settings) -> None:
         console.print(_buffer_table(found.buffer, now))
     else:
         console.print(f"the buffer is empty ({len(found.buffer)} shards)")
+    console.print(f"durability of what is accepted: {found.durability} (HB_DURABILITY)")
+    for warning in found.warnings:
+        output.note(f"warning: {warning}", style="yellow")
     if found.days:
         console.print(_lake_table(found))
     else:

@@ -104,6 +104,15 @@ class Backend:
                 f"Redis didn't answer within {PROBE_SECONDS:g} s"
             ) from None
 
+    async def standing(self) -> durability.Standing:
+        """What HB_DURABILITY is worth now. Raises BufferUnavailableError as `depths` does."""
+        try:
+            return await self._probe(lambda: durability.standing(self._client, self.settings))
+        except TimeoutError:
+            raise BufferUnavailableError(
+                f"Redis didn't answer within {PROBE_SECONDS:g} s"
+            ) from None
+
     async def probe_lake(self) -> None:
         """Write a byte to the lake's folder, where nobody sees it.
 

@@ -20,6 +20,7 @@ from hb_assets.gateway.backend import Backend
 class Health:
     """GET /health: 200 `{"status": "ok"}`, or 503 `{"status": "failing"}`; with a line a part.
 
+    It names the durability mode in force; a server that doesn't keep its promise fails the part.
     An alarm stands beside them and fails nothing: above its high-water mark the buffer still
     takes heartbeats, and who waits for the gateway before starting the drain would wait for ever.
     """
@@ -32,7 +33,12 @@ class Health:
         (redis, alarms), lake = await asyncio.gather(self._redis(), self._lake())
         parts = {"redis": redis, "lake": lake}
         ok = all(part == "ok" for part in parts.values())
-        body = {"status": "ok" if ok else "failing", "parts": parts, "alarms": alarms}
+        body = {
+            "status": "ok" if ok else "failing",
+            "parts": parts,
+            "durability": self._backend.settings.durability,
+            "alarms": alarms,
+        }
         return Response(
             msgspec.json.encode(body),
             status_code=200 if ok else 503,
@@ -43,9 +49,11 @@ class Health:
     async def _redis(self) -> tuple[str, list[str]]:
         try:
             depths = await self._backend.depths()
+            standing = await self._backend.standing()
         except BufferUnavailableError as error:
             return str(error), []
-        return "ok", depth.high_water(depths, self._backend.settings)
+        alarms = depth.high_water(depths, self._backend.settings)
+        return standing.fault or "ok", [*alarms, *standing.warnings]
 
     async def _lake(self) -> str:
         try:
