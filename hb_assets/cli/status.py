@@ -103,7 +103,7 @@ def _look_at_buffer(found: Status, settings: Settings, up: UpState | None) -> No
     except BufferUnavailableError as error:
         found.alarms.append(str(error))
     else:
-        found.alarms += depth.high_water(found.buffer, settings)
+        found.alarms += depth.high_water(found.buffer, settings) + depth.losses(found.buffer)
         found.alarms += [standing.fault] if standing.fault else []
         found.warnings += standing.warnings
 

@@ -52,7 +52,7 @@ class Health:
             standing = await self._backend.standing()
         except BufferUnavailableError as error:
             return str(error), []
-        alarms = depth.high_water(depths, self._backend.settings)
+        alarms = depth.high_water(depths, self._backend.settings) + depth.losses(depths)
         return standing.fault or "ok", [*alarms, *standing.warnings]
 
     async def _lake(self) -> str:
