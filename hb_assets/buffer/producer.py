@@ -8,6 +8,7 @@ buffer refuses (the gateway answers, an import waits).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,6 +16,7 @@ from typing import Any, TypeAlias
 import redis.exceptions as failures
 
 from hb_assets.buffer import keys
+from hb_assets.buffer.clock import ServerClock
 from hb_assets.buffer.connection import AsyncClient, Client, unavailable
 from hb_assets.buffer.durability import Confirmation
 from hb_assets.buffer.roundtrip import (
@@ -36,11 +38,15 @@ _ROUND_TRIP_HEARTBEATS = 50_000
 
 
 class Producer:
-    """Appends with a client of its caller's; as safe for threads as that client is."""
+    """Appends with a client of its caller's; as safe for threads as that client is.
+
+    `clock` is what timestamps have to be judged by before they are appended.
+    """
 
     def __init__(self, client: Client, settings: Settings) -> None:
         self._client = client
         self._bound = Bound.of(settings)
+        self.clock = ServerClock()
 
     def append(self, lines_by_shard: Lines) -> Outcomes:
         """Append all lines in one round trip; those of a shard are stored all or none.
@@ -60,18 +66,21 @@ class Producer:
         for shard, reply in zip(shards, replies, strict=True):
             added = len(lines_by_shard[shard])
             outcomes[shard] = self._bound.outcome(shard, added, reply, self._client)
+            _hear(self.clock, reply)
         return outcomes
 
 
 class AsyncProducer:
     """Appends from one event loop; concurrent calls share entries and round trips.
 
-    While one round trip is under way, calls queue up, and leave together in the next.
+    While one round trip is under way, calls queue up, and leave together in the next. `clock` as
+    `Producer` has it.
     """
 
     def __init__(self, client: AsyncClient, settings: Settings) -> None:
         self._client = client
         self._bound = Bound.of(settings)
+        self.clock = ServerClock()
         self._waiting: list[_Call] = []
         self._wake: asyncio.Event = asyncio.Event()
         self._flusher: asyncio.Task[None] | None = None
@@ -79,6 +88,9 @@ class AsyncProducer:
 
     async def start(self) -> None:
         """Start the task that sends; call it in the loop that `append` is called in."""
+        with contextlib.suppress(failures.RedisError, OSError):  # our own clock has to do then
+            seconds, micros = await self._client.time()
+            self.clock.hear(seconds * 1000 + micros // 1000)
         self._flusher = asyncio.create_task(self._flush_for_ever(), name="buffer-flush")
 
     async def close(self) -> None:
@@ -135,6 +147,7 @@ class AsyncProducer:
         failed: dict[tuple[int, int], HbError] = {}
         for send, reply in zip(sends, replies, strict=True):
             outcome = self._bound.outcome(send.shard, len(send.lines), reply, self._client)
+            _hear(self.clock, reply)
             if outcome is not None:
                 failed.update(((call, send.shard), outcome) for call in send.calls)
         for number, (lines_by_shard, future) in enumerate(batch):
@@ -163,6 +176,12 @@ class AsyncProducer:
                     send.lines += lines  # type: ignore[operator]  # ours is a list, made above
                     send.calls.append(number)
         yield from shared.values()
+
+
+def _hear(clock: ServerClock, replies: tuple[Any, Any]) -> None:
+    reply, _ = replies
+    if not isinstance(reply, Exception) and reply[0] == 1:
+        clock.hear(reply[1])
 
 
 _Call: TypeAlias = tuple[Lines, "asyncio.Future[Outcomes]"]

@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 
 from hb_assets.buffer import connection, depth, durability, server
+from hb_assets.buffer.clock import ServerClock
 from hb_assets.buffer.depth import ShardDepth
 from hb_assets.cli import output, state
 from hb_assets.cli.app import FAILED, AsJson, app, settings_of
@@ -100,12 +101,14 @@ def _look_at_buffer(found: Status, settings: Settings, up: UpState | None) -> No
         with closing(connection.connect(settings)) as client:
             found.buffer = depth.depths(client, settings)
             standing = durability.standing(client, settings)
+            clock = ServerClock()
+            clock.ask(client)
     except BufferUnavailableError as error:
         found.alarms.append(str(error))
     else:
         found.alarms += depth.high_water(found.buffer, settings) + depth.losses(found.buffer)
         found.alarms += [standing.fault] if standing.fault else []
-        found.warnings += standing.warnings
+        found.warnings += [*standing.warnings, *clock.warnings()]
 
 
 def _look_at_lake(found: Status, settings: Settings, latest: int) -> None:

@@ -53,7 +53,11 @@ class Health:
         except BufferUnavailableError as error:
             return str(error), []
         alarms = depth.high_water(depths, self._backend.settings) + depth.losses(depths)
-        return standing.fault or "ok", [*alarms, *standing.warnings]
+        return standing.fault or "ok", [
+            *alarms,
+            *standing.warnings,
+            *self._backend.clock_warnings(),
+        ]
 
     async def _lake(self) -> str:
         try:
