@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 from hb_assets_tests.gateway.conftest import PATH, heartbeat, running
 from hb_assets_tests.lake.deliveries import DAY, NOON, consolidated, line
+from hb_assets_tests.servers import wait_for
 
 ROOM = 2 * 2**20
 
@@ -106,6 +108,28 @@ def test_an_import_waits_for_room(
     assert (done.accepted, done.refused) == (100, 0)
     assert rows == [taken]
     assert done.waited > 0
+    consumer.close()
+
+
+def test_an_import_waits_for_a_drain_elsewhere(
+    client: redis.Redis, lake: Lake, settings: Settings, tmp_path: Path
+) -> None:
+    tight = settings.model_copy(update={"buffer_max_heartbeats": 4 * 20})
+    file = tmp_path / "some.ndjson"
+    file.write_bytes(b"\n".join(line("u1", at=NOON + n) for n in range(50)))
+    consumer = Consumer(client, tight)
+    consumer.open()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(Importer(Producer(client, tight), tight).run, file)
+        wait_for(
+            lambda: sum(one.heartbeats for one in depths(client, tight)) == 20, "it to be full"
+        )
+        assert not running.done()
+        wait_for(lambda: drain(consumer, lake, tight).empty and running.done(), "the import")
+        done = running.result()
+    drain(consumer, lake, tight, until_empty=True)
+    assert (done.accepted, done.waited > 0) == (50, True)
+    assert audit(client, lake, tight).differences == []
     consumer.close()
 
 

@@ -22,6 +22,7 @@ import pytest
 import redis
 
 from hb_assets.audit import audit
+from hb_assets.buffer import durability
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.depth import depths, scanned
@@ -253,6 +254,8 @@ def test_the_append_only_file_has_no_room(tmp_path: Path, kind: str, fsync: str)
             assert isinstance(error, BufferUnavailableError)
             assert "\n" not in str(error)
             if fsync == "everysec":
+                fault = durability.standing(client, settings).fault
+                assert "can't write its append-only file: is its disk full?" in str(fault)
                 assert "can't write its file (its disk is full?)" in str(error)
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (-1, -1))
                 wait_for(lambda: append() is None, "room again")

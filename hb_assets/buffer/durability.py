@@ -51,7 +51,7 @@ def require(client: Client, settings: Settings) -> None:
 
 def _require_configuration(client: Client, mode: str) -> None:
     try:
-        found = {name: client.config_get(name).get(name, "") for name in (*_FSYNC, _POLICY)}
+        found = client.config_get(*_FSYNC, _POLICY)
     except failures.ResponseError:
         if mode == "memory":
             return
@@ -62,7 +62,7 @@ def _require_configuration(client: Client, mode: str) -> None:
         ) from None
     except (failures.RedisError, OSError) as error:
         raise unavailable(error, client) from None
-    values = {name: _text(value) for name, value in found.items()}
+    values = {name: _text(found.get(name, "")) for name in (*_FSYNC, _POLICY)}
     policy = values.pop(_POLICY)
     if policy.startswith("allkeys"):
         raise BufferUnavailableError(
@@ -177,12 +177,15 @@ def standing(client: Client, settings: Settings) -> Standing:
         return Standing(mode, warnings=("Redis doesn't tell about itself: its INFO is forbidden",))
     except (failures.RedisError, OSError) as error:
         raise unavailable(error, client) from None
+    if not settings.assume_fsync:
+        try:
+            _require_configuration(client, mode)
+        except BufferUnavailableError as error:
+            return Standing(mode, fault=str(error))
     where = f"Redis at {address(client)}"
     if persistence.get("aof_enabled") == 0:
-        off = f"{where} has its append-only file off"
-        if mode == "memory" or settings.assume_fsync:
-            return Standing(mode, warnings=(f"{off}: when it ends, what isn't drained is lost",))
-        return Standing(mode, fault=f"{off}, but HB_DURABILITY={mode}: set appendonly=yes there")
+        off = f"{where} has its append-only file off: when it ends, what isn't drained is lost"
+        return Standing(mode, warnings=(off,))
     if persistence.get("aof_last_write_status", "ok") != "ok":
         return Standing(mode, fault=f"{where} can't write its append-only file: is its disk full?")
     replicas = replication.get("connected_slaves", 0)

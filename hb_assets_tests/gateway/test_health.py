@@ -61,4 +61,4 @@ def test_the_mode_is_named_and_held_against_the_server(
         assert "append-only file off: when it ends, what isn't drained is lost" in alarm
     else:
         assert response.status_code == 503
-        assert "HB_DURABILITY=fsync: set appendonly=yes" in response.json()["parts"]["redis"]
+        assert "has appendonly=no" in response.json()["parts"]["redis"]
