@@ -90,7 +90,8 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
     in_flight = sum(buffered.values()) + foreign if pending else 0
     rows = sum(day.rows for day in days)
     in_lake = rows + quarantine.records - quarantine.in_fragments + erased
-    differences = buffer_faults + [fault for day in days for fault in day.faults]
+    differences = depth.losses(after) + buffer_faults
+    differences += [fault for day in days for fault in day.faults]
     differences += damage.listed(lake)
     if in_lake < low:
         differences.append(

@@ -150,7 +150,7 @@ class Importer:
             ) from None
 
     def _append(self, chunk: Sequence[tuple[int, Row]], done: Imported) -> None:
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = self._producer.clock.now_ms()
         bounds = self._settings.time_bounds
         by_shard: dict[int, list[bytes]] = {}
         for line, row in chunk:

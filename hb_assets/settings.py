@@ -163,11 +163,22 @@ class Settings(BaseSettings):
         default=dt.timedelta(seconds=5),
         description="How long one Redis command may take before it counts as failed.",
     )
-    durability: Literal["fsync", "memory"] = Field(
+    durability: Literal["fsync", "replicated", "memory"] = Field(
         default="fsync",
-        description="What a 2xx answer is worth. fsync: Redis has the heartbeat on disk (the "
-        "embedded server does; another one needs appendonly=yes and appendfsync=always, which is "
-        "verified at start). memory: Redis has it in memory; a crash of Redis may lose it.",
+        description="What a 2xx answer is worth. fsync: Redis has the heartbeat on its disk, so "
+        "that it survives a crash of Redis or of its machine, but not the loss of that disk or a "
+        "failover to a replica that hasn't got it yet (the embedded server does; another one needs "
+        "appendonly=yes and appendfsync=always, which is verified at start). replicated: the same, and "
+        "HB_REPLICAS replicas have it on their disks (WAITAOF of Redis 7.2 or Valkey, asked for "
+        "every append), so that it survives the loss of the primary too, if the replica that takes "
+        "over is one of them. memory: Redis has it in memory; a crash of Redis may lose "
+        "it.",
+    )
+    replicas: Count = Field(
+        default=1,
+        description="How many replicas have to confirm an append in mode replicated, within half "
+        "of HB_REDIS_TIMEOUT; else it isn't accepted. Name as many as there are, and any of them "
+        "may take over. Give them appendfsync=always: with everysec an answer takes a second.",
     )
     assume_fsync: bool = Field(
         default=False,
@@ -335,6 +346,10 @@ class Settings(BaseSettings):
         if not tls and (self.redis_ca or self.redis_cert or self.redis_key):
             raise ValueError(
                 "HB_REDIS_CA, HB_REDIS_CERT and HB_REDIS_KEY need a HB_REDIS_URL of rediss://"
+            )
+        if self.durability == "replicated" and self.redis_url is None:
+            raise ValueError(
+                "HB_DURABILITY=replicated needs a HB_REDIS_URL: the embedded server has no replicas"
             )
         if (self.redis_cert is None) != (self.redis_key is None):
             raise ValueError("HB_REDIS_CERT and HB_REDIS_KEY go together: set both or neither")

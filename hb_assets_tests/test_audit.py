@@ -232,3 +232,14 @@ def test_a_foreign_entry_that_lies_about_its_lines(
     verdict = audit(client, lake, settings)
     assert verdict.differences == []
     assert verdict.buffer.acknowledged == 1
+
+
+def test_entries_deleted_while_pending_are_named(
+    client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
+) -> None:
+    append(client, settings, [line()])
+    client.xadd(keys.stream(SHARD), {"data": line("u2")})
+    for entry in consumer.claim(100, 10**6):
+        client.xdel(keys.stream(SHARD), entry.id)
+    drain(consumer, lake, settings)
+    assert "data loss: 2 entries of shard" in audit(client, lake, settings).differences[0]

@@ -147,6 +147,7 @@ BAD = {
     "redis_timeout": ["1w", "0"],
     "durability": ["forever"],
     "assume_fsync": ["perhaps"],
+    "replicas": ["0", "-1", "all"],
     "shards": ["0", "101", "many", "1.5"],
     "buffer_max_heartbeats": ["0"],
     "buffer_max_bytes": ["1", "1XB"],
@@ -163,7 +164,6 @@ BAD = {
     "consolidate_max_age_today": ["old"],
     "max_pending_fragments": ["0"],
     "raw_keep": ["a week"],
-    "spool_max_bytes": ["much"],
     "temp_keep": ["0s"],
     "locks": ["paper"],
     "lock_wait": ["0s"],
@@ -211,3 +211,12 @@ def test_a_password_stays_out_of_the_error(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(SettingsError) as caught:
         settings.load()
     assert "geheim" not in str(caught.value)
+
+
+def test_the_embedded_server_has_no_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HB_DURABILITY", "replicated")
+    with pytest.raises(SettingsError, match="HB_DURABILITY=replicated needs a HB_REDIS_URL"):
+        settings.load()
+    monkeypatch.setenv("HB_REDIS_URL", "redis://redis.example")
+    monkeypatch.setenv("HB_REPLICAS", "2")
+    assert settings.load().replicas == 2

@@ -106,6 +106,8 @@ def _meaning(error: _Failure, client: Client | AsyncClient, shard: int | None) -
         return "is a read-only replica: name the primary in HB_REDIS_URL"
     if isinstance(error, failures.OutOfMemoryError):
         return "is out of memory (its maxmemory): drain the buffer, or give it more"
+    if text.startswith("MISCONF"):
+        return "can't write its file (its disk is full?) and takes nothing until it can: make room"
     return f"refused a command: {text}"
 
 

@@ -196,7 +196,7 @@ class Consumer:
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + self._min_idle_ms / 4000
             calls = [
-                (shard, script("sweep", (keys.stream(shard),), (*group, self._min_idle_ms)))
+                (shard, script("sweep", _names(shard), (*group, self._min_idle_ms)))
                 for shard in shards
             ]
             self._count_lost(calls, self._exchange(calls))
@@ -206,7 +206,7 @@ class Consumer:
         ]
         dead = {name for name in set().union(*listed) if name != self.name and _is_dead(name)}
         calls = [
-            (shard, script("takeover", (keys.stream(shard),), (keys.GROUP, name, self.name)))
+            (shard, script("takeover", _names(shard), (keys.GROUP, name, self.name)))
             for shard, names in zip(shards, listed, strict=True)
             for name in sorted(dead & names.keys())
         ]
@@ -272,18 +272,16 @@ class Consumer:
         stream = keys.stream(shard)
         gone = [id_ for id_, fields in raw if not fields]
         if gone:
-            self._exchange([(shard, ("XACK", stream, keys.GROUP, *gone))])
-            self._note_lost(shard, len(gone))
+            strike = script("strike", _names(shard), (keys.GROUP, *gone))
+            [lost] = self._exchange([(shard, strike)])
+            self._note_lost(shard, lost)
         listing = ("XPENDING", stream, keys.GROUP, raw[0][0], raw[-1][0], len(raw), self.name)
         [pending] = self._exchange([(shard, listing)])
         deliveries = {id_: count for id_, _, _, count in pending}
         return [_entry(shard, id_, f, deliveries.get(id_, 1)) for id_, f in raw if f]
 
     def _create_groups(self, shards: Iterable[int]) -> None:
-        calls = [
-            (shard, ("XGROUP", "CREATE", keys.stream(shard), keys.GROUP, "0", "MKSTREAM"))
-            for shard in shards
-        ]
+        calls = [(shard, script("group", (keys.stream(shard),), (keys.GROUP,))) for shard in shards]
         self._check(calls, self._round_trip(calls), allowed="BUSYGROUP")
 
     def _adopt_gaps(self, shards: Iterable[int]) -> None:
@@ -369,6 +367,10 @@ class _Budget:
             self.open = self._rows > 0 and self._bytes > 0
             taken.append(entry)
         return taken
+
+
+def _names(shard: int) -> tuple[str, str]:
+    return keys.stream(shard), keys.ledger(shard)
 
 
 def _entry(shard: int, id_: bytes, fields: Sequence[bytes], deliveries: int) -> Entry:

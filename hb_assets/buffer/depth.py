@@ -27,7 +27,9 @@ class ShardDepth:
 
     `entries` lie in the stream, `pending` of them (and such as were deleted by hand) are claimed,
     `undelivered` are not; `heartbeats` and `bytes` are what the ledger says is buffered (foreign
-    entries come into it when they are acknowledged); `oldest_ms` is when the oldest entry arrived.
+    entries come into it when they are acknowledged); `oldest_ms` is when the oldest entry arrived;
+    `foreign` entries are more than the ledger explains, and `foreign_bytes` about the memory that
+    they take; `lost` entries, at least, were deleted before they were drained.
     """
 
     shard: int
@@ -40,6 +42,9 @@ class ShardDepth:
     appended: int
     acknowledged: int
     consumers: int
+    foreign: int
+    foreign_bytes: int
+    lost: int
 
 
 def depths(client: Client, settings: Settings) -> list[ShardDepth]:
@@ -95,18 +100,46 @@ def _scan(client: Client, settings: Settings) -> dict[int, tuple[int, int]]:
 
 
 def high_water(states: Iterable[ShardDepth], settings: Settings) -> list[str]:
-    """One line for each shard that is fuller than HB_BUFFER_HIGH_WATER allows."""
+    """One line for each shard that is fuller than HB_BUFFER_HIGH_WATER allows.
+
+    The ledger doesn't know foreign entries before they are acknowledged, and nothing refuses them:
+    each counts as one heartbeat at least, and with the memory that it takes.
+    """
     bound = Bound.of(settings)
     lines = []
     for state in states:
-        share = max(state.heartbeats / bound.heartbeats, state.bytes / bound.size)
+        share = max(
+            (state.heartbeats + state.foreign) / bound.heartbeats,
+            (state.bytes + state.foreign_bytes) / bound.size,
+        )
         if share > settings.buffer_high_water:
             lines.append(
                 f"buffer: shard {state.shard:02d} is {share:.0%} full ({state.heartbeats:,} of "
-                f"{bound.heartbeats:,} heartbeats, {state.bytes:,} of {bound.size:,} bytes), "
-                f"above {settings.buffer_high_water:.0%} (HB_BUFFER_HIGH_WATER): is the drain running?"
+                f"{bound.heartbeats:,} heartbeats, {state.bytes:,} of {bound.size:,} bytes"
+                f"{_foreigners(state)}), above {settings.buffer_high_water:.0%} (HB_BUFFER_HIGH_WATER): is the drain running?"
             )
     return lines
+
+
+def _foreigners(state: ShardDepth) -> str:
+    if not state.foreign:
+        return ""
+    return (
+        f", and {state.foreign:,} entries of other producers with about {state.foreign_bytes:,} "
+        "bytes, which nothing refuses"
+    )
+
+
+def losses(states: Iterable[ShardDepth]) -> list[str]:
+    """One line for each shard that lost entries: somebody deleted them before they were drained."""
+    return [
+        f"buffer: data loss: {state.lost:,} entries of shard {state.shard:02d} were deleted before "
+        "they were drained"
+        + (f", with {state.heartbeats:,} heartbeats" if not state.entries else "")
+        + ": who uses MAXLEN, XTRIM, XDEL or DEL there? See `hb audit`"
+        for state in states
+        if state.lost
+    ]
 
 
 def _depth(
@@ -116,11 +149,16 @@ def _depth(
     pending: int,
     consumers: int,
     undelivered: int,
+    memory: int,
     appended: int,
     acknowledged: int,
     appended_bytes: int,
     acknowledged_bytes: int,
+    appended_entries: int,
+    acknowledged_entries: int,
+    lost: int,
 ) -> ShardDepth:
+    own = appended_entries - acknowledged_entries
     return ShardDepth(
         shard=shard,
         entries=entries,
@@ -132,6 +170,10 @@ def _depth(
         appended=appended,
         acknowledged=acknowledged,
         consumers=consumers,
+        foreign=max(0, entries - own),
+        foreign_bytes=max(0, memory - (appended_bytes - acknowledged_bytes)),
+        # Those that were pending were counted one by one; the others are missed in the stream.
+        lost=max(lost, own - entries),
     )
 
 

@@ -1,61 +1,199 @@
-"""What a stored heartbeat is worth: whether the server keeps it through a crash.
+"""What a stored heartbeat is worth: which crashes it survives.
 
-Belongs here: the mode that HB_DURABILITY names, held against what the server is set up to do.
-Doesn't belong here: the embedded server's own configuration (`server`).
+Belongs here: the mode that HB_DURABILITY names, held against what the server is set up to do, and
+the confirmation of replicas. Doesn't belong here: the embedded server's own configuration
+(`server`), and sending what has to be confirmed (`producer`).
+
+    fsync        the server's append-only file was fsynced before it answered
+    replicated   the same, and WAITAOF says so of HB_REPLICAS replicas, for every append
+    memory       the server has it in memory
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import redis.exceptions as failures
 
-from hb_assets.buffer.connection import Client, address, unavailable
+from hb_assets.buffer import keys
+from hb_assets.buffer.connection import AsyncClient, Client, address, unavailable
+from hb_assets.buffer.roundtrip import Command, exchange_confirmed, script
 from hb_assets.errors import BufferUnavailableError
 from hb_assets.settings import Settings
 
 _FSYNC = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no"}
 _POLICY = "maxmemory-policy"
+_NUDGE_MS = 100
+"""A replica that is further away than this confirms at its next tick, within a second."""
 
 
 def require(client: Client, settings: Settings) -> None:
     """Make sure that "stored" means what HB_DURABILITY says; call it before accepting anything.
 
     Mode `fsync` needs appendonly=yes, appendfsync=always and no-appendfsync-on-rewrite=no: Redis
-    then answers an append only after its append-only file is on the disk. Any mode needs a
-    maxmemory-policy that doesn't evict keys at will: streams and ledgers have no expiry, and an
-    evicted one is lost whole.
+    then answers an append only after its append-only file is on the disk. Mode `replicated` needs
+    the same, and that replicas confirm a write here and now. Any mode needs a maxmemory-policy
+    that doesn't evict keys at will: streams and ledgers never expire, and an evicted one is lost.
 
     Raises:
-        BufferUnavailableError: the server doesn't answer, is set up otherwise, or doesn't tell
-            (where CONFIG is forbidden, HB_ASSUME_FSYNC=1 takes its word for granted).
+        BufferUnavailableError: the server doesn't answer, is set up otherwise, doesn't tell (where
+            CONFIG is forbidden, HB_ASSUME_FSYNC=1 takes its word for granted), has no WAITAOF, or
+            fewer replicas than HB_REPLICAS confirm a write.
     """
-    if settings.assume_fsync:
-        return
+    if not settings.assume_fsync:
+        _require_configuration(client, settings.durability)
+    confirmation = Confirmation.of(settings)
+    if confirmation is not None:
+        _require_confirmed(client, confirmation)
+
+
+def _require_configuration(client: Client, mode: str) -> None:
     try:
-        found = {name: client.config_get(name).get(name, "") for name in (*_FSYNC, _POLICY)}
+        found = client.config_get(*_FSYNC, _POLICY)
     except failures.ResponseError:
-        if settings.durability == "memory":
+        if mode == "memory":
             return
         raise BufferUnavailableError(
             f"Redis at {address(client)} doesn't tell its configuration, so that HB_DURABILITY="
-            "fsync can't be verified: set HB_ASSUME_FSYNC=1 if it has appendonly=yes and "
+            f"{mode} can't be verified: set HB_ASSUME_FSYNC=1 if it has appendonly=yes and "
             "appendfsync=always, or HB_DURABILITY=memory"
         ) from None
     except (failures.RedisError, OSError) as error:
         raise unavailable(error, client) from None
-    values = {name: _text(value) for name, value in found.items()}
+    values = {name: _text(found.get(name, "")) for name in (*_FSYNC, _POLICY)}
     policy = values.pop(_POLICY)
     if policy.startswith("allkeys"):
         raise BufferUnavailableError(
             f"Redis at {address(client)} has {_POLICY}={policy}: when it is full it evicts "
             "heartbeats that it has accepted; set it to noeviction"
         )
-    if settings.durability == "fsync" and values != _FSYNC:
+    if mode != "memory" and values != _FSYNC:
         has = ", ".join(f"{name}={value or '?'}" for name, value in values.items())
         needs = ", ".join(f"{name}={value}" for name, value in _FSYNC.items())
         raise BufferUnavailableError(
-            f"Redis at {address(client)} has {has}, but HB_DURABILITY=fsync needs {needs}: set "
+            f"Redis at {address(client)} has {has}, but HB_DURABILITY={mode} needs {needs}: set "
             "them there, or HB_DURABILITY=memory if a crash of Redis may lose what it has accepted"
         )
+
+
+def _require_confirmed(client: Client, confirmation: Confirmation) -> None:
+    where = f"Redis at {address(client)}"
+    write = script("probe", (keys.ledger(0),), ())
+    try:
+        [(reply, confirmed)] = exchange_confirmed(client, [write], confirmation.commands)
+    except (failures.RedisError, OSError) as error:
+        raise unavailable(error, client) from None
+    if isinstance(reply, failures.RedisError):
+        raise unavailable(reply, client, 0)
+    if isinstance(confirmed, Exception) and "unknown command" in str(confirmed).lower():
+        raise BufferUnavailableError(
+            f"{where} has no WAITAOF, which HB_DURABILITY=replicated needs: use Redis 7.2 or later "
+            "or Valkey there, or set HB_DURABILITY=fsync"
+        )
+    fault = confirmation.fault(confirmed)
+    if fault is not None:
+        raise BufferUnavailableError(
+            f"{where}: {fault}: start {confirmation.replicas} replicas (HB_REPLICAS) with "
+            "appendonly=yes, or set HB_REPLICAS or HB_DURABILITY to what is there"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """What has to confirm an append: the server's disk and the disks of `replicas`, within `ms`.
+
+    The primary's own count is asked for, but isn't all there is: Valkey 9.1 with appendfsync
+    everysec was seen to count itself before its fdatasync, which is why `require` wants `always`.
+
+    WAITAOF covers the writes of its own connection, and doesn't wait inside a script or MULTI:
+    send `commands` behind the appends, in the same pipeline; the last one's reply is the word.
+    """
+
+    replicas: int
+    ms: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> Confirmation | None:
+        """What the mode asks for; None when the server's own answer is enough."""
+        if settings.durability != "replicated":
+            return None
+        # Half of the time that the client waits: the server's word has to come first.
+        return cls(settings.replicas, int(settings.redis_timeout.total_seconds() * 500))
+
+    @property
+    def commands(self) -> tuple[Command, ...]:
+        """The commands to send.
+
+        A replica answers the question that a wait makes the primary ask before it has fsynced what
+        it just got, and says more only at its next tick, up to a second later. When WAIT is over,
+        it has got it; the question that WAITAOF then makes the primary ask meets a synced file.
+        """
+        return (("WAIT", self.replicas, _NUDGE_MS), ("WAITAOF", 1, self.replicas, self.ms))
+
+    def fault(self, reply: Any) -> str | None:
+        """What is missing by the reply of WAITAOF, or None when all have confirmed."""
+        if isinstance(reply, Exception):
+            return f"not confirmed: WAITAOF was refused ({str(reply).splitlines()[0]})"
+        local, replicas = reply
+        if local >= 1 and replicas >= self.replicas:
+            return None
+        missing = [] if local else ["the server's disk"]
+        if replicas < self.replicas:
+            missing.append(f"{self.replicas - replicas} of {self.replicas} replicas")
+        return f"not confirmed within {self.ms / 1000:g} s by {' and '.join(missing)}"
+
+    def outcome(
+        self, shard: int, reply: Any, client: Client | AsyncClient
+    ) -> BufferUnavailableError | None:
+        """The error of an append that Redis took and that wasn't confirmed."""
+        fault = self.fault(reply)
+        if fault is None:
+            return None
+        return BufferUnavailableError(f"Redis at {address(client)}, shard {shard:02d}: {fault}")
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the mode in force is worth now: `fault` is what breaks its promise, in one line."""
+
+    mode: str
+    fault: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def standing(client: Client, settings: Settings) -> Standing:
+    """Look at the server again: its set-up may have changed since `require`.
+
+    Raises:
+        BufferUnavailableError: it doesn't answer.
+    """
+    mode = settings.durability
+    try:
+        persistence: Mapping[str, Any] = client.info("persistence")
+        replication: Mapping[str, Any] = client.info("replication")
+    except failures.ResponseError:
+        return Standing(mode, warnings=("Redis doesn't tell about itself: its INFO is forbidden",))
+    except (failures.RedisError, OSError) as error:
+        raise unavailable(error, client) from None
+    if not settings.assume_fsync:
+        try:
+            _require_configuration(client, mode)
+        except BufferUnavailableError as error:
+            return Standing(mode, fault=str(error))
+    where = f"Redis at {address(client)}"
+    if persistence.get("aof_enabled") == 0:
+        off = f"{where} has its append-only file off: when it ends, what isn't drained is lost"
+        return Standing(mode, warnings=(off,))
+    if persistence.get("aof_last_write_status", "ok") != "ok":
+        return Standing(mode, fault=f"{where} can't write its append-only file: is its disk full?")
+    replicas = replication.get("connected_slaves", 0)
+    if mode == "replicated" and replicas < settings.replicas:
+        return Standing(
+            mode, fault=f"{where} has {replicas} replicas, HB_REPLICAS asks for {settings.replicas}"
+        )
+    return Standing(mode)
 
 
 def _text(value: object) -> str:

@@ -31,7 +31,19 @@ Fields of a ledger, all counters that only grow:
     appended_bytes      bytes of `data` that our own appends wrote
     acknowledged_bytes  the same of our own entries that were acknowledged
 
-appended - acknowledged is the number of heartbeats (without foreign ones) that lie in the stream.
+    appended_entries    our own entries that were appended
+    acknowledged_entries  those of them that were acknowledged
+    lost                entries that were found to be deleted while they were pending: data loss
+
+appended - acknowledged is the number of heartbeats (without foreign ones) that lie in the stream;
+the same of entries, held against XLEN, tells foreign entries (more) from lost ones (fewer). What is
+lost stays an alarm until an operator writes it off, when it has been looked into:
+
+    redis-cli HDEL 'hb:{00}:ledger' lost
+    redis-cli HINCRBY 'hb:{00}:ledger' acknowledged_entries <entries>
+    redis-cli HINCRBY 'hb:{00}:ledger' acknowledged <heartbeats>
+
+The last line makes room in the buffer's bound again; `hb audit` goes on missing the heartbeats.
 """
 
 from __future__ import annotations

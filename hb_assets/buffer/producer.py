@@ -8,6 +8,7 @@ buffer refuses (the gateway answers, an import waits).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,56 +16,71 @@ from typing import Any, TypeAlias
 import redis.exceptions as failures
 
 from hb_assets.buffer import keys
+from hb_assets.buffer.clock import ServerClock
 from hb_assets.buffer.connection import AsyncClient, Client, unavailable
-from hb_assets.buffer.roundtrip import Command, exchange, exchange_async, script
+from hb_assets.buffer.durability import Confirmation
+from hb_assets.buffer.roundtrip import (
+    Command,
+    exchange_confirmed,
+    exchange_confirmed_async,
+    script,
+)
 from hb_assets.errors import BufferFullError, BufferUnavailableError, HbError
 from hb_assets.settings import Settings
 
 Lines: TypeAlias = Mapping[int, Sequence[bytes]]
 """JSON texts, each without a line end, by shard."""
 Outcomes: TypeAlias = dict[int, HbError | None]
-"""For each shard None (stored, as durably as the server is set up) or why nothing was stored."""
+"""For each shard None (stored, as durably as HB_DURABILITY says) or why that isn't known."""
 
 _ROUND_TRIP_HEARTBEATS = 50_000
 """About how many heartbeats a micro-batch takes along; what waits behind leaves with the next."""
 
 
 class Producer:
-    """Appends with a client of its caller's; as safe for threads as that client is."""
+    """Appends with a client of its caller's; as safe for threads as that client is.
+
+    `clock` is what timestamps have to be judged by before they are appended.
+    """
 
     def __init__(self, client: Client, settings: Settings) -> None:
         self._client = client
         self._bound = Bound.of(settings)
+        self.clock = ServerClock()
 
     def append(self, lines_by_shard: Lines) -> Outcomes:
         """Append all lines in one round trip; those of a shard are stored all or none.
 
         Returns:
             Per shard None when stored, BufferFullError (nothing stored, try later), or
-            BufferUnavailableError (not known to be stored; sending again is harmless).
+            BufferUnavailableError (not known to be stored, or not confirmed by the replicas that
+            HB_REPLICAS asks for; sending again is harmless).
         """
         shards = [shard for shard, lines in lines_by_shard.items() if lines]
         commands = [self._bound.command(shard, lines_by_shard[shard]) for shard in shards]
         outcomes: Outcomes = dict.fromkeys(lines_by_shard)
         try:
-            replies = exchange(self._client, commands)
+            replies = exchange_confirmed(self._client, commands, self._bound.confirm)
         except (failures.RedisError, OSError) as error:
-            replies = [error] * len(shards)
+            replies = [(error, None)] * len(shards)
         for shard, reply in zip(shards, replies, strict=True):
             added = len(lines_by_shard[shard])
             outcomes[shard] = self._bound.outcome(shard, added, reply, self._client)
+            _hear(self.clock, reply)
         return outcomes
 
 
 class AsyncProducer:
     """Appends from one event loop; concurrent calls share entries and round trips.
 
-    While one round trip is under way, calls queue up, and leave together in the next.
+    While one round trip is under way, calls queue up, and leave together in the next. `clock` as
+    `Producer` has it.
     """
 
     def __init__(self, client: AsyncClient, settings: Settings) -> None:
         self._client = client
         self._bound = Bound.of(settings)
+        self.clock = ServerClock()
         self._waiting: list[_Call] = []
         self._wake: asyncio.Event = asyncio.Event()
         self._flusher: asyncio.Task[None] | None = None
@@ -72,6 +88,9 @@ class AsyncProducer:
 
     async def start(self) -> None:
         """Start the task that sends; call it in the loop that `append` is called in."""
+        with contextlib.suppress(failures.RedisError, OSError):  # our own clock has to do then
+            seconds, micros = await self._client.time()
+            self.clock.hear(seconds * 1000 + micros // 1000)
         self._flusher = asyncio.create_task(self._flush_for_ever(), name="buffer-flush")
 
     async def close(self) -> None:
@@ -119,16 +138,16 @@ class AsyncProducer:
 
     async def _flush(self, batch: list[_Call]) -> None:
         sends = list(self._sends(batch))
-        replies: Sequence[Any]
+        commands = [self._bound.command(send.shard, send.lines) for send in sends]
+        replies: Sequence[tuple[Any, Any]]
         try:
-            replies = await exchange_async(
-                self._client, [self._bound.command(send.shard, send.lines) for send in sends]
-            )
+            replies = await exchange_confirmed_async(self._client, commands, self._bound.confirm)
         except (failures.RedisError, OSError) as error:
-            replies = [error] * len(sends)
+            replies = [(error, None)] * len(sends)
         failed: dict[tuple[int, int], HbError] = {}
         for send, reply in zip(sends, replies, strict=True):
             outcome = self._bound.outcome(send.shard, len(send.lines), reply, self._client)
+            _hear(self.clock, reply)
             if outcome is not None:
                 failed.update(((call, send.shard), outcome) for call in send.calls)
         for number, (lines_by_shard, future) in enumerate(batch):
@@ -159,6 +178,12 @@ class AsyncProducer:
         yield from shared.values()
 
 
+def _hear(clock: ServerClock, replies: tuple[Any, Any]) -> None:
+    reply, _ = replies
+    if not isinstance(reply, Exception) and reply[0] == 1:
+        clock.hear(reply[1])
+
+
 _Call: TypeAlias = tuple[Lines, "asyncio.Future[Outcomes]"]
 
 
@@ -171,12 +196,16 @@ class _Send:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What one shard may hold (heartbeats; size in bytes of NDJSON), and how entries are cut."""
+    """What one shard may hold (heartbeats; size in bytes of NDJSON), and how it is appended to.
+
+    `entry_heartbeats` is how large an entry may be, `confirmation` who has to confirm an append.
+    """
 
     heartbeats: int
     size: int
     entry_heartbeats: int
     retry_after: float
+    confirmation: Confirmation | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Bound:
@@ -187,7 +216,13 @@ class Bound:
             settings.entry_max_heartbeats,
             # Room appears with the drain's next tick, not sooner.
             float(settings.drain_sensor_interval),
+            Confirmation.of(settings),
         )
+
+    @property
+    def confirm(self) -> Sequence[Command]:
+        """What has to be sent behind the appends."""
+        return self.confirmation.commands if self.confirmation else ()
 
     def command(self, shard: int, lines: Sequence[bytes]) -> Command:
         """The script call that appends `lines` to the shard."""
@@ -200,9 +235,10 @@ class Bound:
         return script("append", (keys.stream(shard), keys.ledger(shard)), arguments)
 
     def outcome(
-        self, shard: int, added: int, reply: Any, client: Client | AsyncClient
+        self, shard: int, added: int, replies: tuple[Any, Any], client: Client | AsyncClient
     ) -> HbError | None:
-        """What the script's reply to `added` heartbeats means."""
+        """What the replies to `added` heartbeats mean: the script's, and that to `confirm`."""
+        reply, confirmed = replies
         if isinstance(reply, failures.OutOfMemoryError):
             return BufferFullError(
                 f"buffer: Redis is out of memory (its maxmemory) at shard {shard:02d}: drain it, "
@@ -212,7 +248,9 @@ class Bound:
         if isinstance(reply, (failures.RedisError, OSError)):
             return unavailable(reply, client, shard)
         if reply[0] == 1:
-            return None
+            if self.confirmation is None:
+                return None
+            return self.confirmation.outcome(shard, confirmed, client)
         if added > self.heartbeats:
             remedy = "send smaller batches, or raise HB_BUFFER_MAX_HEARTBEATS"
         else:

@@ -31,27 +31,58 @@ def exchange(client: Client, commands: Sequence[Command]) -> list[Any]:
         redis.exceptions.RedisError, OSError: the round trip itself failed; what Redis did of it is
             unknown.
     """
-    replies = _send(client, commands)
+    return [reply for reply, _ in exchange_confirmed(client, commands, ())]
+
+
+def exchange_confirmed(
+    client: Client, commands: Sequence[Command], confirm: Sequence[Command]
+) -> list[tuple[Any, Any]]:
+    """As `exchange`, each reply with the last reply to the `confirm` behind it (None without one).
+
+    `confirm` (WAITAOF covers the writes of its own connection alone) is sent behind the commands in
+    one pipeline, which is one connection; whatever has to be sent again, after scripts were loaded
+    or a connection broke, is sent with a `confirm` of its own behind it.
+    """
+    replies = _paired(commands, _send(client, _pipeline(commands, confirm)))
     missing = _missing_scripts(replies)
     if missing:
-        _send(client, [("SCRIPT", "LOAD", text) for text in _texts(commands, missing)])
-        for index, reply in zip(
-            missing, _send(client, [commands[i] for i in missing]), strict=True
-        ):
+        again, loading = _again(commands, missing, confirm)
+        replies_again = _paired(missing, _send(client, again)[loading:])
+        for index, reply in zip(missing, replies_again, strict=True):
             replies[index] = reply
     return replies
 
 
-async def exchange_async(client: AsyncClient, commands: Sequence[Command]) -> list[Any]:
-    """As `exchange`, in an event loop."""
-    replies = await _send_async(client, commands)
+async def exchange_confirmed_async(
+    client: AsyncClient, commands: Sequence[Command], confirm: Sequence[Command]
+) -> list[tuple[Any, Any]]:
+    """As `exchange_confirmed`, in an event loop."""
+    replies = _paired(commands, await _send_async(client, _pipeline(commands, confirm)))
     missing = _missing_scripts(replies)
     if missing:
-        await _send_async(client, [("SCRIPT", "LOAD", text) for text in _texts(commands, missing)])
-        again = await _send_async(client, [commands[i] for i in missing])
-        for index, reply in zip(missing, again, strict=True):
+        again, loading = _again(commands, missing, confirm)
+        replies_again = _paired(missing, (await _send_async(client, again))[loading:])
+        for index, reply in zip(missing, replies_again, strict=True):
             replies[index] = reply
     return replies
+
+
+def _pipeline(commands: Sequence[Command], confirm: Sequence[Command]) -> list[Command]:
+    return [*commands, *confirm] if commands else []
+
+
+def _again(
+    commands: Sequence[Command], missing: Sequence[int], confirm: Sequence[Command]
+) -> tuple[list[Command], int]:
+    """The pipeline that loads scripts and calls them anew, and how many commands of it load."""
+    loads: list[Command] = [("SCRIPT", "LOAD", text) for text in _texts(commands, missing)]
+    return [*loads, *_pipeline([commands[i] for i in missing], confirm)], len(loads)
+
+
+def _paired(commands: Sequence[object], replies: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Each command's reply with the one that came behind them all, if one did."""
+    confirmation = replies[-1] if len(replies) > len(commands) else None
+    return [(reply, confirmation) for reply in replies[: len(commands)]]
 
 
 def _send(client: Client, commands: Sequence[Command]) -> list[Any]:
@@ -72,8 +103,8 @@ async def _send_async(client: AsyncClient, commands: Sequence[Command]) -> list[
         return await pipeline.execute(raise_on_error=False)
 
 
-def _missing_scripts(replies: Sequence[Any]) -> list[int]:
-    return [i for i, reply in enumerate(replies) if isinstance(reply, failures.NoScriptError)]
+def _missing_scripts(replies: Sequence[tuple[Any, Any]]) -> list[int]:
+    return [i for i, (reply, _) in enumerate(replies) if isinstance(reply, failures.NoScriptError)]
 
 
 def _texts(commands: Sequence[Command], indexes: Sequence[int]) -> list[str]:

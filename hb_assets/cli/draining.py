@@ -117,8 +117,10 @@ def _import(
     with output.progress() as progress:
         size = path.stat().st_size if path.is_file() else None
         task = progress.add_task(f"import {path.name}", total=size)
+        producer = Producer(client, settings)
+        producer.clock.ask(client)
         importer = Importer(
-            Producer(client, settings),
+            producer,
             settings,
             make_room=make_room,
             on_refused=lambda line: refused.add(path, line),

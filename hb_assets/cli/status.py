@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from hb_assets.buffer import connection, depth, server
+from hb_assets.buffer import connection, depth, durability, server
+from hb_assets.buffer.clock import ServerClock
 from hb_assets.buffer.depth import ShardDepth
 from hb_assets.cli import output, state
 from hb_assets.cli.app import FAILED, AsJson, app, settings_of
@@ -35,7 +36,8 @@ class Status:
     """Everything that `hb status` shows.
 
     `pid` is that of `hb up`, None when it doesn't run; `buffer` is None when Redis can't be asked,
-    `spool` when there is none; `last_drain` is epoch seconds.
+    `spool` when there is none; `last_drain` is epoch seconds; `durability` the mode in force; a
+    warning is no alarm.
     """
 
     pid: int | None = None
@@ -48,6 +50,8 @@ class Status:
     days: list[DayState] = field(default_factory=list)
     days_in_lake: int = 0
     last_drain: float | None = None
+    durability: str = ""
+    warnings: list[str] = field(default_factory=list)
     alarms: list[str] = field(default_factory=list)
 
 
@@ -72,7 +76,7 @@ def status(
 
 def look(settings: Settings, *, latest: int = 14) -> Status:
     """How everything stands now; of the lake the `latest` days (0: all)."""
-    found = Status()
+    found = Status(durability=settings.durability)
     up = state.running(settings)
     if up is not None:
         _look_at_members(found, up)
@@ -100,10 +104,15 @@ def _look_at_buffer(found: Status, settings: Settings, up: UpState | None) -> No
     try:
         with closing(connection.connect(settings)) as client:
             found.buffer = depth.depths(client, settings)
+            standing = durability.standing(client, settings)
+            clock = ServerClock()
+            clock.ask(client)
     except BufferUnavailableError as error:
         found.alarms.append(str(error))
     else:
-        found.alarms += depth.high_water(found.buffer, settings)
+        found.alarms += depth.high_water(found.buffer, settings) + depth.losses(found.buffer)
+        found.alarms += [standing.fault] if standing.fault else []
+        found.warnings += [*standing.warnings, *clock.warnings()]
 
 
 def _look_at_spool(found: Status, settings: Settings) -> None:
@@ -173,6 +182,9 @@ def _show(found: Status, settings: Settings) -> None:
         console.print(
             f"the spool holds {found.spool.heartbeats:,} heartbeats, {found.spool.bytes:,} bytes"
         )
+    console.print(f"durability of what is accepted: {found.durability} (HB_DURABILITY)")
+    for warning in found.warnings:
+        output.note(f"warning: {warning}", style="yellow")
     if found.days:
         console.print(_lake_table(found))
     else:

@@ -113,6 +113,14 @@ class Backend:
                 f"spool: its disk didn't answer within {PROBE_SECONDS:g} s"
             ) from None
 
+    def now_ms(self) -> int:
+        """The clock that timestamps are judged by: Redis', as the drain will see it."""
+        return self._producer.clock.now_ms()
+
+    def clock_warnings(self) -> list[str]:
+        """One line when Redis' clock and this machine's are far apart."""
+        return self._producer.clock.warnings()
+
     async def minute_points(
         self, user_id: str, start_ms: int, end_ms: int, device_id: str | None
     ) -> list[query.Point]:
@@ -136,6 +144,15 @@ class Backend:
         """
         try:
             return await self._probe(lambda: depth.depths(self._client, self.settings))
+        except TimeoutError:
+            raise BufferUnavailableError(
+                f"Redis didn't answer within {PROBE_SECONDS:g} s"
+            ) from None
+
+    async def standing(self) -> durability.Standing:
+        """What HB_DURABILITY is worth now. Raises BufferUnavailableError as `depths` does."""
+        try:
+            return await self._probe(lambda: durability.standing(self._client, self.settings))
         except TimeoutError:
             raise BufferUnavailableError(
                 f"Redis didn't answer within {PROBE_SECONDS:g} s"

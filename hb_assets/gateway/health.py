@@ -21,6 +21,7 @@ from hb_assets.gateway.backend import Backend
 class Health:
     """GET /health: 200 `{"status": "ok"}`, or 503 `{"status": "failing"}`; with a line a part.
 
+    It names the durability mode in force; a server that doesn't keep its promise fails the part.
     An alarm stands beside them and fails nothing: above its high-water mark the buffer still
     takes heartbeats, and who waits for the gateway before starting the drain would wait for ever.
     So does a spool that holds heartbeats: what it waits for may be the drain.
@@ -37,6 +38,7 @@ class Health:
         body = {
             "status": "ok" if ok else "failing",
             "parts": parts,
+            "durability": self._backend.settings.durability,
             "alarms": [*redis.alarms, *spool.alarms],
         }
         return Response(
@@ -49,9 +51,16 @@ class Health:
     async def _redis(self) -> _Part:
         try:
             depths = await self._backend.depths()
+            standing = await self._backend.standing()
         except BufferUnavailableError as error:
             return _Part(str(error), failing=True)
-        return _Part("ok", alarms=depth.high_water(depths, self._backend.settings))
+        alarms = [
+            *depth.high_water(depths, self._backend.settings),
+            *depth.losses(depths),
+            *standing.warnings,
+            *self._backend.clock_warnings(),
+        ]
+        return _Part(standing.fault or "ok", failing=bool(standing.fault), alarms=alarms)
 
     async def _lake(self) -> _Part:
         try:

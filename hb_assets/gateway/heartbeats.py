@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -69,7 +68,7 @@ class One:
             HbError: neither buffer nor spool took it.
         """
         body = await read_body(scope, receive, self._body_max)
-        heartbeat, unknown = record.parse(body, time.time_ns() // 1_000_000, self._bounds)
+        heartbeat, unknown = record.parse(body, self._backend.now_ms(), self._bounds)
         if unknown:
             self._metrics.unknown_fields.inc(unknown)
         if isinstance(heartbeat, record.Refusal):
@@ -163,7 +162,7 @@ class Batch:
 
     async def _sort(self, records: list[tuple[int, bytes]]) -> _Sorted:
         batch = _Sorted()
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = self._backend.now_ms()
         for start in range(0, len(records), SLICE):
             if start:
                 await asyncio.sleep(0)

@@ -74,6 +74,8 @@ class Metrics:
                 ("heartbeats", "Heartbeats in the buffer."),
                 ("bytes", "Bytes of NDJSON in the buffer."),
                 ("pending", "Entries that were handed out and not acknowledged."),
+                ("foreign", "Entries of other producers, which the bound doesn't hold off."),
+                ("lost", "Entries that were deleted before they were drained: data loss."),
             )
         }
         self._oldest = Gauge(

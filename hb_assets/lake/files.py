@@ -75,6 +75,8 @@ class TempFile:
         if isinstance(error, Exception) and not self._named and not self.path.exists():
             # whatever failed after that: the file's being gone is the reason, or the greater news
             raise self._fenced() from None
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(self.path)  # failed writes and fsyncs don't say where
         self.path.unlink(missing_ok=True)
 
     def _sync(self) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hb_assets.buffer import keys
 from hb_assets.buffer.consumer import Consumer, Entry
-from hb_assets.buffer.depth import depths, scanned
+from hb_assets.buffer.depth import depths, losses, scanned
 from hb_assets.buffer.producer import Producer
 from hb_assets.errors import BufferUnavailableError
 from hb_assets.settings import Settings
@@ -349,6 +349,8 @@ def test_entries_deleted_while_pending_are_counted_as_lost(
 
     assert finder.lost == 1
     assert "data loss" in caplog.text
+    assert client.hget(keys.ledger(0), "lost") == b"1", "known even if the finder dies now"
+    assert len(losses(depths(client, settings))) == 1
     assert finder.empty()
 
 

@@ -12,6 +12,7 @@ def test_a_server_that_fsyncs_every_write_is_durable(
     client: redis.Redis, settings: Settings
 ) -> None:
     durability.require(client, settings)
+    assert durability.standing(client, settings) == durability.Standing("fsync")
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,7 @@ def test_a_server_that_may_forget_is_refused(
     try:
         with pytest.raises(BufferUnavailableError, match=f"has .*{name}={value}") as refused:
             durability.require(client, settings)
+        assert durability.standing(client, settings).fault == str(refused.value)
         durability.require(client, settings.model_copy(update={"durability": "memory"}))
         durability.require(client, settings.model_copy(update={"assume_fsync": True}))
     finally:

@@ -285,4 +285,6 @@ def test_status_when_nothing_runs(installation: Installation) -> None:
     assert found["pid"] is None
     assert found["days"] == []
     assert not installation.home.exists()
-    assert "doesn't run" in installation.hb("status").stdout
+    shown = installation.hb("status").stdout
+    assert "doesn't run" in shown
+    assert "durability of what is accepted: fsync" in shown

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import httpx
+import pytest
+import redis
 
 from hb_assets.settings import Settings
 from hb_assets_tests.gateway.conftest import PATH, heartbeat
@@ -17,6 +19,7 @@ def test_healthy(http: httpx.Client) -> None:
     assert response.json() == {
         "status": "ok",
         "parts": {"redis": "ok", "lake": "ok", "spool": "ok"},
+        "durability": "fsync",
         "alarms": [],
     }
 
@@ -39,3 +42,23 @@ def test_a_buffer_above_its_mark_is_an_alarm(serving: Serving, settings: Setting
     assert response.status_code == 200
     (alarm,) = response.json()["alarms"]
     assert "HB_BUFFER_HIGH_WATER" in alarm
+
+
+@pytest.mark.parametrize("mode", ["fsync", "memory"])
+def test_the_mode_is_named_and_held_against_the_server(
+    serving: Serving, settings: Settings, client: redis.Redis, mode: str
+) -> None:
+    with serving(settings.model_copy(update={"durability": mode})) as http:
+        assert http.get("/health").json()["durability"] == mode
+        client.config_set("appendonly", "no")
+        try:
+            response = http.get("/health")
+        finally:
+            client.config_set("appendonly", "yes")
+    if mode == "memory":
+        assert response.status_code == 200
+        (alarm,) = response.json()["alarms"]
+        assert "append-only file off: when it ends, what isn't drained is lost" in alarm
+    else:
+        assert response.status_code == 503
+        assert "has appendonly=no" in response.json()["parts"]["redis"]

@@ -4,7 +4,7 @@
 -- KEYS: stream, ledger.  ARGV: group, then of each entry: id, n (-1 for a foreign entry), heartbeats
 -- as the drain counted them, bytes of data.
 -- Returns how many entries this call deleted.
-local deleted, appended, acknowledged, bytes = 0, 0, 0, 0
+local deleted, own, appended, acknowledged, bytes = 0, 0, 0, 0, 0
 for i = 2, #ARGV, 4 do
     redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])
     if redis.call('XDEL', KEYS[1], ARGV[i]) == 1 then
@@ -12,6 +12,7 @@ for i = 2, #ARGV, 4 do
         local n = tonumber(ARGV[i + 1])
         -- An n that isn't what the drain counted is none of ours: believed, it would break the ledger.
         if n >= 0 and n == tonumber(ARGV[i + 2]) then
+            own = own + 1
             acknowledged = acknowledged + n
             bytes = bytes + tonumber(ARGV[i + 3])
         else
@@ -24,5 +25,6 @@ if deleted > 0 then
     redis.call('HINCRBY', KEYS[2], 'appended', appended)
     redis.call('HINCRBY', KEYS[2], 'acknowledged', acknowledged)
     redis.call('HINCRBY', KEYS[2], 'acknowledged_bytes', bytes)
+    redis.call('HINCRBY', KEYS[2], 'acknowledged_entries', own)
 end
 return deleted

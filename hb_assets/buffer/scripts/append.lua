@@ -1,12 +1,14 @@
 -- Append entries to one shard, all or none, unless they would pass the buffer's bound.
 -- KEYS: stream, ledger.  ARGV: most heartbeats, most bytes, then n and data of each entry.
--- Returns {1} when stored, or {0, heartbeats buffered, bytes buffered}.
+-- Returns {1, the server's clock in epoch milliseconds} when stored, or {0, heartbeats buffered,
+-- bytes buffered}.
+local time = redis.call('TIME')
 local ledger = redis.call('HMGET', KEYS[2],
     'appended', 'acknowledged', 'appended_bytes', 'acknowledged_bytes')
 for i = 1, 4 do ledger[i] = tonumber(ledger[i] or 0) end
 local buffered, buffered_bytes = ledger[1] - ledger[2], ledger[3] - ledger[4]
 
-local heartbeats, bytes = 0, 0
+local entries, heartbeats, bytes = (#ARGV - 2) / 2, 0, 0
 for i = 3, #ARGV, 2 do
     heartbeats = heartbeats + tonumber(ARGV[i])
     bytes = bytes + #ARGV[i + 1]
@@ -20,4 +22,5 @@ for i = 3, #ARGV, 2 do
 end
 redis.call('HINCRBY', KEYS[2], 'appended', heartbeats)
 redis.call('HINCRBY', KEYS[2], 'appended_bytes', bytes)
-return {1}
+redis.call('HINCRBY', KEYS[2], 'appended_entries', entries)
+return {1, time[1] * 1000 + math.floor(time[2] / 1000)}

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- Hand what a dead consumer left pending to another one, and forget the dead one.
--- KEYS: stream.  ARGV: group, dead consumer, heir.
+-- KEYS: stream, ledger.  ARGV: group, dead consumer, heir.
 -- Returns {entries that are the heir's now, pending entries that were deleted: lost}.
 local moved, lost = 0, 0
 while true do
@@ -13,4 +13,5 @@ while true do
     moved, lost = moved + claimed, lost + #pending - claimed
 end
 redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
+if lost > 0 then redis.call('HINCRBY', KEYS[2], 'lost', lost) end
 return {moved, lost}

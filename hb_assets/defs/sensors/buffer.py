@@ -52,14 +52,12 @@ def faults(states: Sequence[ShardDepth], settings: Settings) -> dict[str, str]:
     found = {}
     full = depth.high_water(states, settings)
     if full:
-        more = f"; {len(full) - 1} more shards as well" if len(full) > 1 else ""
-        found["buffer_high_water"] = full[0] + more
-    lost = {state.shard: state.heartbeats for state in states if not state.entries}
-    lost = {shard: heartbeats for shard, heartbeats in lost.items() if heartbeats > 0}
+        found["buffer_high_water"] = full[0] + _others(full)
+    lost = depth.losses(states)
     if lost:
-        shards = ", ".join(f"{shard:02d}" for shard in lost)
-        found["entries_lost"] = (
-            f"buffer: the ledger has {sum(lost.values()):,} heartbeats in empty streams (shards "
-            f"{shards}): somebody deleted entries that weren't drained; see `hb audit`"
-        )
+        found["entries_lost"] = lost[0] + _others(lost)
     return found
+
+
+def _others(lines: Sequence[str]) -> str:
+    return f"; {len(lines) - 1} more shards as well" if len(lines) > 1 else ""

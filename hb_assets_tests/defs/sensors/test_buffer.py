@@ -54,7 +54,17 @@ def test_entries_that_somebody_deleted_are_an_alarm(append, sensor, webhook, cli
     sensor.tick()
     [alarm] = webhook.received
     assert alarm["alarm"] == "entries_lost"
-    assert "4 heartbeats" in alarm["message"]
+    assert "were deleted before they were drained, with 2 heartbeats" in alarm["message"]
+    assert "1 more shards" in alarm["message"]
+
+
+def test_a_flood_of_another_producer_is_an_alarm(sensor, webhook, client) -> None:
+    for _ in range(20):
+        client.xadd(keys.stream(1), {"data": "not counted by the ledger"})
+    sensor.tick()
+    [alarm] = webhook.received
+    assert alarm["alarm"] == "buffer_high_water"
+    assert "20 entries of other producers" in alarm["message"]
 
 
 def test_a_receiver_that_is_away_stops_nothing(append, settings, instance) -> None:
