@@ -66,7 +66,6 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
 
     Raises:
         BufferUnavailableError: Redis doesn't answer.
-        DamagedFileError: a quarantine file can't be read.
     """
     for attempt in range(_ATTEMPTS):
         before = depth.depths(client, settings)
@@ -85,6 +84,7 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
     rows = sum(day.rows for day in days)
     in_lake = rows + quarantine.records - quarantine.in_fragments
     differences = buffer_faults + [fault for day in days for fault in day.faults]
+    differences += quarantine.faults
     if in_lake < low:
         differences.append(
             f"{low - in_lake:,} heartbeats are missing: {low:,} were acknowledged, the lake holds "

@@ -118,6 +118,10 @@ _REMEDIES = {
     "is lost then, and hb audit says how much",
     layout.HEARTBEATS: "move it away, then rebuild its day from raw fragments: "
     "hb consolidate DAY --rebuild",
+    layout.QUARANTINE: "restore it from a copy, or move it away: its records are lost then, and hb "
+    "audit says how many",
+    layout.RELEASED: "restore it from a copy, or move it away: its records may be put back twice "
+    "then, which changes nothing",
     layout.MINUTES: "move it away, then make it anew: hb consolidate DAY",
 }
 
