@@ -71,7 +71,6 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
 
     Raises:
         BufferUnavailableError: Redis doesn't answer.
-        DamagedFileError: a quarantine file can't be read.
     """
     for attempt in range(_ATTEMPTS):
         before = depth.depths(client, settings)
@@ -93,6 +92,10 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
     differences = depth.losses(after) + buffer_faults
     differences += [fault for day in days for fault in day.faults]
     differences += damage.listed(lake)
+    differences += quarantine.faults
+    if deep:
+        known = set(differences)
+        differences += [one for one in ledger.damage_beside_days(lake) if one not in known]
     if in_lake < low:
         differences.append(
             f"{low - in_lake:,} heartbeats are missing: {low:,} were acknowledged, the lake holds "

@@ -1,21 +1,34 @@
 """The drain: from the buffer into durable fragments, and only then acknowledged.
 
-Belongs here: the cycle claim, decode, publish, acknowledge, and the loop around it; the drain
-sensor's tick, `hb drain` and imports all call these same functions. Doesn't belong here: how
-entries are claimed (`buffer.consumer`) and how files are made durable (`lake`).
+Belongs here: the cycle claim, decode, publish, acknowledge, who is a suspect, and the loop around
+it with its pauses; the drain sensor's tick, `hb drain` and imports all call these same functions.
+Doesn't belong here: how entries are claimed (`buffer.consumer`) and how files are made durable
+(`lake`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from hb_assets.buffer.consumer import Consumer
-from hb_assets.lake import erased, fragments, quarantine, tombstones
-from hb_assets.lake.decode import decode
+from hb_assets.buffer.consumer import Consumer, Entry
+from hb_assets.errors import HbError
+from hb_assets.lake import erased, fragments, isolation, quarantine, tombstones
+from hb_assets.lake.decode import Decoded, pieces
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
+
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 30.0
+"""Seconds of rest after a fault: doubled with each one in a row, up to this."""
+_LOOK = 0.2
+"""Longest sleep, in seconds, between two looks at `stop`."""
+
+
+def pause_after(faults: int) -> float:
+    """Seconds to rest after so many faults in a row (at least one)."""
+    return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(faults - 1, 16))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,30 +65,58 @@ class Drained:
 def drain_cycle(consumer: Consumer, lake: Lake, settings: Settings) -> Drained:
     """Claim one batch within DRAIN_MAX_ROWS and DRAIN_MAX_BYTES, and bring it into the lake.
 
+    Entries that were handed out more often than POISON_DELIVERIES are suspects: they come after the
+    others are acknowledged, each decoded alone in a process of its own. That count proves nothing
+    by itself (kills, full disks and slow drainers raise it too); what that process makes of them
+    counts.
+
     Raises:
         BufferUnavailableError: Redis doesn't answer. What was claimed stays pending.
         OSError: the lake can't be written. What was claimed stays pending; nothing is lost.
+        HbError: suspects can't be decoded. They stay pending.
     """
     began = time.monotonic()
     entries = consumer.claim(settings.drain_max_rows, settings.drain_max_bytes)
     if not entries:
         return Drained(empty=True, seconds=time.monotonic() - began)
-    decoded = decode(entries, settings)
-    rows, forgotten = tombstones.withheld(lake, decoded.rows)
-    records, forgotten_too = tombstones.withheld(lake, decoded.rejected)
-    published = fragments.publish(lake, rows)
-    quarantine.publish(lake, records)
-    erased.publish(lake, settings, forgotten, forgotten_too)
+    suspects = [entry for entry in entries if entry.deliveries > settings.poison_deliveries]
+    others = [entry for entry in entries if entry.deliveries <= settings.poison_deliveries]
+    done = Drained()
+    if others:
+        done = _bring(consumer, lake, settings, others, pieces(others, settings))
+    for suspect, decoded in isolation.examine(suspects, settings):
+        done = done.plus(_bring(consumer, lake, settings, [suspect], decoded))
+    return replace(done, cycles=1, seconds=time.monotonic() - began)
+
+
+def _bring(
+    consumer: Consumer,
+    lake: Lake,
+    settings: Settings,
+    entries: Sequence[Entry],
+    decoded: Iterable[Decoded],
+) -> Drained:
+    rows = quarantined = published = unknown_fields = 0
+    counts = []
+    for part in decoded:
+        kept, forgotten = tombstones.withheld(lake, part.rows)
+        rejected, forgotten_too = tombstones.withheld(lake, part.rejected)
+        published += len(fragments.publish(lake, kept))
+        quarantine.publish(lake, rejected)
+        erased.publish(lake, settings, forgotten, forgotten_too)
+        counts.append(part.counts)
+        rows += kept.num_rows
+        quarantined += rejected.num_rows
+        unknown_fields += part.unknown_fields
+    totals = map(sum, zip(*counts, strict=True))
     # Everything is durable now; a crash before this line means that the entries come again.
-    consumer.acknowledge(list(zip(entries, decoded.counts, strict=True)))
+    consumer.acknowledge(list(zip(entries, totals, strict=True)))
     return Drained(
-        rows=decoded.rows.num_rows,
-        quarantined=decoded.rejected.num_rows,
+        rows=rows,
+        quarantined=quarantined,
         entries=len(entries),
-        fragments=len(published),
-        unknown_fields=decoded.unknown_fields,
-        cycles=1,
-        seconds=time.monotonic() - began,
+        fragments=published,
+        unknown_fields=unknown_fields,
     )
 
 
@@ -89,6 +130,7 @@ def drain(
     follow: bool = False,
     stop: Callable[[], bool] = lambda: False,
     on_cycle: Callable[[Drained], None] = lambda _: None,
+    on_fault: Callable[[HbError | OSError], None] = lambda _: None,
 ) -> Drained:
     """Drain cycle after cycle.
 
@@ -98,19 +140,31 @@ def drain(
         settings: budgets of a cycle, and DRAIN_POLL.
         seconds: no new cycle starts after this time (None: no limit).
         until_empty: go on until nothing is undelivered and nothing pending, at any consumer.
-        follow: go on for ever, resting DRAIN_POLL where there was nothing.
-        stop: asked before every cycle.
+        follow: go on for ever, resting DRAIN_POLL where there was nothing, and longer and longer
+            after a fault (a full disk, a Redis that is away).
+        stop: asked before every cycle, and while it rests.
         on_cycle: told the total so far after every cycle.
+        on_fault: told of each fault that `follow` goes on after.
 
     Without `until_empty` and `follow` it ends when a claim finds nothing.
 
     Raises:
-        BufferUnavailableError, OSError: as `drain_cycle`.
+        BufferUnavailableError, OSError, HbError: as `drain_cycle`; never with `follow`.
     """
     began = time.monotonic()
     total = Drained()
+    faults = 0
     while not stop() and (seconds is None or time.monotonic() - began < seconds):
-        total = total.plus(drain_cycle(consumer, lake, settings))
+        try:
+            total = total.plus(drain_cycle(consumer, lake, settings))
+        except (HbError, OSError) as error:
+            if not follow:
+                raise
+            faults += 1
+            on_fault(error)
+            _rest(pause_after(faults), stop)
+            continue
+        faults = 0
         on_cycle(total)
         if not total.empty or follow:
             if total.empty:
@@ -120,3 +174,9 @@ def drain(
             break
         time.sleep(settings.drain_poll.total_seconds())
     return replace(total, seconds=time.monotonic() - began)
+
+
+def _rest(seconds: float, stop: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while not stop() and (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, _LOOK))

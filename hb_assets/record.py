@@ -69,6 +69,7 @@ Code = Literal[
     "out_of_range",
     # of a whole entry, in the drain only:
     "no_data",
+    "poison",
 ]
 
 

@@ -229,6 +229,21 @@ class Settings(BaseSettings):
         description="How long an entry may be pending before another drainer takes it over. Must "
         "be longer than the slowest cycle.",
     )
+    poison_deliveries: Count = Field(
+        default=5,
+        description="An entry that was handed out more often than this is a suspect: it is decoded "
+        "alone, in a process of its own, and goes to the quarantine if that fails.",
+    )
+    poison_memory: Annotated[Bytes, Field(ge=512 * 2**20)] = Field(
+        default=2**30, description="Memory limit of the process that decodes suspects."
+    )
+    poison_seconds: float = Field(
+        default=10.0,
+        ge=1,
+        le=15,
+        description="CPU seconds that decoding one suspect may take; by the clock, three times as "
+        "many.",
+    )
     drain_poll: PositiveDuration = Field(
         default=dt.timedelta(milliseconds=200),
         description="Pause of `hb drain --follow` when it found nothing.",

@@ -12,6 +12,7 @@ from hb_assets import drain
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.lake import fragments, quarantine
+from hb_assets.lake.decode import pieces
 from hb_assets.lake.store import Lake
 from hb_assets.settings import load
 
@@ -22,6 +23,8 @@ MOMENTS: dict[str, tuple[Any, str]] = {
 }
 """Moments before a call: whose, and which."""
 ACKNOWLEDGED = "acknowledged"
+DECODING = "decoding poison"
+"""While an entry with the word `poison` in it is decoded, if there is one."""
 
 
 def die(*_: object, **__: object) -> None:
@@ -29,7 +32,15 @@ def die(*_: object, **__: object) -> None:
 
 
 def main(moment: str) -> None:
-    if moment == ACKNOWLEDGED:
+    if moment == DECODING:
+
+        def pieces_or_death(entries: Any, *arguments: Any) -> Any:
+            if any(b"poison" in (entry.data or b"") for entry in entries):
+                die()
+            return pieces(entries, *arguments)
+
+        setattr(drain, "pieces", pieces_or_death)  # noqa: B010  # mypy: another kind of function
+    elif moment == ACKNOWLEDGED:
         original: Callable[..., int] = Consumer.acknowledge
 
         def acknowledge_and_die(*arguments: Any) -> None:

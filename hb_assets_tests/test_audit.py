@@ -67,7 +67,7 @@ def test_a_mix_adds_up(client: redis.Redis, lake: Lake, settings: Settings, mixe
 def test_records_put_back(
     client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings, mixed: None
 ) -> None:
-    found = list(quarantine.records(lake))
+    found = list(quarantine.records(lake, settings))
     append(client, settings, [line("u9")])
     quarantine.release(lake, found[:1])
     drain(consumer, lake, settings)

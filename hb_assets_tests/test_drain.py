@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,18 +21,20 @@ import pytest
 import redis
 
 from hb_assets import days
+from hb_assets import drain as drain_module
 from hb_assets.audit import audit
 from hb_assets.buffer import depth, keys
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
 from hb_assets.drain import Drained, drain, drain_cycle
-from hb_assets.lake import fragments, inventory, layout, quarantine
+from hb_assets.errors import HbError
+from hb_assets.lake import fragments, inventory, isolation, layout, quarantine
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings, environment
-from hb_assets_tests.dying_drain import ACKNOWLEDGED, MOMENTS
+from hb_assets_tests.dying_drain import ACKNOWLEDGED, DECODING, MOMENTS
 from hb_assets_tests.lake.deliveries import (
     Row,
     consolidated,
@@ -111,7 +113,7 @@ def test_from_buffer_to_lake(
     assert (done.rows, done.quarantined, done.entries, done.empty) == (21, 4, 3, True)
     assert told[-1].rows == 21
     assert buffered(client, settings) == 0
-    reasons = quarantine.counts(lake)
+    reasons = quarantine.summary(lake, settings).reasons
     assert reasons == {
         "record_not_json": 1,
         "heart_rate_out_of_range": 1,
@@ -158,7 +160,7 @@ def test_second_drain_of_the_same_entries_changes_no_result(
         done = consolidate(lake, day, future)
         assert (done.replayed, done.rows, done.superseded) == (7, 7, 2)
     assert [one for day in inventory.days(lake) for one in consolidated(lake, day)] == before
-    assert quarantine.counts(lake) == {"record_not_json": 1}
+    assert quarantine.summary(lake, settings).reasons == {"record_not_json": 1}
 
 
 @pytest.mark.parametrize("times", [1, 2, 5])
@@ -190,7 +192,7 @@ def test_disk_that_is_full(
     assert audit(client, lake, settings).differences == []
     assert drain(consumer, lake, settings, until_empty=True).rows == 20
     assert len(settled(client, lake, settings)) == 20
-    assert [one.attempts for one in quarantine.records(lake)] == [3]
+    assert [one.attempts for one in quarantine.records(lake, settings)] == [3]
 
 
 def test_quarantine_that_cannot_be_written(
@@ -223,9 +225,263 @@ def test_killed(client: redis.Redis, lake: Lake, settings: Settings, moment: str
     assert done.entries == (0 if moment == ACKNOWLEDGED else 2)
     found = settled(client, lake, settings)
     assert {one[0]: one[3] for one in found} == {f"u{n}": 75 for n in range(20)} | {"u1": 90}
-    assert quarantine.counts(lake) == {"record_not_json": 1, "user_id_missing": 1}
+    assert quarantine.summary(lake, settings).reasons == {
+        "record_not_json": 1,
+        "user_id_missing": 1,
+    }
     rows = sum(inventory.day_state(lake, day, settings).rows for day in inventory.days(lake))
     assert rows == 22
+
+
+# -- poison
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def dying(settings: Settings, moment: str) -> int:
+    """A drain in a process of its own; its exit code."""
+    command = [sys.executable, "-m", "hb_assets_tests.dying_drain", moment]
+    environ = environment(settings)
+    return subprocess.run(command, env=environ, cwd=ROOT, check=False).returncode
+
+
+def held_by_the_dead(client: redis.Redis, settings: Settings, deliveries: int) -> None:
+    """Every entry that is there becomes one that was handed out so often."""
+    for shard in range(settings.shards):
+        ids = [entry for entry, _ in client.xrange(keys.stream(shard))]
+        if ids:
+            stream, last = keys.stream(shard), ids[-1]
+            client.xgroup_create(stream, keys.GROUP, "0")
+            client.xgroup_setid(stream, keys.GROUP, last)
+            client.xclaim(
+                *(stream, keys.GROUP, "somebody", 0, ids),
+                idle=10**9,
+                retrycount=deliveries,
+                force=True,
+                justid=True,
+            )
+
+
+@pytest.fixture
+def acting_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Suspects are decoded by a child that does what an entry says."""
+    command = (sys.executable, "-m", "hb_assets_tests.dying_decoder")
+    monkeypatch.setattr(isolation, "COMMAND", command)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.mark.parametrize("harmless", [True, False])
+def test_an_entry_that_ends_its_drainer(
+    client: redis.Redis,
+    lake: Lake,
+    settings: Settings,
+    harmless: bool,
+    request: pytest.FixtureRequest,
+) -> None:
+    """It ends two drainers; then it is decoded apart: used if that can be done, or quarantined."""
+    impatient = settings.model_copy(update={"poison_deliveries": 2})
+    append(client, settings, users(20))
+    append(client, settings, [beat("poison"), beat("own"), b"bad"])
+    client.xadd(keys.stream(1), {"data": b"\n".join([beat("foreign"), b"", b'"poison"', b""])})
+    client.xadd(keys.stream(2), {"data": beat("neighbour")})
+    for _ in range(2):
+        assert dying(impatient, DECODING) == -signal.SIGKILL
+    assert buffered(client, settings) == 4
+    if not harmless:
+        request.getfixturevalue("acting_decoder")
+    with consuming(impatient) as heir:
+        done = drain(heir, lake, impatient, until_empty=True)
+    found = {one[0] for one in settled(client, lake, settings)}
+    assert {f"u{n}" for n in range(20)} | {"neighbour"} <= found
+    kept = list(quarantine.records(lake, settings))
+    if harmless:
+        assert {"poison", "own", "foreign"} <= found
+        assert {one.raw for one in kept} == {b"bad", b'"poison"'}
+        assert done.rows == 24
+    else:
+        assert {one.reason for one in kept} == {"record_poison"}
+        assert sorted(one.raw for one in kept) == sorted(
+            [beat("poison"), beat("own"), b"bad", beat("foreign"), b'"poison"']
+        )
+        assert {one.attempts for one in kept} <= {3, 4}  # one poison a cycle
+
+
+def test_a_row_in_a_fragment_and_in_the_quarantine_is_the_fragments(
+    client: redis.Redis, lake: Lake, settings: Settings, acting_decoder: None
+) -> None:
+    """A drainer made the fragments durable and died; later the entry turned out to be poison."""
+    append(client, settings, [beat("poison"), beat("u1"), b"bad"])
+    assert dying(settings, "fragments are durable") == -signal.SIGKILL
+    impatient = settings.model_copy(update={"poison_deliveries": 1})
+    with consuming(impatient) as heir:
+        assert drain(heir, lake, impatient, until_empty=True).quarantined == 3
+    verdict = audit(client, lake, settings)
+    assert verdict.differences == []
+    assert (verdict.rows, verdict.quarantined) == (2, 1)
+    assert len(settled(client, lake, settings)) == 2
+
+
+def test_many_suspects_are_innocent(client: redis.Redis, lake: Lake, settings: Settings) -> None:
+    """Kills, full disks and slow drainers raise the count: what decodes is used."""
+    small = settings.model_copy(update={"entry_max_heartbeats": 2})
+    for shard in range(4):
+        append(client, small, [beat(f"u{n}", at=MIDNIGHT + shard) for n in range(20)], shard)
+    held_by_the_dead(client, settings, 50)
+    with consuming(settings) as consumer:
+        assert drain(consumer, lake, settings, until_empty=True).rows == 80
+    assert len(settled(client, lake, settings)) == 80
+
+
+def test_errors_of_storage_never_count_against_an_entry(
+    client: redis.Redis,
+    consumer: Consumer,
+    lake: Lake,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    append(client, settings, [*users(3), b"bad"])
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for _ in range(settings.poison_deliveries + 2):
+        with pytest.raises(OSError, match="No space left"):
+            drain_cycle(consumer, lake, settings)
+    monkeypatch.undo()
+    assert drain(consumer, lake, settings).rows == 3
+    assert quarantine.summary(lake, settings).reasons == {"record_not_json": 1}
+    assert len(settled(client, lake, settings)) == 3
+
+
+ODD: dict[str, tuple[bytes | None, dict[str, int]]] = {
+    "not JSON": (b"\x89PNG\r\n\x1a\n", {"record_not_json": 2}),
+    "wrong types": (
+        b'[1]\n5\n"x"\nnull\n{"user_id": 1}\n' + beat("x").replace(b"75", b'"75"'),
+        {
+            "record_not_an_object": 4,
+            "user_id_wrong_type": 1,
+            "heart_rate_wrong_type": 1,
+        },
+    ),
+    "huge numbers": (
+        b"\n".join(beat("x").replace(b"75", n) for n in (b"9" * 400, b"1e308", b"-" + b"9" * 5000)),
+        {"heart_rate_out_of_range": 2, "record_not_json": 1},
+    ),
+    "NaN": (beat("x").replace(b"75", b"NaN"), {"record_not_json": 1}),
+    "deep nesting": (
+        b"[" * 100_000 + b"]" * 100_000 + b"\n" + b'{"a":' * 100_000,
+        {"record_not_json": 2},
+    ),
+    "control characters": (
+        b"\x00\n\x01\x02\n" + beat("x").replace(b"x", b"\x00"),
+        {"record_not_json": 3},
+    ),
+    "invalid UTF-8": (b"\xff\xfe\n" + beat("x").replace(b"x", b"\xc3"), {"record_not_json": 2}),
+    "lone surrogates": (
+        beat("x").replace(b"x", b"\\ud800") + b"\n" + beat("x").replace(b"x", b"\xed\xa0\x80"),
+        {"record_not_json": 2},
+    ),
+    "1 MB strings": (
+        beat("x" * 2**20) + b"\n" + beat("x").replace(b'"d"', b'"' + b"d" * 2**20 + b'"'),
+        {"user_id_wrong_length": 1, "device_id_wrong_length": 1},
+    ),
+    "empty data": (b"", {"record_no_data": 1}),
+    "blank lines": (b"\n \r\n\n", {"record_no_data": 1}),
+    "no field data": (None, {"record_no_data": 1}),
+    "tiny rows": (b"{}\n" * 30_000, {"user_id_missing": 30_000}),
+}
+
+
+@pytest.mark.parametrize("suspected", [False, True])
+def test_odd_entries(client: redis.Redis, lake: Lake, settings: Settings, suspected: bool) -> None:
+    """All at once, among neighbours: each record ends in one place, usually and as a suspect."""
+    expected: dict[str, int] = {}
+    for number, (data, reasons) in enumerate(ODD.values()):
+        stream = keys.stream(number % 4)
+        client.xadd(stream, {"data": beat(f"before{number}")})
+        client.xadd(stream, {"other": b"x"} if data is None else {"data": data})
+        client.xadd(stream, {"data": beat(f"after{number}")})
+        for reason, count in reasons.items():
+            expected[reason] = expected.get(reason, 0) + count
+    if suspected:
+        held_by_the_dead(client, settings, 6)
+    tight = settings.model_copy(update={"drain_max_rows": 10_000})
+    with consuming(tight) as consumer:
+        done = drain(consumer, lake, tight, until_empty=True)
+    assert (done.rows, done.entries) == (2 * len(ODD), 3 * len(ODD))
+    assert quarantine.summary(lake, settings).reasons == expected
+    found = {one[0] for one in settled(client, lake, settings)}
+    assert found == {f"{side}{n}" for side in ("before", "after") for n in range(len(ODD))}
+
+
+def test_follow_goes_on_after_a_fault_and_rests_in_between(
+    client: redis.Redis,
+    consumer: Consumer,
+    lake: Lake,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here the quarantine can't be written: nothing is acknowledged, nothing spins."""
+    monkeypatch.setattr(drain_module, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(drain_module, "LONGEST_PAUSE", 0.2)
+    rests: list[float] = []
+    rest = drain_module._rest
+
+    def noted(seconds: float, stop: Callable[[], bool]) -> None:
+        began = time.monotonic()
+        rest(seconds, stop)
+        assert stop() or time.monotonic() - began >= seconds
+        rests.append(seconds)
+
+    monkeypatch.setattr(drain_module, "_rest", noted)
+    append(client, settings, [*users(3), b"bad"])
+    blocked = lake.root / layout.QUARANTINE
+    blocked.write_bytes(b"a file in the way")
+    stop = threading.Event()
+    faults: list[HbError | OSError] = []
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(
+            drain,
+            *(consumer, lake, settings),
+            follow=True,
+            stop=stop.is_set,
+            on_fault=faults.append,
+        )
+        try:
+            wait_for(lambda: len(rests) >= 4, "faults")
+            assert buffered(client, settings) == 1
+            blocked.unlink()
+            wait_for(lambda: buffered(client, settings) == 0, "the drain")
+        finally:
+            stop.set()
+        assert running.result().rows == 3
+    assert all(str(blocked) in str(error) for error in faults)
+    assert rests[:4] == [0.05, 0.1, 0.2, 0.2]
+    assert len(settled(client, lake, settings)) == 3
+
+
+def test_pauses_grow_and_end_growing() -> None:
+    assert [drain_module.pause_after(faults) for faults in (1, 2, 3, 7, 8, 10**6)] == [
+        *(0.5, 1.0, 2.0, 30.0, 30.0, 30.0)
+    ]
+
+
+def test_a_shard_with_something_else_at_its_key_hinders_no_other(
+    client: redis.Redis, lake: Lake, settings: Settings
+) -> None:
+    for shard in range(4):
+        append(client, settings, users(3), shard)
+    client.rename(keys.stream(2), "kept")
+    client.set(keys.stream(2), "something else")
+    with consuming(settings) as consumer:
+        assert drain(consumer, lake, settings, until_empty=True).rows == 9
+        assert keys.stream(2) in consumer.unusable[2]
+    client.rename("kept", keys.stream(2))
+    with consuming(settings) as consumer:
+        assert drain(consumer, lake, settings, until_empty=True).rows == 3
+    assert len(settled(client, lake, settings)) == 3
 
 
 # -- budgets and ends

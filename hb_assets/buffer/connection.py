@@ -82,9 +82,14 @@ def unavailable(
     return BufferUnavailableError(f"Redis at {address(client)} {what}")
 
 
+def is_wrong_type(error: _Failure) -> bool:
+    """Whether something else lies at a key: that concerns one shard, not the server."""
+    return _bare(error).startswith("WRONGTYPE")
+
+
 def _meaning(error: _Failure, client: Client | AsyncClient, shard: int | None) -> str:
     text = _bare(error)
-    if text.startswith("WRONGTYPE") and shard is not None:
+    if is_wrong_type(error) and shard is not None:
         return (
             f"holds something else at {keys.stream(shard)} or {keys.ledger(shard)}, where a stream "
             "and a hash belong: name another database in HB_REDIS_URL, or rename those keys"

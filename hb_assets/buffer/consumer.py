@@ -11,21 +11,23 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import psutil
 import redis.exceptions as failures
 
 from hb_assets.buffer import keys
-from hb_assets.buffer.connection import Client, unavailable
+from hb_assets.buffer.connection import Client, is_wrong_type, unavailable
 from hb_assets.buffer.roundtrip import Command, exchange, script
 from hb_assets.settings import Settings
 
 _log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 _STEP_ENTRIES = 1024
 """Most entries that one read asks for, whatever their size so far lets hope."""
@@ -83,6 +85,8 @@ class Consumer:
         self.name = name if name is not None else _new_name()
         self.lost = 0
         """Entries that somebody deleted while they were pending: data loss."""
+        self.unusable: dict[int, str] = {}
+        """Shards that are left out, and why: something else lies at one of their keys."""
         self._client = client
         self._shards = range(settings.shards)
         self._min_idle_ms = int(settings.claim_min_idle.total_seconds() * 1000)
@@ -97,17 +101,18 @@ class Consumer:
         Such a gap (delivered, not pending, still there) is what a consumer deleted by hand leaves.
 
         Raises:
-            BufferUnavailableError: Redis doesn't answer, or something else lies at a stream's key.
+            BufferUnavailableError: Redis doesn't answer.
         """
-        self._create_groups(self._shards)
-        self._adopt_gaps(self._shards)
+        self._look_at(self._shards)
+        self._without_unusable(self._shards, self._adopt_gaps)
 
     def claim(
         self, max_rows: int, max_bytes: int, shards: Iterable[int] | None = None
     ) -> list[Entry]:
         """Entries to work on: first those that the dead or a failed cycle left, then new ones.
 
-        All that an earlier claim returned and that was not acknowledged is returned again.
+        All that an earlier claim returned and that was not acknowledged is returned again. A shard
+        where something else lies at a key is left out (`unusable`), and looked at again later.
 
         Args:
             max_rows: bound of the heartbeats in the entries.
@@ -121,9 +126,15 @@ class Consumer:
         first = self._first_shard % max(1, len(turns))
         turns = turns[first:] + turns[:first]
         self._first_shard += 1
-        budget = _Budget(max_rows, max_bytes, self._entry_rows)
-        left = self._inherit(turns)
-        return [*self._read(left, budget, left=True), *self._read(turns, budget, left=False)]
+        if time.monotonic() >= self._next_sweep and self.unusable:
+            self._look_at(list(self.unusable))
+
+        def claim(turns: Sequence[int]) -> list[Entry]:
+            budget = _Budget(max_rows, max_bytes, self._entry_rows)
+            left = self._inherit(turns)
+            return [*self._read(left, budget, left=True), *self._read(turns, budget, left=False)]
+
+        return self._without_unusable(turns, claim)
 
     def acknowledge(self, counts: Sequence[tuple[Entry, int]]) -> int:
         """Delete entries that are durable in the lake, and enter them in the ledger.
@@ -150,20 +161,24 @@ class Consumer:
                     arguments += (entry.id, own, count, entry.size)
                 names = (keys.stream(shard), keys.ledger(shard))
                 calls.append((shard, script("acknowledge", names, arguments)))
-        return sum(self._exchange(calls))
+        try:
+            return sum(self._exchange(calls))
+        except _UnusableError as error:
+            return sum(reply for reply in error.replies if isinstance(reply, int))
 
     def empty(self) -> bool:
-        """Whether nothing is undelivered and nothing is pending, in any shard."""
+        """Whether nothing is undelivered and nothing is pending, in any shard that can be used."""
+        return self._without_unusable(self._shards, self._empty)
+
+    def _empty(self, shards: Sequence[int]) -> bool:
         states = self._exchange(
             [
                 (shard, script("depth", (keys.stream(shard), keys.ledger(shard)), (keys.GROUP,)))
-                for shard in self._shards
+                for shard in shards
             ]
         )
         gaps = []
-        for shard, (entries, _, pending, _, undelivered, *_) in zip(
-            self._shards, states, strict=True
-        ):
+        for shard, (entries, _, pending, _, undelivered, *_) in zip(shards, states, strict=True):
             if entries and not pending and not undelivered:
                 gaps.append(shard)
         self._adopt_gaps(gaps)
@@ -188,6 +203,26 @@ class Consumer:
             )
         except (failures.RedisError, OSError) as error:
             _log.debug("consumer's name left behind: %s", unavailable(error, self._client))
+
+    def _without_unusable(
+        self, shards: Sequence[int], work: Callable[[Sequence[int]], _Result]
+    ) -> _Result:
+        """Do something to these shards; one that proves unusable doesn't hinder the rest."""
+        while True:
+            try:
+                return work([shard for shard in shards if shard not in self.unusable])
+            except _UnusableError:
+                continue
+
+    def _look_at(self, shards: Sequence[int]) -> None:
+        """Find out which of these shards can be used, and make their groups."""
+        for shard in shards:
+            self.unusable.pop(shard, None)
+        self._without_unusable(shards, self._create_groups)
+        # before anything is claimed that could never be acknowledged
+        ledgers = [(shard, ("HLEN", keys.ledger(shard))) for shard in shards]
+        with suppress(_UnusableError):
+            self._exchange([call for call in ledgers if call[0] not in self.unusable])
 
     def _inherit(self, shards: Sequence[int]) -> list[int]:
         """Take over what the dead left; returns shards where something is pending for us."""
@@ -318,9 +353,25 @@ class Consumer:
     def _check(
         self, calls: Sequence[tuple[int, Command]], replies: Sequence[Any], allowed: str = "-"
     ) -> None:
+        unusable = {}
         for (shard, _), reply in zip(calls, replies, strict=True):
-            if isinstance(reply, failures.RedisError) and not str(reply).startswith(allowed):
-                raise unavailable(reply, self._client, shard)
+            if not isinstance(reply, failures.RedisError) or str(reply).startswith(allowed):
+                continue
+            fault = unavailable(reply, self._client, shard)
+            if not is_wrong_type(reply):
+                raise fault
+            unusable[shard] = str(fault)
+        if unusable:
+            self.unusable |= unusable
+            raise _UnusableError(replies)
+
+
+class _UnusableError(Exception):
+    """Something else lies at a shard's key; `replies` are those of all commands."""
+
+    def __init__(self, replies: Sequence[Any]) -> None:
+        super().__init__()
+        self.replies = replies
 
 
 _open: WeakValueDictionary[str, Consumer] = WeakValueDictionary()

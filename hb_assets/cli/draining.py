@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +18,15 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from hb_assets import alarms
+from hb_assets.alarms import Raised
 from hb_assets.buffer import connection, durability, server
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
 from hb_assets.cli import output
-from hb_assets.cli.app import REFUSED, AsJson, app, settings_of
+from hb_assets.cli.app import FAILED, REFUSED, AsJson, app, settings_of
 from hb_assets.drain import Drained, drain
-from hb_assets.errors import ImportFileError
+from hb_assets.errors import HbError, ImportFileError
 from hb_assets.importing import Format, Imported, Importer, RefusedLine
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
@@ -210,6 +213,8 @@ def drain_buffer(
     """Bring heartbeats from the buffer into durable fragments of the lake.
 
     Without an option: until a look finds nothing more to claim. Any number may run side by side.
+    With --follow a fault (a full disk, a Redis that is away) is told and tried again, after longer
+    and longer rests; otherwise it ends the command. What wasn't acknowledged stays in the buffer.
     """
     if until_empty and follow:
         raise typer.BadParameter("--until-empty and --follow exclude each other")
@@ -219,6 +224,12 @@ def drain_buffer(
         connection.ping(connection.connect(settings))
         with _consumer(settings) as consumer, output.progress() as progress:
             task = progress.add_task("drain", total=None)
+            faults = _Faults(settings, consumer)
+
+            def on_cycle(total: Drained) -> None:
+                progress.update(task, description=f"drained {total.rows:,} rows")
+                faults.cycle()
+
             done = drain(
                 consumer,
                 lake,
@@ -226,10 +237,44 @@ def drain_buffer(
                 until_empty=until_empty,
                 follow=follow,
                 stop=stop.is_set,
-                on_cycle=lambda total: progress.update(
-                    task, description=f"drained {total.rows:,} rows"
-                ),
+                on_cycle=on_cycle,
+                on_fault=faults.add,
             )
+    _show_drain(done, as_json)
+    if consumer.unusable:
+        raise typer.Exit(FAILED)
+
+
+class _Faults:
+    """Tells what hinders a drain: a line and an alarm when it begins, and when it is over."""
+
+    def __init__(self, settings: Settings, consumer: Consumer) -> None:
+        self._settings = settings
+        self._consumer = consumer
+        self._standing: dict[str, Raised] = {}
+
+    def add(self, error: HbError | OSError) -> None:
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        what = error.strerror if isinstance(error, OSError) else None
+        text = f"{what or str(error) or type(error).__name__}{where}"
+        self._tell({"drain": f"nothing can be drained: {text}; trying again, nothing is lost"})
+
+    def cycle(self) -> None:
+        if self._standing or self._consumer.unusable:
+            self._tell({})
+
+    def _tell(self, found: dict[str, str]) -> None:
+        if self._consumer.unusable:
+            found["shards"] = "; ".join(self._consumer.unusable.values())
+        now_ms = time.time_ns() // 1_000_000
+        notices, self._standing = alarms.changes(self._standing, found, now_ms)
+        alarms.tell(notices, self._settings)
+        for notice in notices:
+            if notice.severity == "resolved":
+                output.note(notice.message)
+
+
+def _show_drain(done: Drained, as_json: bool) -> None:
     if as_json:
         output.print_json(done)
         return

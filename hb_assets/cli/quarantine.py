@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import datetime as dt
 import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from hb_assets import days, record
@@ -17,68 +22,110 @@ from hb_assets.buffer import connection, durability, server
 from hb_assets.buffer.producer import Producer
 from hb_assets.cli import output
 from hb_assets.cli.app import FAILED, AsJson, app, settings_of
-from hb_assets.errors import HbError
+from hb_assets.errors import DamagedFileError, HbError
 from hb_assets.lake import quarantine
-from hb_assets.lake.quarantine import Quarantined
+from hb_assets.lake.quarantine import Choice, Quarantined, parse_id
 from hb_assets.lake.store import Lake
-from hb_assets.record import Refusal
+from hb_assets.record import Arrival, Refusal
 from hb_assets.settings import Settings
 
 group = typer.Typer(no_args_is_help=True, help="Records that couldn't be used.")
 app.add_typer(group, name="quarantine")
 
 _CHUNK = 1000
+_SHOWN = 20
+_PAGE = 50
+
 
 Reason = Annotated[str | None, typer.Option(help="Only records with this reason code.")]
+Day = Annotated[
+    str | None, typer.Option(metavar="YYYY-MM-DD", help="Only records that arrived on this day.")
+]
+After = Annotated[
+    str | None, typer.Option(metavar="ID", help="Only records behind this one: the next page.")
+]
 
 
 @group.command("list")
 def list_records(
     context: typer.Context,
     reason: Reason = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most records to list.")] = 50,
+    day: Day = None,
+    after: After = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most records to list.")] = _PAGE,
     as_json: AsJson = False,
 ) -> None:
     """Count records by reason and list the first ones (without their content)."""
-    lake = Lake.open(settings_of(context))
-    found = list(quarantine.records(lake, reason=reason))
-    counts: dict[str, int] = {}
-    for one in found:
-        counts[one.reason] = counts.get(one.reason, 0) + 1
-    shown = found[:limit]
+    settings = settings_of(context)
+    lake = Lake.open(settings)
+    damage = _Damage()
+    choice = _choice(reason, day, None)
+    counted = quarantine.summary(lake, settings, choice, on_damage=damage)
+    page = replace(choice, after=_arrival(after))
+    shown = list(quarantine.records(lake, settings, page, limit=limit, on_damage=damage))
+    count = counted.reasons.total()
     if as_json:
         records = [{"id": one.id, **_described(one)} for one in shown]
-        output.print_json({"count": len(found), "reasons": counts, "records": records})
-        return
-    for name, count in sorted(counts.items(), key=lambda item: -item[1]):
-        output.results.print(f"{count:,} {name}")
-    table = output.table(f"{len(shown):,} of {len(found):,}", "id", "reason", "arrived", "put back")
-    for one in shown:
-        arrived = _iso(one.arrival.arrival_ms)
-        table.add_row(one.id, one.reason, arrived, "yes" if one.released else "no")
-    output.results.print(table)
+        output.print_json({"count": count, "reasons": counted.reasons, "records": records})
+    else:
+        for name, found in counted.reasons.most_common():
+            output.results.print(f"{found:,} {name}")
+        title = f"{len(shown):,} of {count:,}"
+        table = output.table(title, "id", "reason", "arrived", "put back")
+        for one in shown:
+            arrived = _iso(one.arrival.arrival_ms)
+            table.add_row(one.id, one.reason, arrived, "yes" if one.released else "no")
+        output.results.print(table)
+        if len(shown) == limit:
+            output.results.print(f"the next ones: --after {shown[-1].id}", markup=False)
+    damage.end()
 
 
 @group.command()
 def show(
     context: typer.Context,
-    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids as `list` prints them.")],
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Ids as `list` prints them.")
+    ] = None,
+    reason: Reason = None,
+    day: Day = None,
+    after: After = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help=f"Most records to show; {_PAGE}, with --raw all.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Id and bytes as NDJSON, to mend and `replay --from`.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show records with their raw bytes. These may hold health data: mind who looks on."""
-    lake = Lake.open(settings_of(context))
-    found = _chosen(lake, ids, None)
-    if as_json:
+    """Show records with their raw bytes. These may hold health data: mind who looks on.
+
+    With --raw each line is {"id": ..., "raw": ...}; `raw_base64` instead where it isn't UTF-8.
+    """
+    settings = settings_of(context)
+    lake = Lake.open(settings)
+    damage = _Damage()
+    if ids:
+        found: Iterable[Quarantined] = _named(lake, settings, ids, damage)
+    else:
+        choice = _choice(reason, day, after)
+        most = limit or (None if raw else _PAGE)
+        found = quarantine.records(lake, settings, choice, limit=most, on_damage=damage)
+    if raw:
+        for one in found:
+            typer.echo(_exported(one))
+    elif as_json:
         output.print_json(
             [
                 {"id": one.id, **_described(one), "raw": one.raw.decode(errors="backslashreplace")}
                 for one in found
             ]
         )
-        return
-    for one in found:
-        output.results.print(f"{one.id}  {one.reason}: {one.message}", markup=False)
-        output.results.print(repr(one.raw), markup=False, soft_wrap=True)
+    else:
+        for one in found:
+            output.results.print(f"{one.id}  {one.reason}: {one.message}", markup=False)
+            output.results.print(repr(one.raw), markup=False, soft_wrap=True)
+    damage.end()
 
 
 @group.command()
@@ -86,55 +133,111 @@ def replay(
     context: typer.Context,
     ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...")] = None,
     reason: Reason = None,
+    day: Day = None,
     every: Annotated[bool, typer.Option("--all", help="Everything in quarantine.")] = False,
+    repaired: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Mended records, as `show --raw` writes them."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Put records back into the buffer that are valid by now (HB_START_DATE was changed, say).
 
     A record that is put back arrives anew: it supersedes what arrived meanwhile for the same user,
-    device and timestamp. What is still invalid stays where it is. To repair content, export it
-    with `show --json`, mend it and `hb import` it.
+    device and timestamp. What is still invalid stays where it is. To repair content:
+    `show --raw > FILE`, mend `raw` in it, `replay --from FILE`; doing that twice changes nothing.
     """
     settings = settings_of(context)
-    if sum((bool(ids), reason is not None, every)) != 1:
-        raise typer.BadParameter("name ids, or --reason, or --all")
+    if sum((bool(ids), bool(reason or day), every, repaired is not None)) != 1:
+        raise typer.BadParameter("name ids, or --reason or --day, or --all, or --from")
     lake = Lake.open(settings)
-    chosen = [one for one in _chosen(lake, ids, reason) if not one.released]
+    damage = _Damage()
+    done = _Outcome()
+    if repaired is not None:
+        chunks = _repaired(lake, settings, repaired, damage, done)
+    else:
+        chunks = _chunks(
+            iter(_named(lake, settings, ids, damage))
+            if ids
+            else quarantine.records(
+                lake, settings, replace(_choice(reason, day, None), kept=True), on_damage=damage
+            )
+        )
     with server.borrowed(settings):
         client = connection.connect(settings)
         connection.ping(client)
         durability.require(client, settings)
-        released, still = _put_back(lake, Producer(client, settings), chosen, settings)
+        producer = Producer(client, settings)
+        for chunk in chunks:
+            _put_back(lake, producer, [one for one in chunk if not one.released], settings, done)
+    result: dict[str, object] = {"replayed": done.replayed, "still_refused": done.refused}
+    if repaired is not None:
+        result |= {"already_back": done.already, "refused_lines": done.first}
     if as_json:
-        output.print_json({"replayed": released, "still_refused": still})
+        output.print_json(result)
     else:
-        output.results.print(f"put back {released:,} records, {still:,} are still refused")
-    if still and not released:
+        for refused in done.first if repaired is not None else ():
+            output.note("; ".join(f"{name} {text}" for name, text in refused.items()))
+        output.results.print(
+            f"put back {done.replayed:,} records, {done.refused:,} are still refused"
+            + (f", {done.already:,} were back already" if done.already else "")
+        )
+    damage.end()
+    if done.refused and (repaired is not None or not done.replayed):
         raise typer.Exit(FAILED)
 
 
+@dataclass(slots=True)
+class _Outcome:
+    """What became of records; `first` of the refused ones, without their content."""
+
+    replayed: int = 0
+    refused: int = 0
+    already: int = 0
+    first: list[dict[str, str]] = field(default_factory=list)
+
+    def refuse(self, reason: str, **where: str) -> None:
+        self.refused += 1
+        if len(self.first) < _SHOWN:
+            self.first.append({**where, "reason": reason})
+
+
+class _Damage:
+    """Names files that can't be read; the others go on, and the command ends as bad news."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def __call__(self, error: DamagedFileError) -> None:
+        if str(error) not in self._seen:
+            output.complain(str(error))
+        self._seen.add(str(error))
+
+    def end(self) -> None:
+        if self._seen:
+            raise typer.Exit(FAILED)
+
+
+def _chunks(found: Iterator[Quarantined]) -> Iterator[list[Quarantined]]:
+    """A chunk at a time, so that each fits into the buffer."""
+    while chunk := list(islice(found, _CHUNK)):
+        yield chunk
+
+
 def _put_back(
-    lake: Lake, producer: Producer, chosen: list[Quarantined], settings: Settings
-) -> tuple[int, int]:
-    """Put back what is valid by now, a chunk at a time, so that each fits into the buffer."""
-    back = still = 0
-    for first in range(0, len(chosen), _CHUNK):
-        stored, refused = _put_back_chunk(lake, producer, chosen[first : first + _CHUNK], settings)
-        back, still = back + stored, still + refused
-    return back, still
-
-
-def _put_back_chunk(
-    lake: Lake, producer: Producer, chosen: list[Quarantined], settings: Settings
-) -> tuple[int, int]:
+    lake: Lake,
+    producer: Producer,
+    chosen: list[Quarantined],
+    settings: Settings,
+    done: _Outcome,
+) -> None:
     """Append first, mark after: a crash in between appends twice, which dedup removes."""
     now_ms = time.time_ns() // 1_000_000
     by_shard: dict[int, list[tuple[bytes, Quarantined]]] = {}
-    still = 0
     for one in chosen:
         result, _ = record.parse(one.raw, now_ms, settings.time_bounds)
         if isinstance(result, Refusal):
-            still += 1
+            done.refuse(f"{result.reason}: {result.message}", id=one.id)
             continue
         shard = record.shard_of(result.user_id, settings.shards)
         by_shard.setdefault(shard, []).append((record.encode(result), one))
@@ -145,21 +248,85 @@ def _put_back_chunk(
         one for shard, lines in by_shard.items() if outcomes[shard] is None for _, one in lines
     ]
     quarantine.release(lake, stored)
+    done.replayed += len(stored)
     for outcome in outcomes.values():
         if outcome is not None:
             raise outcome
-    return len(stored), still
 
 
-def _chosen(lake: Lake, ids: list[str] | None, reason: str | None) -> list[Quarantined]:
-    found = list(quarantine.records(lake, reason=reason))
-    if ids is None:
-        return found
-    by_id = {one.id: one for one in found}
-    missing = [name for name in ids if name not in by_id]
+class _Repaired(msgspec.Struct, frozen=True):
+    """One line of a file for `replay --from`; one of both holds the record."""
+
+    id: str
+    raw: str | None = None
+    raw_base64: bytes | None = None
+
+
+def _exported(one: Quarantined) -> str:
+    try:
+        line = _Repaired(one.id, raw=one.raw.decode())
+    except UnicodeDecodeError:
+        line = _Repaired(one.id, raw_base64=one.raw)
+    fields = {
+        name: value for name, value in msgspec.structs.asdict(line).items() if value is not None
+    }
+    return msgspec.json.encode(fields).decode()
+
+
+def _repaired(
+    lake: Lake, settings: Settings, path: Path, damage: _Damage, done: _Outcome
+) -> Iterator[list[Quarantined]]:
+    """Records in quarantine with the bytes that a file has for them, a chunk at a time."""
+    with path.open("rb") as file:
+        numbered = ((n, line) for n, line in enumerate(file, 1) if line.strip())
+        while lines := list(islice(numbered, _CHUNK)):
+            wanted: dict[Arrival, tuple[int, bytes]] = {}
+            for number, line in lines:
+                try:
+                    read = msgspec.json.decode(line, type=_Repaired)
+                except (msgspec.DecodeError, UnicodeDecodeError):
+                    done.refuse("not a line as `show --raw` writes it", line=str(number))
+                    continue
+                raw = read.raw.encode() if read.raw is not None else read.raw_base64
+                arrival = parse_id(read.id)
+                if arrival is None or raw is None:
+                    done.refuse("not a line as `show --raw` writes it", line=str(number))
+                else:
+                    wanted[arrival] = number, raw
+            choice = Choice(ids=list(wanted))
+            found = list(quarantine.records(lake, settings, choice, on_damage=damage))
+            for arrival in wanted.keys() - {one.arrival for one in found}:
+                done.refuse("not in quarantine", line=str(wanted[arrival][0]))
+            done.already += sum(one.released for one in found)
+            yield [replace(one, raw=wanted[one.arrival][1]) for one in found]
+
+
+def _named(lake: Lake, settings: Settings, ids: list[str], damage: _Damage) -> list[Quarantined]:
+    """The records with these ids, in this order, each once."""
+    arrivals = [parse_id(name) for name in ids]
+    choice = Choice(ids=[one for one in arrivals if one is not None])
+    found = {
+        one.arrival: one for one in quarantine.records(lake, settings, choice, on_damage=damage)
+    }
+    missing = [name for name, at in zip(ids, arrivals, strict=True) if at not in found]
     if missing:
         raise HbError(f"not in quarantine: {', '.join(missing)}; see `hb quarantine list`")
-    return [by_id[name] for name in ids]
+    return [found[at] for at in dict.fromkeys(arrivals) if at is not None]
+
+
+def _choice(reason: str | None, day: str | None, after: str | None) -> Choice:
+    try:
+        date = None if day is None else days.parse_day(day)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--day") from None
+    return Choice(reason=reason, day=date, after=_arrival(after))
+
+
+def _arrival(text: str | None) -> Arrival | None:
+    found = None if text is None else parse_id(text)
+    if text is not None and found is None:
+        raise typer.BadParameter("not an id as `list` prints them", param_hint="--after")
+    return found
 
 
 def _described(one: Quarantined) -> dict[str, object]:

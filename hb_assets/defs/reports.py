@@ -17,6 +17,7 @@ import msgspec
 
 from hb_assets.alarms import Raised
 from hb_assets.defs.folders import Folders
+from hb_assets.drain import LONGEST_PAUSE, pause_after
 from hb_assets.lake import inventory, layout
 from hb_assets.lake.layout import RAW
 from hb_assets.lake.store import Lake
@@ -29,12 +30,15 @@ class Cursor(msgspec.Struct, frozen=True):
     """What was reported.
 
     `months` has digests by month (`2025-01`) and day of the month (`15`); `last` is the day that
-    was reported last, behind which the next tick goes on; `alarms` are those that stand.
+    was reported last, behind which the next tick goes on; `alarms` are those that stand; `faults`
+    of draining came in a row, so that it rests until `rest_until_ms` (epoch milliseconds).
     """
 
     last: str = ""
     months: dict[str, dict[str, str]] = {}
     alarms: dict[str, Raised] = {}
+    faults: int = 0
+    rest_until_ms: int = 0
 
     @classmethod
     def parse(cls, text: str | None) -> Cursor:
@@ -56,14 +60,27 @@ class Cursor(msgspec.Struct, frozen=True):
         return self.months.get(month, {}).get(number)
 
     def advanced(self, reported: Mapping[dt.date, str], alarms: dict[str, Raised]) -> Cursor:
-        """The cursor after these days were reported, in this order; no other day advances."""
+        """The cursor after these days were reported, in this order; no other day advances.
+
+        Whether draining rests is as before.
+        """
         months = {month: dict(digests) for month, digests in self.months.items()}
         last = self.last
         for day, digest in reported.items():
             month, number = _keys(day)
             months.setdefault(month, {})[number] = digest
             last = day.isoformat()
-        return Cursor(last, months, alarms)
+        return Cursor(last, months, alarms, self.faults, self.rest_until_ms)
+
+    def resting(self, now_ms: int) -> bool:
+        """Whether draining rests after faults; a clock that was set back doesn't prolong it."""
+        return 0 < self.rest_until_ms - now_ms <= LONGEST_PAUSE * 1000
+
+    def after_drain(self, *, failed: bool, now_ms: int) -> Cursor:
+        """The cursor after a try to drain: with each fault in a row it rests longer."""
+        faults = self.faults + 1 if failed else 0
+        rest = round(pause_after(faults) * 1000) if failed else 0
+        return msgspec.structs.replace(self, faults=faults, rest_until_ms=rest and now_ms + rest)
 
 
 def _keys(day: dt.date) -> tuple[str, str]:

@@ -2,17 +2,19 @@
 
 Belongs here: the columnar reading of many records at once. DuckDB takes every line that is
 plainly valid; any other line goes to `record.parse`, whose word is final, so that validity is
-defined once and one bad row never stops its entry. Doesn't belong here: where rows are written.
+defined once and one bad row never stops its entry. Doesn't belong here: where rows are written, and
+decoding what may kill the process (`isolation`).
 The columnar path forgives a few slips of syntax that `record.parse` doesn't: a trailing comma, and
 `NaN`, `1e999` or deep nesting in fields that are ignored.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,7 +99,7 @@ _ENTRIES = pa.schema(
 _DECODE = r"""
 WITH lines AS (
     SELECT entry, latest, "foreign",
-        CAST(unnest(range(len(parts))) AS INTEGER) AS pos, unnest(parts) AS line
+        CAST($first + unnest(range(len(parts))) AS INTEGER) AS pos, unnest(parts) AS line
     FROM (SELECT entry, latest, "foreign", string_split(data, chr(10)) AS parts FROM entries)
 ), read AS (
     SELECT entry, latest, "foreign", pos, line, CASE WHEN json_valid(line) THEN from_json(line, $shape) END AS r
@@ -156,18 +158,97 @@ ORDER BY arrival_shard, day, shard, {", ".join(ORDER)}, arrival_ms, arrival_seq,
 
 
 def decode(entries: Sequence[Delivery], settings: Settings) -> Decoded:
-    """Read a batch of entries. A timestamp's "too far ahead" is measured from the entry's id."""
+    """Read a batch of entries. A timestamp's "too far ahead" is measured from the entry's id.
+
+    Raises:
+        OSError: DuckDB can't spill; the entries are as good as before.
+    """
+    return _decode(entries, [entry.data or b"" for entry in entries], 0, settings)
+
+
+def pieces(
+    entries: Sequence[Delivery], settings: Settings, *, careful: bool = False
+) -> Iterator[Decoded]:
+    """As `decode`, in as many pieces as memory asks for; their `counts` are to be added up.
+
+    Args:
+        entries: together within DRAIN_MAX_ROWS and DRAIN_MAX_BYTES, as a claim's are; a single one
+            of any size is cut up.
+        settings: those bounds, and what is valid.
+        careful: leave nothing to the columnar reading: slower, and proof against its faults.
+
+    Raises:
+        OSError: as `decode`.
+    """
+    if len(entries) != 1 or _is_empty(entries[0]):
+        texts = [entry.data or b"" for entry in entries]
+        yield _decode(entries, texts, 0, settings, careful=careful)
+        return
+    for first, text in _cut(entries[0], settings):
+        yield _decode(entries, [text], first, settings, careful=careful)
+
+
+def refused(entry: Delivery, refusal: Refusal, settings: Settings) -> Iterator[Decoded]:
+    """An entry that goes to the quarantine as a whole, in pieces.
+
+    It is taken apart by nothing but its line ends: each line that isn't blank is one record at the
+    position that it would have had, so that the ledger counts it as if it had been decoded.
+    """
+    if _is_empty(entry):
+        yield _refused(entry, [(0, entry.data or b"")], _NO_DATA)
+        return
+    for first, text in _cut(entry, settings):
+        lines = enumerate(text.split(b"\n"), first)
+        yield _refused(entry, ((pos, line) for pos, line in lines if line.strip()), refusal)
+
+
+def _refused(entry: Delivery, lines: Iterable[tuple[int, bytes]], refusal: Refusal) -> Decoded:
+    rejects = _Rejects([entry])
+    for pos, line in lines:
+        rejects.add(0, pos, line, refusal)
+    return Decoded(ROWS.empty_table(), rejects.table(), [len(rejects.indexes)], 0)
+
+
+def _cut(entry: Delivery, settings: Settings) -> Iterator[tuple[int, bytes]]:
+    """An entry's text in pieces of whole lines, each with the position of its first line."""
+    data = entry.data or b""
+    first = start = 0
+    size = settings.drain_max_bytes
+    while start < len(data):
+        size = min(2 * size, settings.drain_max_bytes)
+        while size > 1 and data.count(b"\n", start, start + size) >= settings.drain_max_rows:
+            size //= 2
+        end = len(data)
+        if start + size < end:
+            last = data.rfind(b"\n", start, start + size)
+            following = data.find(b"\n", start + size) if last < 0 else last
+            end = following if following >= 0 else end
+        yield first, data[start:end]
+        first += data.count(b"\n", start, end) + 1
+        start = end + 1
+
+
+def _decode(
+    entries: Sequence[Delivery],
+    texts: Sequence[bytes],
+    first: int,
+    settings: Settings,
+    *,
+    careful: bool = False,
+) -> Decoded:
+    """Read these texts of the entries; their first lines are at position `first`."""
     bounds = settings.time_bounds
     rejects = _Rejects(entries)
     found: list[tuple[int, int, Heartbeat]] = []
     unknown_fields = 0
     with engine(settings) as connection:
-        columnar = [index for index, entry in enumerate(entries) if not _is_empty(entry)]
-        read, unread = _read_all(connection, entries, columnar, settings)
+        batch = _Batch(connection, entries, texts, first, settings)
+        whole = [index for index, entry in enumerate(entries) if not _is_empty(entry)]
+        read, unread = _read_all(batch, [] if careful else whole)
         sound = read.filter(read["sound"])
-        for index in set(range(len(entries))) - set(columnar):
-            rejects.add(index, 0, entries[index].data or b"", _NO_DATA)
-        for index, pos, line in _doubtful(read, entries, unread):
+        for index in set(range(len(entries))) - set(whole):
+            rejects.add(index, 0, texts[index], _NO_DATA)
+        for index, pos, line in _doubtful(read, batch, whole if careful else unread):
             if not line.strip():
                 continue
             result, unknown = record.parse(line, min(entries[index].ms, LAST_MS), bounds)
@@ -188,8 +269,21 @@ def decode(entries: Sequence[Delivery], settings: Settings) -> Decoded:
         )
         rows = pa.concat_tables([_sound_rows(sound, entries), _found_rows(found, entries)])
         connection.register("found", rows)
-        sorted_rows = connection.sql(_SORT, params={"shards": settings.shards}).to_arrow_table()
+        try:
+            sorted_rows = connection.sql(_SORT, params={"shards": settings.shards}).to_arrow_table()
+        except duckdb.IOException:
+            where = str(settings.run_dir)
+            raise OSError(errno.EIO, "DuckDB can't spill to disk", where) from None
     return Decoded(sorted_rows.cast(ROWS), rejects.table(), counts.tolist(), unknown_fields)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    connection: duckdb.DuckDBPyConnection
+    entries: Sequence[Delivery]
+    texts: Sequence[bytes]
+    first: int
+    settings: Settings
 
 
 _NO_DATA = Refusal(
@@ -202,62 +296,55 @@ def _latest(entry_ms: int, settings: Settings) -> int:
 
 
 def _is_empty(entry: Delivery) -> bool:
-    return entry.data is None or not entry.data.strip()
+    return not entry.data or entry.data.isspace()
 
 
-def _read_all(
-    connection: duckdb.DuckDBPyConnection,
-    entries: Sequence[Delivery],
-    indexes: Sequence[int],
-    settings: Settings,
-) -> tuple[pa.Table, list[int]]:
+def _read_all(batch: _Batch, indexes: Sequence[int]) -> tuple[pa.Table, list[int]]:
     """Lines of these entries in columns, and the entries that can't be read so.
 
     What fails in company (one entry that isn't UTF-8, or takes more memory than there is) is tried
     in halves, down to the entry that fails alone: `record.parse` reads that one line by line.
     """
     try:
-        return _read(connection, entries, indexes, settings), []
+        return _read(batch, indexes), []
     except (UnicodeDecodeError, MemoryError, duckdb.Error, pa.ArrowException):
         half = len(indexes) // 2
         if half == 0:
-            return _read(connection, entries, [], settings), list(indexes)
-    first, unread = _read_all(connection, entries, indexes[:half], settings)
-    second, more = _read_all(connection, entries, indexes[half:], settings)
+            return _read(batch, []), list(indexes)
+    first, unread = _read_all(batch, indexes[:half])
+    second, more = _read_all(batch, indexes[half:])
     return pa.concat_tables([first, second]), unread + more
 
 
 def _doubtful(
-    read: pa.Table, entries: Sequence[Delivery], unread: Sequence[int]
+    read: pa.Table, batch: _Batch, unread: Sequence[int]
 ) -> Iterator[tuple[int, int, bytes]]:
     """Entry, position and text of each line that DuckDB doesn't vouch for, a chunk at a time."""
     lines = read.filter(pa.compute.invert(read["sound"])).select(["entry", "pos", "line"])
-    for batch in lines.to_batches(_CHUNK):
-        for index, pos, line in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+    for chunk in lines.to_batches(_CHUNK):
+        for index, pos, line in zip(*(column.to_pylist() for column in chunk.columns), strict=True):
             yield index, pos, line.encode()
     for index in unread:
-        for pos, raw in enumerate(io.BytesIO(entries[index].data or b"")):
+        for pos, raw in enumerate(io.BytesIO(batch.texts[index]), batch.first):
             yield index, pos, raw.removesuffix(b"\n")
 
 
-def _read(
-    connection: duckdb.DuckDBPyConnection,
-    entries: Sequence[Delivery],
-    indexes: Sequence[int],
-    settings: Settings,
-) -> pa.Table:
+def _read(batch: _Batch, indexes: Sequence[int]) -> pa.Table:
+    entries, texts, settings = batch.entries, batch.texts, batch.settings
     table = pa.Table.from_arrays(
         [
             pa.array(indexes, pa.int32()),
             pa.array([_latest(entries[index].ms, settings) for index in indexes], pa.int64()),
             pa.array([entries[index].own is None for index in indexes], pa.bool_()),
-            pa.array([(entries[index].data or b"").decode() for index in indexes], pa.string()),
+            pa.array([texts[index].decode() for index in indexes], pa.string()),
         ],
         schema=_ENTRIES,
     )
     # DuckDB scans an Arrow table by its chunks, each in one thread.
-    connection.register("entries", pa.Table.from_batches(table.to_batches(_SCAN), table.schema))
+    chunks = pa.Table.from_batches(table.to_batches(_SCAN), table.schema)
+    batch.connection.register("entries", chunks)
     parameters = {
+        "first": batch.first,
         "shape": _SHAPE,
         "instant": _INSTANT,
         "shortest": ID_LENGTH[0],
@@ -266,7 +353,7 @@ def _read(
         "highest": BPM_RANGE[1],
         "start": settings.time_bounds.start_ms,
     }
-    return connection.sql(_DECODE, params=parameters).to_arrow_table()
+    return batch.connection.sql(_DECODE, params=parameters).to_arrow_table()
 
 
 def _arrivals(indexes: Any, positions: Any, entries: Sequence[Delivery]) -> list[pa.Array]:

@@ -1,13 +1,18 @@
 """DuckDB engines: in memory, bounded, offline, in UTC.
 
-Belongs here: how a connection is made. Doesn't belong here: SQL.
+Belongs here: how a connection is made, and the folders under HB_HOME that it spills to. Doesn't
+belong here: SQL.
 """
 
 from __future__ import annotations
 
-import tempfile
+import fcntl
+import os
+import secrets
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import duckdb
 
@@ -15,7 +20,7 @@ from hb_assets.settings import Settings
 
 
 def connect(settings: Settings) -> duckdb.DuckDBPyConnection:
-    """A new engine with the settings' bounds; it spills to the system's temp folder."""
+    """A new engine with the settings' bounds."""
     config: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": f"{settings.duckdb_memory // 2**20}MiB",
         "autoinstall_known_extensions": False,
@@ -30,13 +35,88 @@ def connect(settings: Settings) -> duckdb.DuckDBPyConnection:
 
 @contextmanager
 def engine(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A new engine for one piece of work, with a spill folder of its own."""
-    with (
-        tempfile.TemporaryDirectory(prefix="hb-duckdb-") as spill,
-        connect(settings) as connection,
-    ):
+    """A new engine for one piece of work, with a spill folder of its own.
+
+    Where none can be made (a full disk), what fits into memory is done all the same.
+    """
+    with ExitStack() as stack:
+        try:
+            spill = str(stack.enter_context(spill_folder(settings)))
+        except OSError:
+            spill = ""
+        connection = stack.enter_context(connect(settings))
         connection.execute("SET temp_directory = $spill", {"spill": spill})
         yield connection
+
+
+@contextmanager
+def spill_folder(settings: Settings) -> Iterator[Path]:
+    """A folder under HB_HOME for what doesn't fit into memory; ours alone, and gone afterwards.
+
+    What killed processes left is removed before a process makes its first one: health data must
+    not lie about.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    root = _spill_root(settings)
+    if root not in _swept:
+        sweep(settings)
+        _swept.add(root)
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder, held = _new_folder(root)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def sweep(settings: Settings) -> None:
+    """Remove spill folders of processes that are gone: nobody holds a lock on them any more."""
+    root = _spill_root(settings)
+    for folder in root.iterdir() if root.is_dir() else ():
+        try:
+            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue  # another sweep was faster
+        try:
+            if _locked(held):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(held)
+
+
+_swept: set[Path] = set()
+"""Roots that this process has swept."""
+
+
+def _spill_root(settings: Settings) -> Path:
+    return settings.run_dir / "spill"
+
+
+def _new_folder(root: Path) -> tuple[Path, int]:
+    """A new folder, and the handle whose lock says that we live."""
+    while True:
+        folder = root / f"{os.getpid()}-{secrets.token_hex(8)}"
+        folder.mkdir(mode=0o700)
+        try:
+            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # a sweep came between
+        # A lock of the handle, not of the process: it ends with us however we end, and one thread's
+        # doesn't end with another's.
+        if _locked(held) and folder.is_dir():
+            return folder, held
+        os.close(held)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def figures(

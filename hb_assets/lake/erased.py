@@ -101,5 +101,6 @@ def _publish(lake: Lake, day: dt.date, rows: pa.Table) -> Path:
     name = FragmentName.covering(rows)
     with TempFile(lake.root, folder) as temp:
         parquet.write(temp.path, rows, _Note(FORMAT))
+        name = name.sealed(temp.path)
         temp.publish_new(folder / str(name))
     return folder / str(name)

@@ -7,7 +7,7 @@ say. Doesn't belong here: the buffer's side, and the verdict (`audit`).
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,9 @@ from hb_assets.lake import consolidated, erased, fragments, inventory, layout, p
 from hb_assets.lake.consolidated import Current
 from hb_assets.lake.engine import engine, figures
 from hb_assets.lake.fragments import Fragment
-from hb_assets.lake.layout import RAW
+from hb_assets.lake.layout import RAW, FragmentName
 from hb_assets.lake.merge import Inputs, fresh_rows
 from hb_assets.lake.store import Lake
-from hb_assets.record import Arrival
 from hb_assets.schema import ARRIVAL, HEARTBEATS, KEY, MINUTES
 from hb_assets.settings import Settings
 
@@ -104,6 +103,20 @@ def _damage(lake: Lake, day: dt.date, shard: int) -> list[str]:
         (layout.minutes_file(lake.root, day, shard), MINUTES),
     ):
         looks += [partial(parquet.verify, path), partial(parquet.verify_footer, path, schema)]
+    return _faults(looks)
+
+
+def damage_beside_days(lake: Lake) -> list[str]:
+    """One line for each file of quarantine, and of marks beside it, that isn't what was written."""
+    return _faults(
+        partial(fragments.verify, Fragment(name, path))
+        for kind in (layout.QUARANTINE, layout.RELEASED, layout.ERASED)
+        for path in sorted((lake.root / kind).rglob("*.parquet"))
+        if (name := FragmentName.parse(path.name)) is not None
+    )
+
+
+def _faults(looks: Iterable[Callable[[], None]]) -> list[str]:
     faults = []
     for look in looks:
         try:
@@ -226,62 +239,64 @@ class QuarantineLedger:
     """Distinct records in quarantine.
 
     `released` of them were put back; those `in_fragments` lie in a fragment as well, and count as
-    the fragment's.
+    the fragment's; `faults` names files that can't be read, in one line each.
     """
 
     records: int
     released: int
     in_fragments: int
+    faults: list[str] = field(default_factory=list)
+
+
+_QUARANTINED = "SELECT count(*), count(*) FILTER (released) FROM quarantined"
+# Of each fragment the first quarantined entry at or behind its first one: does it lie in it?
+_MAY_HOLD = """
+SELECT path FROM spans ASOF JOIN (
+    SELECT DISTINCT arrival_shard AS source,
+        CAST(arrival_ms AS UHUGEINT) * 18446744073709551616 + arrival_seq AS entry
+    FROM quarantined
+) AS entries ON spans.source = entries.source AND entries.entry >= spans.first
+WHERE entries.entry <= spans.last
+"""
+_SPANS = """
+CREATE TEMP TABLE spans AS
+SELECT path, source, CAST(first_ms AS UHUGEINT) * 18446744073709551616 + first_seq AS first,
+    CAST(last_ms AS UHUGEINT) * 18446744073709551616 + last_seq AS last
+FROM named
+"""
+_NAMED = pa.schema(
+    [("path", pa.string()), ("source", pa.int16())]
+    + [(name, pa.uint64()) for name in ("first_ms", "first_seq", "last_ms", "last_seq")]
+)
 
 
 def of_quarantine(lake: Lake, settings: Settings) -> QuarantineLedger:
-    """The quarantine's side.
-
-    Raises:
-        DamagedFileError: a quarantine file can't be read.
-    """
-    identities: list[Arrival] = []
-    released = 0
-    for record in quarantine.records(lake):
-        identities.append(record.arrival)
-        released += record.released
-    return QuarantineLedger(len(identities), released, _in_fragments(lake, identities, settings))
+    """The quarantine's side."""
+    faults: list[str] = []
+    with quarantine.gathered(
+        lake, settings, on_damage=lambda error: faults.append(str(error))
+    ) as connection:
+        records, released = figures(connection, _QUARANTINED, {})
+        in_fragments = _in_fragments(lake, connection, faults) if records else 0
+    return QuarantineLedger(records, released, in_fragments, faults)
 
 
-def _in_fragments(lake: Lake, identities: list[Arrival], settings: Settings) -> int:
-    """How many of the identities lie in fragments; only fragments that may hold one are read."""
-    ids: dict[int, list[tuple[int, int]]] = {}
-    for one in identities:
-        ids.setdefault(one.arrival_shard, []).append((one.arrival_ms, one.arrival_seq))
-
-    def may_hold(fragment: Fragment) -> bool:
-        name = fragment.name
-        return any(name.first <= entry <= name.last for entry in ids.get(name.source, ()))
-
-    paths = [
-        str(fragment.path)
+def _in_fragments(lake: Lake, connection: duckdb.DuckDBPyConnection, faults: list[str]) -> int:
+    """How many of them lie in fragments; only fragments that may hold one are read."""
+    named = [
+        (str(one.path), one.name.source, *one.name.first, *one.name.last)
         for day in layout.days_of(lake.root, RAW)
-        for fragment in fragments.all_listed(lake, day)
-        if ids and may_hold(fragment)
+        for one in fragments.all_listed(lake, day)
     ]
+    columns = zip(*named, strict=True) if named else [()] * len(_NAMED)
+    arrays = [pa.array(values, kind) for values, kind in zip(columns, _NAMED.types, strict=True)]
+    connection.register("named", pa.Table.from_arrays(arrays, schema=_NAMED))
+    connection.execute(_SPANS)
+    paths = [path for (path,) in connection.sql(_MAY_HOLD).fetchall()]
     if not paths:
         return 0
-    columns = list(
-        zip(
-            *((i.arrival_ms, i.arrival_seq, i.arrival_shard, i.arrival_pos) for i in identities),
-            strict=True,
-        )
-    )
-    types = (pa.uint64(), pa.uint64(), pa.int16(), pa.int32())
-    table = pa.table(
-        {
-            name: pa.array(values, kind)
-            for name, values, kind in zip(ARRIVAL, columns, types, strict=True)
-        }
-    )
-    with engine(settings) as connection:
-        connection.register("quarantined", table)
-        try:
-            return figures(connection, _IN_BOTH, {"paths": paths})[0]
-        except duckdb.Error as error:
-            raise parquet.explained(error, map(Path, paths)) from None
+    try:
+        return figures(connection, _IN_BOTH, {"paths": paths})[0]
+    except duckdb.Error as error:
+        faults.append(str(parquet.explained(error, map(Path, paths))))
+        return 0

@@ -136,7 +136,7 @@ def footer(path: Path) -> pq.FileMetaData:
     try:
         return pq.read_metadata(path)
     except _UNREADABLE as error:
-        raise _meaning(error, path) from None
+        raise meaning(error, path) from None
 
 
 def note(path: Path, kind: type[Note]) -> Note:
@@ -202,15 +202,18 @@ def verify_footer(path: Path, schema: pa.Schema) -> None:
                     if (said.min, said.max) != (found["min"], found["max"]):
                         raise damaged(path, f"its footer is wrong about the column {name}")
     except _UNREADABLE as error:
-        raise _meaning(error, path) from None
+        raise meaning(error, path) from None
 
 
 _UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What pyarrow raises for bytes that aren't Parquet, and for a disk that can't be read."""
 
 
-def _meaning(error: Exception, path: Path) -> DamagedFileError | OSError:
-    """A disk's fault has a number; what can't be read now may be read later."""
+def meaning(error: Exception, path: Path) -> DamagedFileError | OSError:
+    """What pyarrow's error while it read `path` means.
+
+    A disk's fault has a number; what can't be read now may be read later.
+    """
     if isinstance(error, OSError) and error.errno is not None:
         return error
     return damaged(path, str(error))
@@ -230,10 +233,10 @@ def explained(error: Exception, paths: Iterable[Path]) -> HbError:
         except FileNotFoundError:
             continue
         except _UNREADABLE as fault:
-            meaning = _meaning(fault, path)
-            if isinstance(meaning, OSError):
-                raise meaning from None
-            return meaning
+            found = meaning(fault, path)
+            if isinstance(found, OSError):
+                raise found from None
+            return found
     # only its kind: the message of an engine's error may quote values
     return HbError(
         f"reading the lake failed ({type(error).__name__}); free memory (HB_DUCKDB_MEMORY) or disk space"
@@ -244,6 +247,10 @@ _REMEDIES = {
     layout.RAW: "the next consolidation sets it aside; put a whole copy in its place if you have one",
     layout.HEARTBEATS: "hb consolidate DAY makes it anew while raw fragments have all of it; else "
     "put a whole copy in its place",
+    layout.QUARANTINE: "restore it from a copy, or move it away: its records are lost then, and hb "
+    "audit says how many",
+    layout.RELEASED: "restore it from a copy, or move it away: its records may be put back twice "
+    "then, which changes nothing",
     layout.MINUTES: "move it away, then make it anew: hb consolidate DAY",
 }
 

@@ -1,31 +1,53 @@
 """The quarantine: records that can't be used, kept with their bytes and the reason.
 
-Belongs here: the envelope files under `quarantine/` by arrival date, and the marks of records that
-were put back (`released/`, files of their own: a quarantine file is never rewritten). Doesn't
-belong here: why a record can't be used (`record`), and putting it back into the buffer.
+Belongs here: the envelope files under `quarantine/` by arrival date, the marks of records that were
+put back (`released/`, files of their own: a quarantine file is never rewritten), and reading both,
+a day at a time and never all of it into memory. Doesn't belong here: why a record can't be used
+(`record`), and putting it back into the buffer.
+
+An entry's arrival date is part of its id, so that all that was written of one record lies in one
+day's folder. The first record that was written of an identity counts; others are replays.
 """
 
 from __future__ import annotations
 
+import datetime as dt
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
+from typing import TypeVar
 
+import duckdb
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hb_assets.days import day_of, ms_of
+from hb_assets.days import day_of
+from hb_assets.errors import DamagedFileError
 from hb_assets.lake import layout, parquet
+from hb_assets.lake.engine import engine
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.layout import QUARANTINE, RELEASED, FragmentName
 from hb_assets.lake.store import FORMAT, Lake
 from hb_assets.record import Arrival
-from hb_assets.schema import ARRIVAL
+from hb_assets.schema import ARRIVAL, duckdb_columns
 from hb_assets.schema import QUARANTINE as SCHEMA
+from hb_assets.settings import Settings
 
 _RELEASED = pa.schema([SCHEMA.field(name) for name in ARRIVAL])
+_COLUMNS = duckdb_columns(_RELEASED)
+_BATCH = 1000
+"""Records that are made into Python objects at a time."""
+_ID = re.compile(
+    r"(?P<shard>\d{1,4})-(?P<ms>\d{1,20})-(?P<seq>\d{1,20})-(?P<pos>\d{1,10})", re.ASCII
+)
+
+
+_Result = TypeVar("_Result")
 
 
 class _Note(msgspec.Struct, frozen=True):
@@ -49,6 +71,46 @@ class Quarantined:
         """What commands name it by: `<shard>-<ms>-<seq>-<position>`."""
         at = self.arrival
         return f"{at.arrival_shard:02d}-{at.arrival_ms}-{at.arrival_seq}-{at.arrival_pos}"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Distinct records in quarantine by reason code, and how many of them were put back."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    released: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which records.
+
+    Attributes:
+        reason: only those with this reason code.
+        day: only those that arrived on this day (UTC).
+        after: only those that arrived after this one; its order is that of `records`.
+        ids: only these.
+        kept: only those that weren't put back.
+    """
+
+    reason: str | None = None
+    day: dt.date | None = None
+    after: Arrival | None = None
+    ids: Sequence[Arrival] | None = None
+    kept: bool = False
+
+
+ALL = Choice()
+
+
+def parse_id(text: str) -> Arrival | None:
+    """What a record's id names; None where it is none."""
+    match = _ID.fullmatch(text)
+    if match is None:
+        return None
+    found = Arrival(*(int(match[name]) for name in ("ms", "seq", "shard", "pos")))
+    fits = max(found.arrival_ms, found.arrival_seq) < 2**64 and found.arrival_shard < 2**15
+    return found if fits and found.arrival_pos < 2**31 else None
 
 
 def publish(lake: Lake, rejected: pa.Table) -> list[Path]:
@@ -80,60 +142,229 @@ def _publish(lake: Lake, kind: str, rows: pa.Table) -> Path:
     folder = layout.day_folder(lake.root, kind, day_of(name.first[0]))
     with TempFile(lake.root, folder) as temp:
         parquet.write(temp.path, rows, _Note(FORMAT))
+        name = name.sealed(temp.path)
         temp.publish_new(folder / str(name))
     return folder / str(name)
 
 
-def _files(lake: Lake, kind: str) -> Iterator[Path]:
-    for day in layout.days_of(lake.root, kind):
-        yield from sorted(layout.day_folder(lake.root, kind, day).glob("*.parquet"))
+# -- reading
+
+OnDamage = Callable[[DamagedFileError], None]
+"""Told of a file that can't be read, and left out."""
 
 
-def _arrivals(rows: pa.Table) -> Iterable[Arrival]:
-    columns = [rows[name].to_pylist() for name in ARRIVAL]
-    return (Arrival(*values) for values in zip(*columns, strict=True))
+def refuse(error: DamagedFileError) -> None:
+    """A file that can't be read ends it all."""
+    raise error
 
 
 def read(path: Path) -> pa.Table:
-    """All records of one file. Raises DamagedFileError."""
+    """All records of one file.
+
+    Raises:
+        DamagedFileError: it can't be read.
+        OSError: the disk can't be read.
+    """
     try:
         return pq.read_table(path, partitioning=None)
     except (pa.ArrowException, OSError) as error:
-        raise parquet.damaged(path, str(error)) from None
+        raise parquet.meaning(error, path) from None
 
 
-def released(lake: Lake) -> set[Arrival]:
-    """Identities of the records that were put back."""
-    return {arrival for path in _files(lake, RELEASED) for arrival in _arrivals(read(path))}
+_IDENTITY = ", ".join(ARRIVAL)
+_FILES = "read_parquet($paths, hive_partitioning = false)"
+_TABLES = f"""
+CREATE TEMP TABLE marks ({", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())});
+CREATE TEMP TABLE quarantined AS
+    SELECT *, CAST(NULL AS VARCHAR) AS reason, false AS released,
+        CAST(NULL AS TIMESTAMP WITH TIME ZONE) AS written
+    FROM marks;
+"""
+_MARK = f"INSERT INTO marks SELECT DISTINCT {_IDENTITY} FROM {_FILES}"
+_CHOOSE = f"""
+INSERT INTO quarantined
+SELECT {_IDENTITY}, reason, marked IS NOT NULL AS released, written
+FROM (
+    SELECT {_IDENTITY}, arg_min(reason, quarantined_at) AS reason, min(quarantined_at) AS written
+    FROM {_FILES} {{only}}
+    WHERE $after_ms IS NULL
+        OR ({_IDENTITY}) > (CAST($after_ms AS UBIGINT), CAST($after_seq AS UBIGINT),
+            CAST($after_shard AS SMALLINT), CAST($after_pos AS INTEGER))
+    GROUP BY {_IDENTITY}
+) LEFT JOIN (SELECT DISTINCT {_IDENTITY}, true AS marked FROM marks) USING ({_IDENTITY})
+WHERE ($reason IS NULL OR reason = $reason) AND NOT ($kept AND marked IS NOT NULL)
+"""
+_FIRST = f"ORDER BY {_IDENTITY} LIMIT $most"
+_ONLY_WANTED = f"SEMI JOIN wanted USING ({_IDENTITY})"
+_FETCH = f"""
+SELECT found.raw, quarantined.reason, found.message, {_IDENTITY}, found.attempts,
+    epoch_ms(quarantined.written) AS quarantined_at, quarantined.released
+FROM {_FILES} AS found JOIN quarantined USING ({_IDENTITY})
+WHERE found.quarantined_at = quarantined.written
+ORDER BY {_IDENTITY}
+"""
+_COUNT = "SELECT reason, count(*), count(*) FILTER (released) FROM quarantined GROUP BY reason"
 
 
-def records(lake: Lake, *, reason: str | None = None) -> Iterator[Quarantined]:
-    """All records in quarantine by arrival date; each identity once (a replay isn't a second).
+def records(
+    lake: Lake,
+    settings: Settings,
+    choice: Choice = ALL,
+    *,
+    limit: int | None = None,
+    on_damage: OnDamage = refuse,
+) -> Iterator[Quarantined]:
+    """Records in quarantine by arrival; each identity once (a replay isn't a second).
 
     Args:
         lake: where from.
-        reason: only those with this reason code.
+        settings: memory and threads; what doesn't fit into memory spills.
+        choice: which ones.
+        limit: at most so many.
+        on_damage: told of files that can't be read; by default the first one ends it.
+
+    Raises:
+        DamagedFileError: as `on_damage` says.
+        HbError: there isn't enough memory or disk space.
     """
-    gone = released(lake)
-    seen: set[Arrival] = set()
-    for path in _files(lake, QUARANTINE):
-        rows = read(path)
-        for arrival, row in zip(_arrivals(rows), rows.to_pylist(), strict=True):
-            if arrival in seen:
-                continue
-            seen.add(arrival)
-            if reason is None or row["reason"] == reason:
-                yield Quarantined(
-                    raw=row["raw"],
-                    reason=row["reason"],
-                    message=row["message"],
-                    arrival=arrival,
-                    attempts=row["attempts"],
-                    quarantined_at=ms_of(row["quarantined_at"]),
-                    released=arrival in gone,
-                )
+    left = limit
+    with engine(settings) as connection:
+        reader = _Reader(lake, connection, choice, on_damage)
+        for day in reader.days():
+            for record in reader.records(day, left):
+                left = None if left is None else left - 1
+                yield record
+            if left == 0:
+                return
 
 
-def counts(lake: Lake) -> Counter[str]:
-    """Records in quarantine by reason code, those that were put back included."""
-    return Counter(record.reason for record in records(lake))
+@contextmanager
+def gathered(
+    lake: Lake, settings: Settings, choice: Choice = ALL, *, on_damage: OnDamage = refuse
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An engine whose table `quarantined` has identity, reason and `released` of each record.
+
+    Arguments and errors as of `records`.
+    """
+    with engine(settings) as connection:
+        reader = _Reader(lake, connection, choice, on_damage)
+        for day in reader.days():
+            reader.choose(day)
+        yield connection
+
+
+def summary(
+    lake: Lake, settings: Settings, choice: Choice = ALL, *, on_damage: OnDamage = refuse
+) -> Summary:
+    """Records in quarantine, counted. Arguments and errors as of `records`."""
+    with gathered(lake, settings, choice, on_damage=on_damage) as connection:
+        counted = connection.sql(_COUNT).fetchall()
+    reasons = Counter({reason: count for reason, count, _ in counted})
+    return Summary(reasons, sum(released for *_, released in counted))
+
+
+class _Reader:
+    """Fills the tables of an engine from the files of a choice of records."""
+
+    def __init__(
+        self,
+        lake: Lake,
+        connection: duckdb.DuckDBPyConnection,
+        choice: Choice,
+        on_damage: OnDamage,
+    ) -> None:
+        self._lake = lake
+        self._connection = connection
+        self._choice = choice
+        self._on_damage = on_damage
+        self._left_out: set[Path] = set()
+        connection.execute(_TABLES)
+        if choice.ids is not None:
+            rows = [msgspec.structs.asdict(one) for one in choice.ids]
+            connection.register("wanted", pa.Table.from_pylist(rows, schema=_RELEASED))
+        days = layout.days_of(lake.root, RELEASED)
+        marked = [path for day in days for path in _files(lake, RELEASED, day) if self._may(path)]
+        self._reading(marked, lambda paths: connection.execute(_MARK, {"paths": paths}))
+
+    def days(self) -> list[dt.date]:
+        """Arrival dates that may have chosen records."""
+        choice = self._choice
+        found = layout.days_of(self._lake.root, QUARANTINE)
+        if choice.day is not None:
+            found = [day for day in found if day == choice.day]
+        if choice.after is not None:
+            found = [day for day in found if day >= day_of(choice.after.arrival_ms)]
+        if choice.ids is not None:
+            named = {day_of(one.arrival_ms) for one in choice.ids}
+            found = [day for day in found if day in named]
+        return found
+
+    def choose(self, day: dt.date, most: int | None = None) -> None:
+        """Add a day's chosen records to the table `quarantined`, the first ones of so many."""
+        choice = self._choice
+        names = ("after_ms", "after_seq", "after_shard", "after_pos")
+        after = msgspec.structs.astuple(choice.after) if choice.after else (None,) * 4
+        parameters: dict[str, object] = {
+            "reason": choice.reason,
+            "kept": choice.kept,
+            **dict(zip(names, after, strict=True)),
+        }
+        query = _CHOOSE.format(only="" if choice.ids is None else _ONLY_WANTED)
+        if most is not None:
+            query, parameters["most"] = query + _FIRST, most
+        self._reading(
+            self._files(day),
+            lambda paths: self._connection.execute(query, {**parameters, "paths": paths}),
+        )
+
+    def records(self, day: dt.date, most: int | None) -> Iterator[Quarantined]:
+        """A day's chosen records."""
+        self._connection.execute("DELETE FROM quarantined")
+        self.choose(day, most)
+
+        def fetch(paths: list[str]) -> Iterator[pa.RecordBatch]:
+            found = self._connection.sql(_FETCH, params={"paths": paths}).to_arrow_reader(_BATCH)
+            # sorting has read all of the files before there is a first batch
+            return chain(list(islice(found, 1)), found)
+
+        before = None
+        for batch in self._reading(self._files(day), fetch) or ():
+            for fields in batch.to_pylist():
+                arrival = Arrival(*(fields.pop(name) for name in ARRIVAL))
+                if arrival != before:  # written twice in one millisecond
+                    yield Quarantined(arrival=arrival, **fields)
+                before = arrival
+
+    def _files(self, day: dt.date) -> list[Path]:
+        return [path for path in _files(self._lake, QUARANTINE, day) if self._may(path)]
+
+    def _may(self, path: Path) -> bool:
+        """Whether a file, by its name, may hold one of the wanted ids."""
+        ids = self._choice.ids
+        name = FragmentName.parse(path.name)
+        if ids is None or name is None:
+            return True
+        return any(name.first <= (one.arrival_ms, one.arrival_seq) <= name.last for one in ids)
+
+    def _reading(self, files: list[Path], work: Callable[[list[str]], _Result]) -> _Result | None:
+        """Do something with these files, without those that can't be read."""
+        while readable := [path for path in files if path not in self._left_out]:
+            try:
+                return work([str(path) for path in readable])
+            except duckdb.Error as error:
+                self._leave_out(readable, error)
+        return None
+
+    def _leave_out(self, files: list[Path], error: duckdb.Error) -> None:
+        before = len(self._left_out)
+        for path in files:
+            fault = parquet.explained(error, [path])
+            if isinstance(fault, DamagedFileError):
+                self._on_damage(fault)
+                self._left_out.add(path)
+        if len(self._left_out) == before:
+            raise parquet.explained(error, files) from None
+
+
+def _files(lake: Lake, kind: str, day: dt.date) -> list[Path]:
+    return sorted(layout.day_folder(lake.root, kind, day).glob("*.parquet"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import os
 import subprocess
@@ -376,16 +377,41 @@ def test_a_group_that_somebody_destroyed_starts_at_the_first_entry_again(
     assert ids(consumer.claim(*ALL)) == ids(held)
 
 
-def test_another_type_at_a_streams_key_is_named(
-    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+@pytest.mark.parametrize("name", [keys.stream, keys.ledger])
+@pytest.mark.parametrize("at", ["before it is opened", "while it works"])
+def test_another_type_at_a_shards_key_leaves_out_that_shard_alone(
+    client: redis.Redis,
+    settings: Settings,
+    opened: Callable[..., Consumer],
+    name: Callable[[int], str],
+    at: str,
 ) -> None:
-    consumer = opened()
-    client.delete(keys.stream(1))
-    client.set(keys.stream(1), "something else")
+    """And it is taken up again when the key is right again."""
+    often = {"claim_min_idle": dt.timedelta(milliseconds=1)}  # it looks again all the time
+    consumer = opened(**often) if at == "while it works" else None
+    client.xadd(keys.stream(1), {"data": LINE})
+    kept = client.exists(name(1)) and client.rename(name(1), "kept")
+    client.set(name(1), "something else")
+    Producer(client, settings).append({0: [LINE], 3: [LINE]})
+    consumer = consumer or opened(**often)
 
-    for action in (consumer.open, lambda: consumer.claim(*ALL), lambda: depths(client, settings)):
-        with pytest.raises(BufferUnavailableError, match=r"hb:\{01\}:stream"):
-            action()
+    claimed = consumer.claim(*ALL)
+    found = {entry.shard for entry in claimed}
+    assert {0, 3} <= found
+    deleted = consumer.acknowledge([(entry, 1) for entry in claimed])
+    assert deleted == 2
+    assert consumer.empty()
+    assert list(consumer.unusable) == [1]
+    assert name(1) in consumer.unusable[1]
+    with pytest.raises(BufferUnavailableError, match=r"hb:\{01\}:"):
+        depths(client, settings)
+    assert {entry.shard for entry in consumer.claim(*ALL)} == set()
+
+    client.delete(name(1))
+    if kept:
+        client.rename("kept", name(1))
+    wait_for(lambda: [entry.shard for entry in consumer.claim(*ALL)] == [1], "the shard")
+    assert not consumer.unusable
 
 
 def test_acknowledging_works_when_the_server_is_full(

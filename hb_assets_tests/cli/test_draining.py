@@ -120,6 +120,50 @@ def test_full_disk_is_one_line(
     assert sum(one.entries for one in depth.depths(client, settings)) == 1
 
 
+def test_follow_goes_on_after_a_fault_with_one_line(
+    outside: None, client: redis.Redis, settings: Settings
+) -> None:
+    lake = Lake.open(settings)
+    blocked = lake.root / "quarantine"
+    blocked.write_bytes(b"a file in the way")
+    Producer(client, settings).append({0: [line(), b"bad"]})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hb_assets", "drain", "--follow"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        assert "nothing can be drained" in first
+        assert str(blocked) in first
+        blocked.unlink()
+        wait_for(
+            lambda: not any(one.entries for one in depth.depths(client, settings)), "the drain"
+        )
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert out.startswith("drained 1 entries: 1 rows")
+    assert err.startswith("over: nothing can be drained")
+    assert err.count("\n") == 1
+
+
+def test_a_shard_that_cannot_be_used(
+    outside: None, client: redis.Redis, settings: Settings
+) -> None:
+    Producer(client, settings).append({0: [line()]})
+    client.set("hb:{02}:stream", "something else")
+    result = hb("drain", "--until-empty", code=1)
+    assert "drained 1 entries" in result.stdout
+    client.delete("hb:{02}:stream")
+    hb("drain", "--until-empty")
+
+
 # -- the embedded server
 
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import redis
 
@@ -48,8 +55,8 @@ def test_list_shows_no_content(lake: Lake) -> None:
         assert "bold" not in shown
 
 
-def test_show(lake: Lake) -> None:
-    ids = [record.id for record in quarantine.records(lake)]
+def test_show(lake: Lake, settings: Settings) -> None:
+    ids = [record.id for record in quarantine.records(lake, settings)]
     found = told("quarantine", "show", *ids)
     assert [one["raw"] for one in found][:3] == [text.decode() for text in OLD]
     assert found[3]["raw"] == "[bold]bad\\xff"
@@ -64,13 +71,15 @@ def test_unknown_id(lake: Lake, command: str) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["--all", "--reason", "x"], ["00-1-2-3", "--all"]])
 def test_replay_of_what(lake: Lake, arguments: list[str]) -> None:
-    assert "name ids, or --reason, or --all" in complaint("quarantine", "replay", *arguments)
+    assert "name ids, or --reason or --day, or --all, or --from" in complaint(
+        "quarantine", "replay", *arguments
+    )
 
 
 def test_replay(
     lake: Lake, settings: Settings, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second, third, bad = (record.id for record in quarantine.records(lake))
+    first, second, third, bad = (record.id for record in quarantine.records(lake, settings))
     nothing = {"replayed": 0, "still_refused": 4}
     assert told("quarantine", "replay", "--all", code=1) == nothing
     monkeypatch.setenv("HB_START_DATE", "2010-01-01")
@@ -100,6 +109,134 @@ def test_replay_of_more_than_the_buffer_takes_at_once(
     monkeypatch.setenv("HB_BUFFER_MAX_HEARTBEATS", "48")  # 12 a shard
     assert "full" in complaint("quarantine", "replay", "--all")
     lake = Lake.open(settings)
-    assert sum(one.released for one in quarantine.records(lake)) == 10
+    assert sum(one.released for one in quarantine.records(lake, settings)) == 10
     hb("drain")
     assert told("quarantine", "replay", "--all") == {"replayed": 10, "still_refused": 0}
+
+
+# -- repairing
+
+
+def exported(path: Path, *arguments: object) -> list[dict[str, str]]:
+    path.write_text(hb("quarantine", "show", "--raw", *arguments).stdout, encoding="utf-8")
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rewrite(path: Path, lines: list[dict[str, str]]) -> None:
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+
+def test_mended_records(
+    lake: Lake, settings: Settings, client: redis.Redis, tmp_path: Path
+) -> None:
+    """Bytes that aren't UTF-8 travel as base64; what still isn't valid stays; twice is once."""
+    path = tmp_path / "records.ndjson"
+    lines = exported(path)
+    assert [one.get("raw") for one in lines] == [*(text.decode() for text in OLD), None]
+    assert lines[3]["raw_base64"] == "W2JvbGRdYmFk/w=="
+    refused = told("quarantine", "replay", "--from", path, code=1)
+    assert (refused["replayed"], refused["still_refused"]) == (0, 4)
+    reason = "timestamp_too_old: timestamp lies before HB_START_DATE"
+    assert {"id": lines[0]["id"], "reason": reason} in refused["refused_lines"]
+
+    for one in lines[:2]:
+        one["raw"] = one["raw"].replace("2015", "2025")
+    lines[3] = {"id": lines[3]["id"], "raw": line("u2").decode()}
+    rewrite(path, lines)
+    done = told("quarantine", "replay", "--from", path, code=1)
+    assert (done["replayed"], done["still_refused"], done["already_back"]) == (3, 1, 0)
+    done = told("quarantine", "replay", "--from", path, code=1)
+    assert (done["replayed"], done["still_refused"], done["already_back"]) == (0, 1, 3)
+    assert "secret" not in hb("quarantine", "replay", "--from", path, code=1).output
+
+    hb("drain", "--until-empty")
+    assert audit(client, lake, settings).differences == []
+    assert sum(day["unique"] for day in told("consolidate", "--all")["days"]) == 3
+
+
+def test_lines_that_are_no_records(lake: Lake, tmp_path: Path) -> None:
+    path = tmp_path / "records.ndjson"
+    [good, *_] = exported(path, "--limit", 1)
+    good["raw"] = line().decode()
+    unknown = {"id": "00-1-2-3", "raw": "x"}
+    rewrite(path, [unknown, {"id": "x", "raw": "x"}, {"id": good["id"]}, good])
+    path.write_bytes(path.read_bytes() + b"\n\n\xff\n[]\n")
+    done = told("quarantine", "replay", "--from", path, code=1)
+    assert (done["replayed"], done["still_refused"]) == (1, 5)
+    assert {"line": "1", "reason": "not in quarantine"} in done["refused_lines"]
+    assert {one["line"] for one in done["refused_lines"]} == {"1", "2", "3", "6", "7"}
+    assert "missing.ndjson" in complaint(
+        "quarantine", "replay", "--from", tmp_path / "missing.ndjson"
+    )
+
+
+KILLED = """
+import os, signal
+from hb_assets.cli.app import load_commands
+from hb_assets.lake import quarantine
+quarantine.release = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+load_commands()()
+"""
+
+
+def test_killed_between_append_and_mark(
+    lake: Lake, settings: Settings, client: redis.Redis, tmp_path: Path
+) -> None:
+    path = tmp_path / "records.ndjson"
+    lines = exported(path, "--reason", "timestamp_too_old")
+    rewrite(path, [{**one, "raw": one["raw"].replace("2015", "2025")} for one in lines])
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, "quarantine", "replay", "--from", path],
+        env=os.environ,
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    hb("drain")
+    assert told("quarantine", "replay", "--from", path)["replayed"] == 3
+    hb("drain", "--until-empty")
+    verdict = audit(client, lake, settings)
+    assert verdict.differences == []
+    assert (verdict.rows, verdict.released) == (6, 3)
+    assert sum(day["unique"] for day in told("consolidate", "--all")["days"]) == 3
+
+
+# -- at scale
+
+
+def test_pages(lake: Lake, settings: Settings) -> None:
+    ids = [record.id for record in quarantine.records(lake, settings)]
+    seen: list[str] = []
+    while page := told(
+        "quarantine", "list", "--limit", 3, *(["--after", seen[-1]] if seen else [])
+    )["records"]:
+        seen += [one["id"] for one in page]
+    assert seen == ids
+    assert len(told("quarantine", "show", "--limit", 2)) == 2
+    assert [one["id"] for one in told("quarantine", "show", "--after", ids[1])] == ids[2:]
+    today = told("quarantine", "list")["records"][0]["arrived"][:10]
+    assert told("quarantine", "list", "--day", today)["count"] == 4
+    assert told("quarantine", "list", "--day", "2020-02-02")["count"] == 0
+    for wrong in (["--day", "today"], ["--after", "x"]):
+        assert wrong[0] in complaint("quarantine", "list", *wrong)
+
+
+def test_a_damaged_file_is_named_and_the_others_go_on(
+    lake: Lake, settings: Settings, client: redis.Redis, tmp_path: Path
+) -> None:
+    Producer(client, settings).append({1: [b"also bad"]})
+    hb("drain")
+    damaged = next(path for path in lake.root.glob("quarantine/*/part-00-*.parquet"))
+    kept = damaged.read_bytes()
+    damaged.write_bytes(kept[:50])
+    for arguments in (["list"], ["show"], ["show", "--raw"], ["replay", "--all"]):
+        result = hb("quarantine", *arguments, code=1)
+        [complained] = [text for text in result.stderr.splitlines() if text.startswith("hb:")]
+        assert str(damaged) in complained
+        assert "restore it from a copy" in complained
+    assert told("quarantine", "list", code=1)["reasons"] == {"record_not_json": 1}
+    differences = told("audit", code=1)["audit"]["differences"]
+    assert any(str(damaged) in text for text in differences)
+    assert any("4 heartbeats are missing" in text for text in differences)
+    damaged.write_bytes(kept)
+    assert told("audit")["adds_up"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from hypothesis import strategies as st
 from hb_assets import days, record
 from hb_assets.lake import decode as decode_module
 from hb_assets.lake import fragments, layout, quarantine
-from hb_assets.lake.decode import Decoded, decode
+from hb_assets.lake.decode import Decoded, decode, pieces, refused
 from hb_assets.lake.store import Lake
-from hb_assets.record import Heartbeat, shard_of
+from hb_assets.record import Heartbeat, Refusal, shard_of
 from hb_assets.schema import ARRIVAL, HEARTBEATS, QUARANTINE
 from hb_assets.settings import Settings
 from hb_assets_tests.lake.deliveries import (
@@ -35,7 +37,7 @@ from hb_assets_tests.lake.deliveries import (
 )
 
 NOW = days.end_ms(DAY)
-SETTINGS = Settings(home=Path("/nowhere"), shards=4, duckdb_threads=1)
+SETTINGS = Settings(home=Path("/dev/null/nowhere"), shards=4, duckdb_threads=1)
 
 INSTANTS = (
     "2025-01-15T10:00:00Z",
@@ -289,7 +291,7 @@ def test_entry_ids_of_64_bits(ms: int, lake: Lake, settings: Settings) -> None:
         assert [found[4] for found in rows_of(fragment.path)] == [(*identity, 1)]
         assert fragment.name.first == fragment.name.last == identity[:2]
     quarantine.publish(lake, decoded.rejected)
-    found = {record.arrival for record in quarantine.records(lake)}
+    found = {record.arrival for record in quarantine.records(lake, settings)}
     assert {tuple(getattr(one, name) for name in ARRIVAL)[:3] for one in found} == {identity}
 
 
@@ -387,3 +389,55 @@ def test_more_rejects_than_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     expected += [(1, pos, raw) for pos, raw in enumerate([b"\xff", *bad[9:]])]
     assert sorted(found) == expected
     assert decoded.counts == [9, 12]
+
+
+@given(
+    st.lists(texts, min_size=1, max_size=30),
+    st.integers(1, 8),
+    st.integers(1024, 2048),
+    st.booleans(),
+)
+@example_settings(max_examples=40)
+def test_a_large_entry_is_cut_at_line_ends(
+    content: list[bytes], most_rows: int, most_bytes: int, careful: bool
+) -> None:
+    """Pieces together hold what the whole holds, at the same positions, and keep the bounds."""
+    tight = SETTINGS.model_copy(update={"drain_max_rows": most_rows, "drain_max_bytes": most_bytes})
+    one = entry(content)
+    whole = decode([one], SETTINGS)
+    parts = list(pieces([one], tight, careful=careful))
+    assert sum(part.counts[0] for part in parts) == whole.counts[0]
+    assert all(part.counts[0] <= most_rows for part in parts)
+    found: dict[tuple[int, ...], tuple[Any, ...] | str] = {}
+    for part in parts:
+        found |= where_lines_went(part)
+    if not (careful and any(forgiven(text) for text in content)):
+        assert found == where_lines_went(whole)
+    as_a_whole = list(refused(one, Refusal("record", "poison", "x"), tight))
+    assert sum(part.counts[0] for part in as_a_whole) == whole.counts[0]
+    positions = [pos for part in as_a_whole for pos in part.rejected["arrival_pos"].to_pylist()]
+    assert positions == sorted(identity[3] for identity in found)
+
+
+def test_memory_of_millions_of_tiny_rows_is_bounded(tmp_path: Path) -> None:
+    program = (
+        "import resource\n"
+        "from pathlib import Path\n"
+        "from hb_assets.lake.decode import pieces\n"
+        "from hb_assets.settings import Settings\n"
+        "from hb_assets_tests.lake.deliveries import Delivered\n"
+        f"settings = Settings(home=Path({str(tmp_path)!r}), drain_max_rows=50_000)\n"
+        "peaks = []\n"
+        "for part in pieces([Delivered(data=b'1\\n' * 1_000_000)], settings):\n"
+        "    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
+        "print(peaks[3], peaks[-1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent.parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    early, late = map(int, done.stdout.split())
+    assert late - early < 100, "MB more after a million rows than after 200,000"

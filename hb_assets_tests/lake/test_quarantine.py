@@ -12,6 +12,7 @@ from hb_assets.errors import DamagedFileError
 from hb_assets.lake import layout, quarantine
 from hb_assets.lake.decode import decode
 from hb_assets.lake.layout import QUARANTINE
+from hb_assets.lake.quarantine import Choice
 from hb_assets.lake.store import Lake
 from hb_assets.record import Arrival
 from hb_assets.settings import Settings
@@ -23,7 +24,7 @@ MS = days.end_ms(DAY)
 def test_a_record_comes_back_as_it_was(lake: Lake, settings: Settings) -> None:
     before = time.time_ns() // 1_000_000
     deliver(lake, settings, Delivered(3, MS, 7, line() + b"\n\xff\x00 bad", deliveries=2))
-    [record] = quarantine.records(lake)
+    [record] = quarantine.records(lake, settings)
     assert record.raw == b"\xff\x00 bad"
     assert record.arrival == Arrival(MS, 7, 3, 1)
     assert (record.reason, record.attempts, record.released) == ("record_not_json", 2, False)
@@ -37,7 +38,7 @@ def test_time_to_the_millisecond(
 ) -> None:
     monkeypatch.setattr(time, "time_ns", lambda: now_ms * 1_000_000)
     deliver(lake, settings, entry([b"bad"]))
-    assert [one.quarantined_at for one in quarantine.records(lake)] == [now_ms]
+    assert [one.quarantined_at for one in quarantine.records(lake, settings)] == [now_ms]
 
 
 def test_filed_by_arrival_date_and_source(lake: Lake, settings: Settings) -> None:
@@ -62,24 +63,29 @@ def test_filed_by_arrival_date_and_source(lake: Lake, settings: Settings) -> Non
 def test_each_identity_once(lake: Lake, settings: Settings) -> None:
     for _ in range(3):
         deliver(lake, settings, entry([b"bad", line(bpm=5)]))
-    assert len(list(quarantine.records(lake))) == 2
-    assert quarantine.counts(lake) == {"record_not_json": 1, "heart_rate_out_of_range": 1}
-    assert [one.raw for one in quarantine.records(lake, reason="record_not_json")] == [b"bad"]
-    assert list(quarantine.records(lake, reason="other")) == []
+    assert len(list(quarantine.records(lake, settings))) == 2
+    assert quarantine.summary(lake, settings).reasons == {
+        "record_not_json": 1,
+        "heart_rate_out_of_range": 1,
+    }
+    assert [
+        one.raw for one in quarantine.records(lake, settings, Choice(reason="record_not_json"))
+    ] == [b"bad"]
+    assert list(quarantine.records(lake, settings, Choice(reason="other"))) == []
 
 
 def test_released(lake: Lake, settings: Settings) -> None:
     deliver(lake, settings, entry([b"one", b"two"]))
-    first, _ = quarantine.records(lake)
+    first, _ = quarantine.records(lake, settings)
     assert quarantine.release(lake, []) is None
     quarantine.release(lake, [first])
     quarantine.release(lake, [first])
     deliver(lake, settings, entry([b"one", b"two"]))
-    assert {one.raw: one.released for one in quarantine.records(lake)} == {
+    assert {one.raw: one.released for one in quarantine.records(lake, settings)} == {
         b"one": True,
         b"two": False,
     }
-    assert quarantine.released(lake) == {first.arrival}
+    assert quarantine.summary(lake, settings).released == 1
 
 
 def test_damaged(lake: Lake, settings: Settings) -> None:
@@ -87,6 +93,6 @@ def test_damaged(lake: Lake, settings: Settings) -> None:
     [path] = (lake.root / QUARANTINE).rglob("*.parquet")
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(DamagedFileError) as raised:
-        list(quarantine.records(lake))
+        list(quarantine.records(lake, settings))
     assert str(path) in str(raised.value)
     assert "secret" not in str(raised.value)

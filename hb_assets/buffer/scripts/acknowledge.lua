@@ -4,6 +4,8 @@
 -- KEYS: stream, ledger.  ARGV: group, then of each entry: id, n (-1 for a foreign entry), heartbeats
 -- as the drain counted them, bytes of data.
 -- Returns how many entries this call deleted.
+-- First, since a script is not undone: entries must not go where the ledger can't be written.
+redis.call('HLEN', KEYS[2])
 local deleted, own, appended, acknowledged, bytes = 0, 0, 0, 0, 0
 for i = 2, #ARGV, 4 do
     redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])

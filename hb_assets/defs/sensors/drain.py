@@ -28,6 +28,10 @@ REPORT_SECONDS = 15.0
 """How long a tick goes on gathering figures of days; the others are left to the next one."""
 
 
+DRAIN = {"drain", "shards"}
+"""Alarms about draining; they stand while it rests after a fault."""
+
+
 def drain_sensor(settings: Settings) -> dg.SensorDefinition:
     """The sensor; it drains for DRAIN_TICK_SECONDS and a bit, then reports."""
     return dg.sensor(
@@ -43,18 +47,17 @@ def _tick(
 ) -> dg.SensorResult:
     settings = installation.settings
     cursor = Cursor.parse(context.cursor)
-    said, faults, lost = "", {}, 0
+    said, lost = "", 0
+    faults: dict[str, str] = {}
     events: list[dg.AssetMaterialization] = []
     reported: dict[dt.date, str] = {}
     try:
         lake = installation.lake()
-        try:
-            said, lost = _drain(installation, lake)
-        except (HbError, OSError) as error:
-            faults["drain"] = f"nothing can be drained: {outcomes.line(error)}"
-        except Exception as error:  # noqa: BLE001  # a drain that stands still must raise an alarm
-            # only its kind: the message may quote a heartbeat
-            faults["drain"] = f"nothing can be drained: unexpected {type(error).__name__}"
+        if cursor.resting(now_ms()):
+            faults = {name: cursor.alarms[name].message for name in DRAIN & cursor.alarms.keys()}
+        else:
+            said, lost, faults = _drain(installation, lake)
+            cursor = cursor.after_drain(failed="drain" in faults, now_ms=now_ms())
         events, reported = _report(installation, lake, cursor)
     except (HbError, OSError) as error:
         faults["lake"] = outcomes.line(error)
@@ -71,12 +74,26 @@ def _tick(
     )
 
 
-def _drain(installation: Installation, lake: Lake) -> tuple[str, int]:
-    """Drain; one line about it, and how many entries were found to be lost."""
+def _drain(installation: Installation, lake: Lake) -> tuple[str, int, dict[str, str]]:
+    """Drain; one line about it, how many entries were found to be lost, and the faults."""
     settings = installation.settings
-    with installation.consumer() as consumer:
-        done = drain.drain(consumer, lake, settings, seconds=settings.drain_tick_seconds)
-    return outcomes.drained(done) if done.entries else "the buffer is empty", consumer.lost
+    faults = {}
+    said, lost = "", 0
+    try:
+        with installation.consumer() as consumer:
+            try:
+                done = drain.drain(consumer, lake, settings, seconds=settings.drain_tick_seconds)
+                said = outcomes.drained(done) if done.entries else "the buffer is empty"
+            finally:
+                lost = consumer.lost
+                if consumer.unusable:
+                    faults["shards"] = "; ".join(consumer.unusable.values())
+    except (HbError, OSError) as error:
+        faults["drain"] = f"nothing can be drained: {outcomes.line(error)}"
+    except Exception as error:  # noqa: BLE001  # a drain that stands still must raise an alarm
+        # only its kind: the message may quote a heartbeat
+        faults["drain"] = f"nothing can be drained: unexpected {type(error).__name__}"
+    return said, lost, faults
 
 
 def _report(

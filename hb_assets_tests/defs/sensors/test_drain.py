@@ -8,10 +8,12 @@ import json
 import pytest
 
 from hb_assets import drain
+from hb_assets.buffer import keys
 from hb_assets.defs.installation import Installation
 from hb_assets.defs.reports import Cursor
 from hb_assets.defs.sensors import drain as drain_sensor
 from hb_assets_tests.defs.conftest import Ticks
+from hb_assets_tests.servers import wait_for
 
 
 def reported(data) -> list[str]:
@@ -99,7 +101,7 @@ def test_a_redis_that_is_away_is_a_clear_line_and_the_lake_is_reported_all_the_s
     sensor.tick()
     back = Ticks(settings.model_copy(update=webhook.setting), instance, "drain")
     back.cursor = sensor.cursor
-    back.tick()
+    wait_for(lambda: bool(back.tick()) and len(webhook.received) > 1, "the end of the rest")
     assert [(one["alarm"], one["severity"]) for one in webhook.received] == [
         ("drain", "error"),
         ("drain", "resolved"),
@@ -139,3 +141,42 @@ def test_anything_unforeseen_is_an_alarm_without_its_message(monkeypatch, ticks,
     data = ticks("drain").tick()
     assert "unexpected RuntimeError" in data.skip_message
     assert "secret" not in data.skip_message
+
+
+def test_after_faults_it_rests_and_the_alarm_stands(
+    append, ticks, settings, instance, webhook, monkeypatch
+) -> None:
+    """Longer with each fault; days are reported all the same."""
+    now = [10**12]
+    monkeypatch.setattr(drain_sensor, "now_ms", lambda: now[0])
+    tries = []
+
+    def fail(*_: object, **__: object) -> None:
+        tries.append(now[0] - 10**12)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(drain, "drain", fail)
+    append("2025-01-15")
+    sensor = Ticks(settings.model_copy(update=webhook.setting), instance, "drain")
+    for _ in range(200):
+        assert "No space left on device" in sensor.tick().skip_message
+        now[0] += 500
+    assert tries == [0, 500, 1500, 3500, 7500, 15500, 31500, 61500, 91500]
+    monkeypatch.undo()
+    webhook_after = Ticks(settings.model_copy(update=webhook.setting), instance, "drain")
+    webhook_after.cursor = sensor.cursor
+    assert reported(webhook_after.tick()) == ["2025-01-15"], "a clock set back prolongs no rest"
+    assert [one["severity"] for one in webhook.received] == ["error", "resolved"]
+
+
+def test_a_shard_that_cannot_be_used_is_an_alarm_and_the_others_are_drained(
+    append, ticks, settings, client
+) -> None:
+    append("2025-01-15", users=8)
+    [shard] = [n for n in range(settings.shards) if client.exists(keys.stream(n))][:1]
+    client.rename(keys.stream(shard), "kept")
+    client.set(keys.stream(shard), "x")
+    data = ticks("drain").tick()
+    assert keys.stream(shard) in data.skip_message
+    assert "drained" in data.skip_message
+    assert reported(data) == ["2025-01-15"]
