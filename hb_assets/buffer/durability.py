@@ -120,7 +120,8 @@ class Confirmation:
         if settings.durability != "replicated":
             return None
         # Half of the time that the client waits: the server's word has to come first.
-        return cls(settings.replicas, int(settings.redis_timeout.total_seconds() * 500))
+        # Never 0, which would be for ever.
+        return cls(settings.replicas, max(1, int(settings.redis_timeout.total_seconds() * 500)))
 
     @property
     def commands(self) -> tuple[Command, ...]:
@@ -130,7 +131,10 @@ class Confirmation:
         it just got, and says more only at its next tick, up to a second later. When WAIT is over,
         it has got it; the question that WAITAOF then makes the primary ask meets a synced file.
         """
-        return (("WAIT", self.replicas, _NUDGE_MS), ("WAITAOF", 1, self.replicas, self.ms))
+        return (
+            ("WAIT", self.replicas, min(_NUDGE_MS, self.ms)),
+            ("WAITAOF", 1, self.replicas, self.ms),
+        )
 
     def fault(self, reply: Any) -> str | None:
         """What is missing by the reply of WAITAOF, or None when all have confirmed."""
