@@ -247,9 +247,7 @@ class Spool:
 
     def _attempt(self, work: Callable[[sqlite3.Connection], T], *, transaction: bool) -> T:
         db = self._live()
-        if not transaction:
-            return work(db)
-        with records.transaction(db):
+        with records.transaction(db) if transaction else contextlib.nullcontext():
             result = work(db)
         self._mark_held(db)
         return result
@@ -289,7 +287,6 @@ class Spool:
                 _log.error("spool: %d heartbeats were saved into %s", saved, path)
             for folder in (self._folder, self._folder.parent):
                 _fsync_folder(folder)
-            self._mark_held(db)
             undo.pop_all()
         self._db, self._number = db, number
         return db

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import datetime as dt
 import json
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -19,8 +22,8 @@ from pydantic import SecretStr
 from hb_assets.buffer import keys
 from hb_assets.buffer.connection import connect
 from hb_assets.errors import BufferUnavailableError, SpoolUnavailableError
+from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.replay import Replayer
-from hb_assets.gateway.server import serve
 from hb_assets.gateway.spool import Spool
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
@@ -265,17 +268,21 @@ def test_a_heartbeat_waits_a_moment_for_the_last_ones_before_it(
 
 
 def test_a_hung_redis_costs_one_timeout(redis: Redis, settings: Settings, spool: Spool) -> None:
-    with running(settings) as http:
-        post(http)
+    seconds = 3
+    patient = settings.model_copy(update={"redis_timeout": dt.timedelta(seconds=seconds)})
+    with running(patient) as http:
+        post(http, heart_rate=60)
         redis.signal(signal.SIGSTOP)
+        started = time.monotonic()
         try:
-            for n in range(20):
-                post(http, user_id=f"u{n}", heart_rate=80)
-            assert spool.holdings().heartbeats == 20
+            for shard in range(SHARDS):
+                post(http, user_id=user_of(shard), heart_rate=80)
+            assert seconds < time.monotonic() - started < 2 * seconds
+            assert spool.holdings().heartbeats == SHARDS
         finally:
             redis.signal(signal.SIGCONT)
         wait_for(lambda: empty(spool), "the replay")
-    assert rates(settings).count(80) >= 20
+    assert rates(settings).count(80) >= SHARDS
 
 
 def test_a_full_buffer_is_not_spooled(settings: Settings, spool: Spool) -> None:
@@ -421,19 +428,20 @@ def test_health_metrics_and_log_tell(
 def test_a_first_start_needs_redis_a_restart_does_not(
     redis: Redis, settings: Settings, spool: Spool
 ) -> None:
-    served = settings.model_copy(update={"gateway_port": free_port()})
+    async def start(chosen: Settings) -> None:
+        async with Backend(chosen).opened():
+            pass
+
     redis.kill()
     with pytest.raises(BufferUnavailableError):
-        serve(served)
+        asyncio.run(start(settings))
     redis.start()
-    with running(settings):
-        pass
+    asyncio.run(start(settings))
     redis.kill()
     with running(settings) as http:
         post(http)
-    memory = served.model_copy(update={"durability": "memory"})
-    with pytest.raises(BufferUnavailableError):
-        serve(memory)  # in this mode it was never verified
+    with pytest.raises(BufferUnavailableError):  # in this mode it was never verified
+        asyncio.run(start(settings.model_copy(update={"durability": "memory"})))
     redis.start()
     with running(settings):
         wait_for(lambda: empty(spool), "the replay")
