@@ -106,7 +106,7 @@ def examine(
                     break
                 done += 1
                 yield entry, _results(results)
-            if code == 0:
+            if done == len(rest) or (code == 0 and done):
                 return
             how = _how_it_ended(code, folder, started=(folder / str(done)).exists())
         if done == 0:
@@ -183,7 +183,7 @@ def _how_it_ended(code: int, folder: Path, *, started: bool) -> str:
             f"the process that decodes suspect entries was ended by {signal.Signals(-code).name}; "
             "they stay in the buffer and are tried again"
         )
-    how = f"exit code {code}" if code > 0 else f"ended by {_name(-code)}"
+    how = f"exit code {code}" if code >= 0 else f"ended by {_name(-code)}"
     if not started:
         raise HbError(
             f"the process that decodes suspect entries can't start ({how}): check the "

@@ -142,7 +142,9 @@ def test_somebody_who_ends_the_child_says_nothing_about_an_entry(
         examined(settings, suspect(b"terminated"))
 
 
-@pytest.mark.parametrize("code", ["raise SystemExit(3)", "import os; os.abort()", "raise OSError"])
+@pytest.mark.parametrize(
+    "code", ["pass", "raise SystemExit(3)", "import os; os.abort()", "raise OSError"]
+)
 def test_a_child_that_cannot_start_says_nothing_about_an_entry(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
