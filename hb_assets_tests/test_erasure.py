@@ -13,7 +13,6 @@ import duckdb
 import pytest
 import redis
 
-from hb_assets import drain as drain_module
 from hb_assets import erasure
 from hb_assets.audit import audit
 from hb_assets.buffer import connection, foreign, log, server
@@ -23,9 +22,19 @@ from hb_assets.coordination import coordinated
 from hb_assets.drain import drain
 from hb_assets.erasure import Forgotten, forget
 from hb_assets.errors import BufferUnavailableError
-from hb_assets.lake import consolidation, erased, minutes, pruning, quarantine, query, tombstones
+from hb_assets.lake import (
+    consolidation,
+    erased,
+    fragments,
+    minutes,
+    pruning,
+    quarantine,
+    query,
+    tombstones,
+)
 from hb_assets.lake import erasure as in_lake
 from hb_assets.lake.consolidation import consolidate
+from hb_assets.lake.decode import decode
 from hb_assets.lake.erasure import Whose
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
@@ -213,13 +222,13 @@ def test_a_drain_that_slept_brings_nothing_back(
     sleeping = Consumer(house.client, house.settings, name="elsewhere:1:1:00")
     sleeping.open()
     entries = sleeping.claim(100, 10**6)
-    decoded = drain_module.decode(entries, house.settings)
+    decoded = decode(entries, house.settings)
     other = Consumer(house.client, house.settings)
     other.open()
     monkeypatch.setattr(other, "_min_idle_ms", 0)
     drain(other, house.lake, house.settings, until_empty=True)
     assert house.forget().left == []
-    drain_module.fragments.publish(house.lake, decoded.rows)
+    fragments.publish(house.lake, decoded.rows)
     assert sleeping.acknowledge(list(zip(entries, decoded.counts, strict=True))) == 0
     assert house.minutes_of(USER) == 0
     house.assert_adds_up()

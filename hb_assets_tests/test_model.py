@@ -38,6 +38,7 @@ from hb_assets.buffer.producer import Producer
 from hb_assets.coordination import coordinated
 from hb_assets.lake import erased, fragments, inventory, layout, minutes, quarantine
 from hb_assets.lake.consolidation import consolidate
+from hb_assets.lake.decode import decode
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.store import Lake
 from hb_assets.maintenance import maintain
@@ -194,7 +195,7 @@ class Pipeline(RuleBasedStateMachine):
         consumer.open()
         entries = consumer.claim(1000, 10**6)
         if entries:
-            decoded = drain_module.decode(entries, self.settings)
+            decoded = decode(entries, self.settings)
             self.asleep.append((consumer, entries, decoded))
 
     @precondition(lambda self: self.asleep)

@@ -18,7 +18,16 @@ from hb_assets.lake import layout
 
 def sync_folder(folder: Path) -> None:
     """Make the folder's entries durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """Make the file's bytes durable."""
+    _sync(path, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:
@@ -81,13 +90,9 @@ class TempFile:
 
     def _sync(self) -> None:
         try:
-            handle = os.open(self.path, os.O_RDONLY)
+            sync_file(self.path)
         except FileNotFoundError:
             raise self._fenced() from None
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
     def _fenced(self) -> FencedError:
         return FencedError(f"{self.path}: the temp file is gone, a pruner was here; start again")

@@ -193,7 +193,7 @@ def _pending_rows(
 ) -> int:
     """Distinct rows that wait for their consolidation; a row that comes again is none."""
     inputs = Inputs.of(lake, published, waiting, raw)
-    if inputs.included or inputs.watermark:
+    if inputs.included or inputs.watermark or inputs.erased_before:
         return fresh_rows(inputs, connection)
     return fragments.distinct_rows(connection, waiting)
 

@@ -34,9 +34,9 @@ class Inputs:
     Attributes:
         base: the published file, if there is one.
         new: pending fragments.
-        included: files whose identities are no news where they may come in `new`: fragments that
-            `base` includes, after a drain that died between publication and acknowledgement
-            (survivors alone wouldn't tell), and lists of identities that were erased.
+        included: fragments that `base` includes and that may hold rows of `new`, after a drain that
+            died between publication and acknowledgement; survivors alone wouldn't tell.
+        erased_before: lists of identities that were erased before they came here.
         watermark: per source shard the entry id up to which `base` includes every row there ever
             was: such a row can only come again.
         erased: users whose rows are to go, each with the latest arrival (epoch ms) that goes.
@@ -45,6 +45,7 @@ class Inputs:
     base: Path | None
     new: Sequence[Path]
     included: Sequence[Path] = ()
+    erased_before: Sequence[Path] = ()
     watermark: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     erased: Mapping[str, int] = field(default_factory=dict)
 
@@ -63,16 +64,16 @@ class Inputs:
         paths = [one.path for one in new]
         known = erased.near(lake, [one.name for one in new])
         if base is None:
-            return cls(None, paths, known)
+            return cls(None, paths, erased_before=known)
         listed = base.names
-        included = known + [
+        included = [
             one.path
             for one in raw
             if str(one.name) in listed and any(one.name.overlaps(other.name) for other in new)
         ]
         again = {one.name.source for one in new if base.note.reaches(one.name)}
         watermark = {source: base.note.watermark[source] for source in again}
-        return cls(base.path, paths, included, watermark)
+        return cls(base.path, paths, included, known, watermark)
 
 
 @dataclass(slots=True)
@@ -92,6 +93,7 @@ class Tally:
 
 _COLUMNS = ", ".join(SCHEMA.names)
 _IDENTITY = ", ".join(ARRIVAL)
+_ROW = ", ".join((*KEY, *ARRIVAL))
 _SORT = ", ".join((*ORDER, *ARRIVAL))
 _FLAGGED: pa.Schema = pa.schema(
     [*SCHEMA, pa.field("late", pa.bool_()), pa.field("gone", pa.bool_())]
@@ -100,20 +102,28 @@ _LATE = (
     "coalesce(arrival_ms < mark.ms OR (arrival_ms = mark.ms AND arrival_seq <= mark.seq), false)"
 )
 _BASE = "SELECT *, false AS late FROM read_parquet($base, hive_partitioning = false)"
+# An identity alone might be another row's, where a server that lost its last ids gave them again.
 _UNKNOWN = f"""
- ANTI JOIN (SELECT {_IDENTITY} FROM read_parquet($included, hive_partitioning = false)) AS known
- USING ({_IDENTITY})
+ ANTI JOIN (
+    SELECT {_ROW} FROM read_parquet($included, hive_partitioning = false)
+ ) AS known USING ({_ROW})
+"""
+_NOT_ERASED = f"""
+ ANTI JOIN (
+    SELECT {_IDENTITY} FROM read_parquet($erased_before, hive_partitioning = false)
+ ) AS gone USING ({_IDENTITY})
 """
 # Each part is there only where it is needed: most merges know of nothing that comes again.
 _NEW = {
-    (late, included): f"""
+    (late, included, erased): f"""
 SELECT arrived.*, {_LATE if late else "false"} AS late
 FROM read_parquet($new, hive_partitioning = false) AS arrived
 {"LEFT JOIN mark ON arrived.arrival_shard = mark.source" if late else ""}
-{_UNKNOWN if included else ""}
+{_UNKNOWN if included else ""} {_NOT_ERASED if erased else ""}
 """
     for late in (False, True)
     for included in (False, True)
+    for erased in (False, True)
 }
 _FRESH = {
     kind: f"SELECT count(*) FROM (SELECT DISTINCT {_IDENTITY} FROM ({new}) WHERE NOT late)"
@@ -159,8 +169,8 @@ def fresh_rows(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> int:
     return figures(connection, _FRESH[_kind(inputs)], _parameters(inputs, base=False))[0]
 
 
-def _kind(inputs: Inputs) -> tuple[bool, bool]:
-    return bool(inputs.watermark), bool(inputs.included)
+def _kind(inputs: Inputs) -> tuple[bool, bool, bool]:
+    return bool(inputs.watermark), bool(inputs.included), bool(inputs.erased_before)
 
 
 def _register(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> None:
@@ -171,7 +181,9 @@ def _register(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _parameters(inputs: Inputs, *, base: bool) -> dict[str, list[str]]:
-    files = {"new": inputs.new, "included": inputs.included if inputs.new else ()}
+    files = {"new": inputs.new}
+    if inputs.new:
+        files |= {"included": inputs.included, "erased_before": inputs.erased_before}
     if base and inputs.base is not None:
         files["base"] = [inputs.base]
     return {name: [str(path) for path in paths] for name, paths in files.items() if paths}

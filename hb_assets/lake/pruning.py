@@ -33,7 +33,7 @@ from hb_assets.lake import fragments, layout, parquet
 from hb_assets.lake.consolidated import Current, current
 from hb_assets.lake.consolidation import Lock, Watermarks, no_lock
 from hb_assets.lake.engine import engine
-from hb_assets.lake.files import TempFile, sync_folder
+from hb_assets.lake.files import TempFile, sync_file, sync_folder
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.layout import HEARTBEATS, QUARANTINE, RAW, FragmentName
 from hb_assets.lake.store import FORMAT, Lake
@@ -179,6 +179,9 @@ def prune_shard(
         if second is None:
             return Pruned()
         parquet.verify(second.path)
+        # whoever published it may have died, or failed, before its name was durable
+        sync_file(second.path)
+        sync_folder(second.path.parent)
         doomed = [one for one in old if str(one.name) in second.names]
         _mark(lake, day, shard)
         for fragment in doomed:
