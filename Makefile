@@ -46,7 +46,7 @@ check: lint types test ## all that CI asks for
 bench: $(READY) ## drain and consolidation against the floor and the alternative
 	@exec $(BIN)/python bench/engines.py $(ARGS)
 
-chaos: $(READY) ## kill everything for 12 minutes, lose nothing (ARGS=--short: under 2 minutes)
+chaos: $(READY) ## kill everything for a quarter of an hour, lose nothing (ARGS=--short: under 2 minutes)
 	@exec $(BIN)/python -m chaos $(ARGS)
 
 docs: $(READY) ## the generated pages

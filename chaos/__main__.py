@@ -62,7 +62,7 @@ class Demand:
         return 60 * self.minutes * share
 
 
-FULL = Demand(minutes=12, kills=200, heartbeats=2_000_000, up=True)
+FULL = Demand(minutes=14, kills=200, heartbeats=2_000_000, up=True)
 SHORT = Demand(minutes=1.7, kills=20, heartbeats=100_000, up=False)
 
 

@@ -34,12 +34,12 @@ UP = ("redis", "gateway", "code", "daemon")
 MIN_IDLE = 2.0
 """HB_CLAIM_MIN_IDLE in seconds. Too short on purpose: entries are taken from the living, too."""
 _PAUSE = 2.5 * MIN_IDLE
-_HITS = {"gateway": 60, "drain": 5, "consolidate": 4}
+_HITS = {"gateway": 20, "drain": 3, "consolidate": 2}
 """How many-th hit of its point a process meets its fate at, on average, once it was met there."""
-_UP_PACE = 8.0
-_PACE = 4.0
+_UP_PACE = 6.0
+_PACE = 3.0
 """Mean seconds between two faults at random moments."""
-_ARMED = 0.7
+_ARMED = 0.85
 _PAUSED = 0.2
 _LOOK_SECONDS = 0.05
 

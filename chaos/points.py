@@ -35,11 +35,11 @@ _WRITE = "pyarrow.parquet:ParquetWriter.write_table"
 
 POINTS = (
     Point(
-        *("before append", "gateway", "hb_assets.buffer.producer:exchange_async", "before"),
+        *("before append", "gateway", "hb_assets.buffer.producer:AsyncProducer._flush", "before"),
         "a request was read, nothing of it is in Redis",
     ),
     Point(
-        *("after append", "gateway", "hb_assets.buffer.producer:exchange_async", "after"),
+        *("after append", "gateway", "hb_assets.buffer.producer:AsyncProducer._flush", "after"),
         "Redis has it durably, the client has no answer: it sends again",
     ),
     Point(
