@@ -86,6 +86,8 @@ class Run:
             "drain_poll": "300ms",
             "duckdb_memory": "256MiB",
             "duckdb_threads": 1,
+            "raw_keep": "5s",
+            "temp_keep": "10s",
             "log_level": "warning",
         }
         self._plain = environment(
@@ -128,7 +130,9 @@ class Run:
 
     def _bare(self, server: BufferServer, to_server: Proxy, to_gateways: list[Proxy]) -> None:
         self._tell("bare phase")
-        hb = environment(**self._common, redis_url=f"redis://127.0.0.1:{to_server.port}")
+        # locks only save work, so that nothing may depend on them
+        redis_url = f"redis://127.0.0.1:{to_server.port}"
+        hb = environment(**self._common, redis_url=redis_url, locks="none")
         logs = self._home / "logs"
         bare = Bare(hb, logs, server, to_server, to_gateways, self._chance, self._faults)
         wanted = self._demand.kills - (_UP_KILLS if self._demand.up else 0)

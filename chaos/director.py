@@ -27,6 +27,7 @@ BARE: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "gateway": (2, ("serve",)),
     "drain": (3, ("drain", "--follow")),
     "consolidate": (2, ("consolidate", "--pending")),
+    "prune": (1, ("prune",)),
 }
 """Processes of the bare phase: how many, and the arguments of `hb`."""
 UP = ("redis", "gateway", "code", "daemon")
@@ -34,7 +35,7 @@ UP = ("redis", "gateway", "code", "daemon")
 MIN_IDLE = 2.0
 """HB_CLAIM_MIN_IDLE in seconds. Too short on purpose: entries are taken from the living, too."""
 _PAUSE = 2.5 * MIN_IDLE
-_HITS = {"gateway": 20, "drain": 3, "consolidate": 2}
+_HITS = {"gateway": 20, "drain": 3, "consolidate": 2, "prune": 2}
 """How many-th hit of its point a process meets its fate at, on average, once it was met there."""
 _UP_PACE = 6.0
 _PACE = 3.0
@@ -132,10 +133,11 @@ class Bare:
             return None
         point = self._chance.choice([one for one in known if self._killed_at(one) == least])
         if not least:
-            return Fate(point, 1, signal.SIGKILL)
+            return Fate(point, point.hit, signal.SIGKILL)
         paused = self._chance.random() < _PAUSED
         sign = signal.SIGSTOP if paused else signal.SIGKILL
-        return Fate(point, 1 + int(self._chance.expovariate(1 / _HITS[process])), sign)
+        hit = point.hit + int(self._chance.expovariate(1 / _HITS[process]))
+        return Fate(point, hit, sign)
 
     def _killed_at(self, point: Point) -> int:
         return self._faults[point.process, f"killed {point.name}"]

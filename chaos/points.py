@@ -17,13 +17,17 @@ When = Literal["before", "after"]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One moment in one kind of process: `when` a call of `target` begins or has returned."""
+    """One moment in one kind of process: `when` a call of `target` begins or has returned.
+
+    `hit`: the first call that is meant, where earlier ones do something else.
+    """
 
     name: str
     process: Process
     target: str
     when: When
     meaning: str
+    hit: int = 1
 
     @property
     def key(self) -> str:
@@ -111,8 +115,23 @@ POINTS = (
         *("before minutes", "consolidate", "hb_assets.lake.minutes:build", "before"),
         "the day is published, its minutes are those of the old one",
     ),
-    # -- `hb prune`: its points go here (mid-prune: temp files unlinked, current file read, between
-    # two deletions), and "prune" into director.BARE
+    Point(
+        *("temp files unlinked", "prune", "hb_assets.lake.pruning:fence", "after"),
+        "consolidators are fenced off, nothing is deleted",
+    ),
+    Point(
+        *("published file read again", "prune", "hb_assets.lake.parquet:verify", "after"),
+        "it is known what may be deleted",
+    ),
+    Point(
+        *("between two deletions", "prune", "pathlib:Path.unlink", "after"),
+        "some of a shard's fragments are gone, others that may go aren't",
+        hit=2,
+    ),
+    Point(
+        *("before folder's fsync", "prune", "hb_assets.lake.pruning:sync_folder", "before"),
+        "fragments are gone, which is not durable",
+    ),
 )
 
 

@@ -17,8 +17,9 @@ from chaos.points import Point
 from hb_assets import days
 from hb_assets.audit import audit
 from hb_assets.buffer import depth, keys
+from hb_assets.buffer.watermark import watermarks
 from hb_assets.drain import drain
-from hb_assets.lake import inventory, minutes, quarantine
+from hb_assets.lake import fragments, inventory, minutes, pruning, quarantine
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
@@ -84,6 +85,33 @@ def test_consolidate(client: redis.Redis, settings: Settings, point: Point) -> N
     assert values(client, lake, settings) == expected
     minutes.build(lake, day, settings)
     assert inventory.day_state(lake, day, settings).minutes_current
+
+
+@killed_at("prune")
+def test_prune(client: redis.Redis, settings: Settings, point: Point) -> None:
+    settings = settings.model_copy(update={"raw_keep": dt.timedelta(0)})
+    lake = Lake.open(settings)
+    with consuming(settings) as consumer:
+        for bpm in (70, 71, 72):
+            append(client, settings, [beat(f"u{n}", bpm=bpm) for n in range(20)])
+            drain(consumer, lake, settings)
+    [day] = inventory.days(lake)
+    consolidate(lake, day, settings, watermarks=watermarks(client, settings))
+    before = sorted(consolidated(lake, day))
+    assert len(fragments.all_listed(lake, day)) == 12
+    victims.kill_at(settings, point.key, "prune")
+    assert sorted(consolidated(lake, day)) == before
+    assert audit(client, lake, settings, deep=True).differences == []
+    pruned = pruning.prune(lake, settings)
+    assert pruned.faults == ()
+    assert fragments.all_listed(lake, day) == []
+    with consuming(settings) as consumer:
+        append(client, settings, [beat("u1", bpm=90)])
+        drain(consumer, lake, settings)
+    consolidate(lake, day, settings)
+    found = {one[0]: one[3] for one in consolidated(lake, day)}
+    assert found == {f"u{n}": 72 for n in range(20)} | {"u1": 90}
+    assert audit(client, lake, settings, deep=True).differences == []
 
 
 @contextmanager

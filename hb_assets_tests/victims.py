@@ -46,10 +46,9 @@ def said(settings: Settings) -> str:
     return (settings.home_dir / "victim.log").read_text(errors="replace")
 
 
-def kill_at(settings: Settings, key: str, *arguments: str, hit: int = 1) -> None:
+def kill_at(settings: Settings, key: str, *arguments: str) -> None:
     """Run `hb <arguments>` until it is killed at the point."""
-    points.named(key)
-    with running(settings, *arguments, point=key, hit=hit) as process:
+    with running(settings, *arguments, point=key, hit=points.named(key).hit) as process:
         code = process.wait(timeout=60)
     assert code == -signal.SIGKILL, said(settings)
 
@@ -57,8 +56,9 @@ def kill_at(settings: Settings, key: str, *arguments: str, hit: int = 1) -> None
 @contextmanager
 def paused_at(settings: Settings, key: str, *arguments: str) -> Iterator[psutil.Popen]:
     """`hb <arguments>`, paused at the point; whoever wants it to go on resumes it."""
-    points.named(key)
-    with running(settings, *arguments, point=key, signal="STOP") as process:
+    with running(
+        settings, *arguments, point=key, hit=points.named(key).hit, signal="STOP"
+    ) as process:
         wait_for(
             lambda: process.poll() is not None or process.status() == psutil.STATUS_STOPPED,
             f"the process to reach {key}",
