@@ -100,8 +100,10 @@ class AsyncProducer:
     async def start(self) -> None:
         """Start the task that sends; call it in the loop that `append` is called in."""
         with contextlib.suppress(failures.RedisError, OSError):  # our own clock has to do then
-            seconds, micros = await self._client.time()
-            self.clock.hear(seconds * 1000 + micros // 1000)
+            [(reply, _)] = await exchange_confirmed_async(self._client, [("TIME",)], ())
+            if not isinstance(reply, failures.RedisError):
+                seconds, micros = map(int, reply)
+                self.clock.hear(seconds * 1000 + micros // 1000)
         self._flusher = asyncio.create_task(self._flush_for_ever(), name="buffer-flush")
 
     async def close(self) -> None:
