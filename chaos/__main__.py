@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,19 +33,21 @@ from rich.console import Console
 
 from chaos import checker
 from chaos.buffer_server import BufferServer
-from chaos.director import BARE, MIN_IDLE, Bare, Up, kills
+from chaos.director import MIN_IDLE, Bare, Up, kills
 from chaos.load import Client
 from chaos.members import ROOT, Faults, environment
 from chaos.proxy import Proxy
 from chaos.report import Report
 from hb_assets import days
+from hb_assets.buffer import server
 from hb_assets.settings import Settings
 
 CLIENTS = 8
 SHARDS = 4
-_SENT, _BARE, _UP = 0.45, 0.6, 0.85
+_SENT, _BARE, _UP = 0.7, 0.66, 0.86
 """Shares of the time: when the load should be through, and when the phases end at the latest."""
 _UP_KILLS = 12
+_SPOOL_SECONDS = 60
 _notes = Console(stderr=True, highlight=False)
 
 
@@ -56,14 +59,17 @@ class Demand:
     kills: int
     heartbeats: int
     up: bool
+    crew: Mapping[str, int]
 
     def seconds(self, share: float) -> float:
         """Seconds after which this share of the time is over."""
         return 60 * self.minutes * share
 
 
-FULL = Demand(minutes=14, kills=200, heartbeats=2_000_000, up=True)
-SHORT = Demand(minutes=1.7, kills=20, heartbeats=100_000, up=False)
+_FULL_CREW = {"gateway": 2, "drain": 3, "consolidate": 2, "prune": 1}
+_SHORT_CREW = {"gateway": 1, "drain": 2, "consolidate": 1, "prune": 1}
+FULL = Demand(minutes=14, kills=200, heartbeats=2_000_000, up=True, crew=_FULL_CREW)
+SHORT = Demand(minutes=1.7, kills=20, heartbeats=100_000, up=False, crew=_SHORT_CREW)
 
 
 class Run:
@@ -99,13 +105,13 @@ class Run:
         with ExitStack() as stack:
             settings = Settings(home=self._home)
             to_server = _proxy(stack, str(settings.run_dir / "redis.sock"))
-            to_gateways = [_proxy(stack, _free_port()) for _ in range(BARE["gateway"][0])]
-            server = BufferServer(settings, to_server)
-            server.start()
-            stack.callback(server.end)
+            to_gateways = [_proxy(stack, _free_port()) for _ in range(self._demand.crew["gateway"])]
+            buffer = BufferServer(settings, to_server)
+            buffer.start()
+            stack.callback(buffer.end)
             self._start_clients(stack, to_gateways)
-            self._bare(server, to_server, to_gateways)
-            server.end()
+            self._bare(buffer, to_server, to_gateways)
+            buffer.end()
             if self._demand.up:
                 self._up(stack, to_gateways)
             for client in self._clients:
@@ -115,7 +121,7 @@ class Run:
             dropped = to_server.dropped + sum(proxy.dropped for proxy in to_gateways)
         self._tell("settling")
         self._settle()
-        self._account(dropped, server.cut_bytes)
+        self._account(dropped, buffer.cut_bytes)
         return self._report
 
     def _start_clients(self, stack: ExitStack, to_gateways: list[Proxy]) -> None:
@@ -128,13 +134,15 @@ class Run:
             stack.callback(client.ending.set)
             self._clients.append(client)
 
-    def _bare(self, server: BufferServer, to_server: Proxy, to_gateways: list[Proxy]) -> None:
+    def _bare(self, buffer: BufferServer, to_server: Proxy, to_gateways: list[Proxy]) -> None:
         self._tell("bare phase")
         # locks only save work, so that nothing may depend on them
         redis_url = f"redis://127.0.0.1:{to_server.port}"
         hb = environment(**self._common, redis_url=redis_url, locks="none")
         logs = self._home / "logs"
-        bare = Bare(hb, logs, server, to_server, to_gateways, self._chance, self._faults)
+        bare = Bare(
+            self._demand.crew, hb, logs, buffer, to_server, to_gateways, self._chance, self._faults
+        )
         wanted = self._demand.kills - (_UP_KILLS if self._demand.up else 0)
         share = 0.8 if self._demand.up else 1.0
         bare.run(
@@ -178,6 +186,7 @@ class Run:
 
     def _settle(self) -> None:
         """Bring everything into consolidated files, as an operator would; ask for the audit."""
+        self._empty_spool()
         self._hb("drain", "--until-empty")
         self._hb("consolidate", "--all")
         verdict = self._hb("audit", "--deep")
@@ -188,6 +197,31 @@ class Run:
             report.quarantined = int(verdict["audit"]["quarantined"])
             report.replayed = sum(int(day["replayed"]) for day in verdict["audit"]["days"])
 
+    def _empty_spool(self) -> None:
+        """Let a gateway bring to Redis what was accepted while it was away."""
+        settings = Settings(home=self._home)
+        with (
+            server.borrowed(settings),
+            (self._home / "logs" / "chaos-settling.log").open("wb") as log,
+        ):
+            gateway = subprocess.Popen(
+                [sys.executable, "-m", "hb_assets", "serve"],
+                env=self._plain,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+            deadline = time.monotonic() + _SPOOL_SECONDS
+            while time.monotonic() < deadline:
+                spool = self._hb("status").get("spool")
+                if spool is None or not spool["heartbeats"]:
+                    break
+            else:
+                self._report.surprises.append(f"the spool isn't empty after {_SPOOL_SECONDS} s")
+            gateway.terminate()
+            gateway.wait()
+
     def _hb(self, *arguments: str) -> Any:
         done = subprocess.run(
             [sys.executable, "-m", "hb_assets", *arguments, "--json"],
@@ -197,7 +231,7 @@ class Run:
             text=True,
             check=False,
         )
-        if done.returncode:
+        if done.returncode and arguments != ("status",):  # which has alarms to tell of
             said = f"ended with {done.returncode}: {done.stderr.strip()}"
             self._report.surprises.append(f"hb {' '.join(arguments)} {said}")
         return json.loads(done.stdout) if done.stdout else {}
@@ -268,6 +302,7 @@ def main() -> int:
         kills=base.kills if options.kills is None else options.kills,
         heartbeats=base.heartbeats if options.heartbeats is None else options.heartbeats,
         up=base.up,
+        crew=base.crew,
     )
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     home = Path(tempfile.mkdtemp(prefix="hb-chaos-"))

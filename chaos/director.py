@@ -23,13 +23,13 @@ from chaos.members import RANDOM, ROOT, Fate, Faults, Member
 from chaos.points import Point
 from chaos.proxy import Proxy
 
-BARE: Mapping[str, tuple[int, tuple[str, ...]]] = {
-    "gateway": (2, ("serve",)),
-    "drain": (3, ("drain", "--follow")),
-    "consolidate": (2, ("consolidate", "--pending")),
-    "prune": (1, ("prune",)),
+BARE: Mapping[str, tuple[str, ...]] = {
+    "gateway": ("serve",),
+    "drain": ("drain", "--follow"),
+    "consolidate": ("consolidate", "--pending"),
+    "prune": ("prune",),
 }
-"""Processes of the bare phase: how many, and the arguments of `hb`."""
+"""Processes of the bare phase, and the arguments of `hb`."""
 UP = ("redis", "gateway", "code", "daemon")
 """Members of `hb up` that are killed there (the webserver only shows things)."""
 MIN_IDLE = 2.0
@@ -38,7 +38,7 @@ _PAUSE = 2.5 * MIN_IDLE
 _HITS = {"gateway": 20, "drain": 3, "consolidate": 2, "prune": 2}
 """How many-th hit of its point a process meets its fate at, on average, once it was met there."""
 _UP_PACE = 6.0
-_PACE = 3.0
+_PACE = 2.5
 """Mean seconds between two faults at random moments."""
 _ARMED = 0.85
 _PAUSED = 0.2
@@ -54,6 +54,7 @@ class Bare:
     """The bare phase: server, gateways, drainers and consolidators as processes of the harness.
 
     Args:
+        crew: how many there are of each process.
         environment: of every `hb`, with HB_REDIS_URL of the proxy before the server.
         logs: folder of their logs.
         server: running.
@@ -65,6 +66,7 @@ class Bare:
 
     def __init__(
         self,
+        crew: Mapping[str, int],
         environment: Mapping[str, str],
         logs: Path,
         server: BufferServer,
@@ -76,8 +78,8 @@ class Bare:
         self._server, self._to_server, self._to_gateways = server, to_server, to_gateways
         self._chance, self._faults = chance, faults
         self._members: list[Member] = []
-        for process, (count, arguments) in BARE.items():
-            for number in range(count):
+        for process, arguments in BARE.items():
+            for number in range(crew[process]):
                 own = dict(environment)
                 if process == "gateway":
                     own["HB_GATEWAY_PORT"] = str(to_gateways[number].upstream)
@@ -88,7 +90,7 @@ class Bare:
                     Member(process, arguments, own, log, self._fate, faults, _PAUSE)
                 )
         self._random: list[tuple[int, Callable[[], None]]] = [
-            (6, self._kill_member),
+            (4, self._kill_member),
             (2, self._pause_member),
             (2, self._kill_server),
             (2, self._kill_server_torn),

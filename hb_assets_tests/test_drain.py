@@ -287,7 +287,7 @@ def test_a_row_in_a_fragment_and_in_the_quarantine_is_the_fragments(
 ) -> None:
     """A drainer made the fragments durable and died; later the entry turned out to be poison."""
     append(client, settings, [beat("poison"), beat("u1"), b"bad"])
-    assert dying(settings, "fragments are durable") == -signal.SIGKILL
+    victims.kill_at(settings, "drain/fragments durable", "drain")
     impatient = settings.model_copy(update={"poison_deliveries": 1})
     with consuming(impatient) as heir:
         assert drain(heir, lake, impatient, until_empty=True).quarantined == 3

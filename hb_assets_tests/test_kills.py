@@ -56,7 +56,10 @@ def test_drain(client: redis.Redis, settings: Settings, point: Point) -> None:
         done = drain(heir, lake, settings, until_empty=True)
     assert done.entries == (0 if point.name == "after acknowledge" else 2)
     assert values(client, lake, settings) == {f"u{n}": 75 for n in range(20)} | {"u1": 90}
-    assert quarantine.counts(lake) == {"record_not_json": 1, "user_id_missing": 1}
+    assert quarantine.summary(lake, settings).reasons == {
+        "record_not_json": 1,
+        "user_id_missing": 1,
+    }
     rows = sum(inventory.day_state(lake, day, settings).rows for day in inventory.days(lake))
     assert rows == 22
 
@@ -172,7 +175,7 @@ def test_a_zombie_wakes_up(client: redis.Redis, settings: Settings, key: str) ->
         victims.resume(zombie, hasty)
     assert len(settled(client, lake, hasty)) == 20
     assert sum(one.acknowledged for one in depth.depths(client, hasty)) == 21
-    assert quarantine.counts(lake) == {"record_not_json": 1}
+    assert quarantine.summary(lake, settings).reasons == {"record_not_json": 1}
 
 
 @pytest.mark.parametrize("redis_url", VALKEY, indirect=True)
@@ -188,7 +191,7 @@ def test_a_drainer_whose_clock_is_wrong(
         assert process.wait(timeout=60) == 0, victims.said(settings)
     lake = Lake.open(settings)
     assert [one[0] for one in settled(client, lake, settings)] == ["u1"]
-    assert quarantine.counts(lake) == {"timestamp_in_the_future": 1}
+    assert quarantine.summary(lake, settings).reasons == {"timestamp_in_the_future": 1}
     assert inventory.days(lake) == [days.day_of(now + ahead)]
 
 
