@@ -21,7 +21,7 @@ else
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup run test lint types check bench docs constraints clean
+.PHONY: help setup run test lint types check bench chaos docs constraints clean
 
 help: ## these lines
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -45,6 +45,9 @@ check: lint types test ## all that CI asks for
 
 bench: $(READY) ## drain and consolidation against the floor and the alternative
 	@exec $(BIN)/python bench/engines.py $(ARGS)
+
+chaos: $(READY) ## kill everything for a quarter of an hour, lose nothing (ARGS=--short: under 2 minutes)
+	@exec $(BIN)/python -m chaos $(ARGS)
 
 docs: $(READY) ## the generated pages
 	@$(BIN)/python -m hb_assets.settings_page > docs/settings.md

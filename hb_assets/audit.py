@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from hb_assets.buffer import depth
 from hb_assets.buffer.connection import Client
+from hb_assets.buffer.receipts import Receipts
 from hb_assets.lake import damage, ledger
 from hb_assets.lake.ledger import DayLedger
 from hb_assets.lake.store import Lake
@@ -27,12 +28,15 @@ class BufferLedger:
     """The buffer's side, over all shards.
 
     `in_flight` heartbeats are claimed and not acknowledged: they may lie in the lake already.
+    `set_back` that Redis had confirmed are no longer known to it: they count as acknowledged, so
+    that the lake must have them.
     """
 
     appended: int
     acknowledged: int
     buffered: int
     in_flight: int
+    set_back: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,8 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
     Raises:
         BufferUnavailableError: Redis doesn't answer.
     """
+    receipts = Receipts(settings)
+    confirmed = {shard: receipts.of(shard) for shard in range(settings.shards)}
     for attempt in range(_ATTEMPTS):
         before = depth.depths(client, settings)
         days = ledger.of_days(lake, settings, deep=deep)
@@ -81,8 +87,9 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
         # before `after`: what is acknowledged meanwhile may count on both sides, never on neither
         foreign = depth.foreign_lines(client, settings)
         after = depth.depths(client, settings)
-        low = sum(shard.acknowledged for shard in before)
-        high = sum(shard.acknowledged for shard in after)
+        set_back = sum(max(0, confirmed[shard.shard] - shard.appended) for shard in before)
+        low = sum(shard.acknowledged for shard in before) + set_back
+        high = sum(shard.acknowledged for shard in after) + set_back
         pending = sum(shard.pending for shard in after)
         if (low == high and not pending) or attempt == _ATTEMPTS - 1:
             break
@@ -101,6 +108,7 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
             f"{low - in_lake:,} heartbeats are missing: {low:,} were acknowledged, the lake holds "
             f"{in_lake:,} ({rows:,} rows in raw, {quarantine.records:,} quarantined, {erased:,} "
             "erased before)"
+            + (f"; Redis was set back by {set_back:,} that it had confirmed" if set_back else "")
         )
     elif in_lake > high + in_flight:
         differences.append(
@@ -110,10 +118,11 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
         )
     return Audit(
         buffer=BufferLedger(
-            appended=sum(shard.appended for shard in after),
+            appended=sum(shard.appended for shard in after) + set_back,
             acknowledged=high,
             buffered=sum(buffered.values()),
             in_flight=in_flight,
+            set_back=set_back,
         ),
         days=days,
         rows=rows,

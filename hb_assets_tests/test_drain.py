@@ -34,7 +34,7 @@ from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings, environment
-from hb_assets_tests.dying_drain import ACKNOWLEDGED, DECODING, MOMENTS
+from hb_assets_tests import victims
 from hb_assets_tests.lake.deliveries import (
     Row,
     consolidated,
@@ -208,40 +208,15 @@ def test_quarantine_that_cannot_be_written(
     assert len(settled(client, lake, settings)) == 3
 
 
-@pytest.mark.parametrize("moment", [*MOMENTS, ACKNOWLEDGED])
-def test_killed(client: redis.Redis, lake: Lake, settings: Settings, moment: str) -> None:
-    append(client, settings, [*users(20), b"bad", beat("u1", bpm=80)])
-    client.xadd(keys.stream(1), {"data": b"\n".join([beat("u1", bpm=90), b"{}"])})
-    killed = subprocess.run(
-        [sys.executable, "-m", "hb_assets_tests.dying_drain", moment],
-        env=environment(settings),
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    with consuming(settings) as heir:
-        done = drain(heir, lake, settings, until_empty=True)
-    assert done.entries == (0 if moment == ACKNOWLEDGED else 2)
-    found = settled(client, lake, settings)
-    assert {one[0]: one[3] for one in found} == {f"u{n}": 75 for n in range(20)} | {"u1": 90}
-    assert quarantine.summary(lake, settings).reasons == {
-        "record_not_json": 1,
-        "user_id_missing": 1,
-    }
-    rows = sum(inventory.day_state(lake, day, settings).rows for day in inventory.days(lake))
-    assert rows == 22
-
-
 # -- poison
 
 
 ROOT = Path(__file__).parent.parent
 
 
-def dying(settings: Settings, moment: str) -> int:
+def dying(settings: Settings) -> int:
     """A drain in a process of its own; its exit code."""
-    command = [sys.executable, "-m", "hb_assets_tests.dying_drain", moment]
+    command = [sys.executable, "-m", "hb_assets_tests.dying_drain"]
     environ = environment(settings)
     return subprocess.run(command, env=environ, cwd=ROOT, check=False).returncode
 
@@ -286,7 +261,7 @@ def test_an_entry_that_ends_its_drainer(
     client.xadd(keys.stream(1), {"data": b"\n".join([beat("foreign"), b"", b'"poison"', b""])})
     client.xadd(keys.stream(2), {"data": beat("neighbour")})
     for _ in range(2):
-        assert dying(impatient, DECODING) == -signal.SIGKILL
+        assert dying(impatient) == -signal.SIGKILL
     assert buffered(client, settings) == 4
     if not harmless:
         request.getfixturevalue("acting_decoder")
@@ -312,7 +287,7 @@ def test_a_row_in_a_fragment_and_in_the_quarantine_is_the_fragments(
 ) -> None:
     """A drainer made the fragments durable and died; later the entry turned out to be poison."""
     append(client, settings, [beat("poison"), beat("u1"), b"bad"])
-    assert dying(settings, "fragments are durable") == -signal.SIGKILL
+    victims.kill_at(settings, "drain/fragments durable", "drain")
     impatient = settings.model_copy(update={"poison_deliveries": 1})
     with consuming(impatient) as heir:
         assert drain(heir, lake, impatient, until_empty=True).quarantined == 3
@@ -580,14 +555,8 @@ def test_several_drainers_at_once(client: redis.Redis, lake: Lake, settings: Set
 
     with ThreadPoolExecutor(3) as pool:
         drainers = pool.map(work, range(3))
-        process = subprocess.run(
-            [sys.executable, "-m", "hb_assets_tests.dying_drain", "all is durable"],
-            env=environment(small),
-            cwd=Path(__file__).parent.parent,
-            capture_output=True,
-            check=False,
-        )
-        assert process.returncode in (0, -signal.SIGKILL), process.stderr.decode()
+        with victims.running(small, "drain", point="drain/before acknowledge") as victim:
+            assert victim.wait(timeout=60) in (0, -signal.SIGKILL), victims.said(small)
         assert sum(drainers) <= 200
     work(0)
     assert len(settled(client, lake, small)) == 200

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -17,8 +18,9 @@ import redis.exceptions as failures
 
 from hb_assets.buffer import keys
 from hb_assets.buffer.clock import ServerClock
-from hb_assets.buffer.connection import AsyncClient, Client, unavailable
+from hb_assets.buffer.connection import AsyncClient, Client, address, unavailable
 from hb_assets.buffer.durability import Confirmation
+from hb_assets.buffer.receipts import Receipts
 from hb_assets.buffer.roundtrip import (
     Command,
     exchange_confirmed,
@@ -33,6 +35,8 @@ Lines: TypeAlias = Mapping[int, Sequence[bytes]]
 Outcomes: TypeAlias = dict[int, HbError | None]
 """For each shard None (stored, as durably as HB_DURABILITY says) or why that isn't known."""
 
+_log = logging.getLogger(__name__)
+
 _ROUND_TRIP_HEARTBEATS = 50_000
 """About how many heartbeats a micro-batch takes along; what waits behind leaves with the next."""
 
@@ -46,6 +50,7 @@ class Producer:
     def __init__(self, client: Client, settings: Settings) -> None:
         self._client = client
         self._bound = Bound.of(settings)
+        self._receipts = Receipts(settings)
         self.clock = ServerClock()
 
     def append(self, lines_by_shard: Lines) -> Outcomes:
@@ -57,7 +62,10 @@ class Producer:
             HB_REPLICAS asks for; sending again is harmless).
         """
         shards = [shard for shard, lines in lines_by_shard.items() if lines]
-        commands = [self._bound.command(shard, lines_by_shard[shard]) for shard in shards]
+        commands = [
+            self._bound.command(shard, lines_by_shard[shard], self._receipts.of(shard))
+            for shard in shards
+        ]
         outcomes: Outcomes = dict.fromkeys(lines_by_shard)
         try:
             replies = exchange_confirmed(self._client, commands, self._bound.confirm)
@@ -66,7 +74,9 @@ class Producer:
         for shard, reply in zip(shards, replies, strict=True):
             added = len(lines_by_shard[shard])
             outcomes[shard] = self._bound.outcome(shard, added, reply, self._client)
-            _hear(self.clock, reply)
+            _hear(reply, self.clock)
+            if outcomes[shard] is None:
+                _receive(shard, reply, self._receipts, self._client)
         return outcomes
 
 
@@ -80,6 +90,7 @@ class AsyncProducer:
     def __init__(self, client: AsyncClient, settings: Settings) -> None:
         self._client = client
         self._bound = Bound.of(settings)
+        self._receipts = Receipts(settings)
         self.clock = ServerClock()
         self._waiting: list[_Call] = []
         self._wake: asyncio.Event = asyncio.Event()
@@ -89,8 +100,10 @@ class AsyncProducer:
     async def start(self) -> None:
         """Start the task that sends; call it in the loop that `append` is called in."""
         with contextlib.suppress(failures.RedisError, OSError):  # our own clock has to do then
-            seconds, micros = await self._client.time()
-            self.clock.hear(seconds * 1000 + micros // 1000)
+            [(reply, _)] = await exchange_confirmed_async(self._client, [("TIME",)], ())
+            if not isinstance(reply, failures.RedisError):
+                seconds, micros = map(int, reply)
+                self.clock.hear(seconds * 1000 + micros // 1000)
         self._flusher = asyncio.create_task(self._flush_for_ever(), name="buffer-flush")
 
     async def close(self) -> None:
@@ -138,7 +151,10 @@ class AsyncProducer:
 
     async def _flush(self, batch: list[_Call]) -> None:
         sends = list(self._sends(batch))
-        commands = [self._bound.command(send.shard, send.lines) for send in sends]
+        commands = [
+            self._bound.command(send.shard, send.lines, self._receipts.of(send.shard))
+            for send in sends
+        ]
         replies: Sequence[tuple[Any, Any]]
         try:
             replies = await exchange_confirmed_async(self._client, commands, self._bound.confirm)
@@ -147,8 +163,10 @@ class AsyncProducer:
         failed: dict[tuple[int, int], HbError] = {}
         for send, reply in zip(sends, replies, strict=True):
             outcome = self._bound.outcome(send.shard, len(send.lines), reply, self._client)
-            _hear(self.clock, reply)
-            if outcome is not None:
+            _hear(reply, self.clock)
+            if outcome is None:
+                _receive(send.shard, reply, self._receipts, self._client)
+            else:
                 failed.update(((call, send.shard), outcome) for call in send.calls)
         for number, (lines_by_shard, future) in enumerate(batch):
             if future.done():
@@ -178,10 +196,24 @@ class AsyncProducer:
         yield from shared.values()
 
 
-def _hear(clock: ServerClock, replies: tuple[Any, Any]) -> None:
+def _hear(replies: tuple[Any, Any], clock: ServerClock) -> None:
     reply, _ = replies
     if not isinstance(reply, Exception) and reply[0] == 1:
         clock.hear(reply[1])
+
+
+def _receive(
+    shard: int, replies: tuple[Any, Any], receipts: Receipts, client: Client | AsyncClient
+) -> None:
+    """Keep the receipt of a confirmed append; say so when its ledger was below an earlier one."""
+    (_, _, appended, gone), _ = replies
+    receipts.enter(shard, appended)
+    if gone:
+        _log.error(
+            "Redis at %s was set back: %d heartbeats that it had confirmed are no longer in shard "
+            "%02d; `hb audit` tells how many of them are missing in the lake",
+            *(address(client), gone, shard),
+        )
 
 
 _Call: TypeAlias = tuple[Lines, "asyncio.Future[Outcomes]"]
@@ -224,9 +256,9 @@ class Bound:
         """What has to be sent behind the appends."""
         return self.confirmation.commands if self.confirmation else ()
 
-    def command(self, shard: int, lines: Sequence[bytes]) -> Command:
-        """The script call that appends `lines` to the shard."""
-        arguments: list[bytes | int] = [self.heartbeats, self.size]
+    def command(self, shard: int, lines: Sequence[bytes], receipt: int) -> Command:
+        """The script call that appends `lines` to the shard; `receipt` as `Receipts.of` has it."""
+        arguments: list[bytes | int] = [self.heartbeats, self.size, receipt]
         size = self.entry_heartbeats
         for start in range(0, len(lines), size):
             chunk = lines[start : start + size]

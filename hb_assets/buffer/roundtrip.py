@@ -100,7 +100,13 @@ async def _send_async(client: AsyncClient, commands: Sequence[Command]) -> list[
         pipeline.response_callbacks = {}  # replies as they come
         for command in commands:
             pipeline.execute_command(*command)
-        return await pipeline.execute(raise_on_error=False)
+        try:
+            return await pipeline.execute(raise_on_error=False)
+        except RuntimeError as error:
+            # What uvloop says, and redis-py doesn't know, when the peer was faster to hang up.
+            if "closed" not in str(error):
+                raise
+            raise failures.ConnectionError("Connection closed while writing to it.") from None
 
 
 def _missing_scripts(replies: Sequence[tuple[Any, Any]]) -> list[int]:

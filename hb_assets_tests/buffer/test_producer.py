@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import socket
+import struct
+import threading
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 import redis
+import uvloop
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -199,3 +203,41 @@ def test_a_caller_that_gave_up_does_not_disturb_the_rest(
                 await lost
 
     asyncio.run(append())
+
+
+@contextlib.contextmanager
+def hanging_up() -> Iterator[int]:
+    """A port where every connection is reset as soon as it is there."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def reset() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    caller, _ = listener.accept()
+                    with caller:
+                        at_once = struct.pack("ii", 1, 0)
+                        caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+
+        thread = threading.Thread(target=reset)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def test_a_server_that_hangs_up_at_any_moment(settings: Settings) -> None:
+    """The gateway's loop, uvloop, raises an error of its own when the peer was faster."""
+
+    async def append(away: Settings) -> list[object]:
+        found = []
+        for _ in range(40):
+            async with producing(away) as producer:
+                found += (await producer.append({0: [LINE]})).values()
+        return found
+
+    with hanging_up() as port:
+        away = Settings(home=settings.home, shards=4, redis_url=f"redis://127.0.0.1:{port}")  # type: ignore[arg-type]  # as a variable says it
+        outcomes = uvloop.run(append(away))
+    assert {type(outcome) for outcome in outcomes} == {BufferUnavailableError}

@@ -1,0 +1,207 @@
+"""Each named point (chaos.points) once: killed there, then recovered, and everything reconciles."""
+
+from __future__ import annotations
+
+import datetime as dt
+import http.client
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import redis
+
+from chaos import points
+from chaos.points import Point
+from hb_assets import days
+from hb_assets.audit import audit
+from hb_assets.buffer import depth, keys
+from hb_assets.buffer.watermark import watermarks
+from hb_assets.drain import drain
+from hb_assets.lake import fragments, inventory, minutes, pruning, quarantine
+from hb_assets.lake.consolidation import consolidate
+from hb_assets.lake.store import Lake
+from hb_assets.settings import Settings
+from hb_assets_tests import victims
+from hb_assets_tests.lake.deliveries import consolidated, line, raw, survivors
+from hb_assets_tests.servers import accepts, free_port, wait_for
+from hb_assets_tests.test_drain import append, beat, consuming, settled, users
+
+VALKEY, BOTH = ("valkey",), ("valkey", "redis")
+AT_THE_BUFFER = ("claimed", "before acknowledge", "after acknowledge")
+
+
+def killed_at(process: str) -> pytest.MarkDecorator:
+    """Every point of one kind of process; on both servers where the server has a part in it."""
+    cases = [
+        pytest.param(kind, point, id=f"{point.name}-{kind}")
+        for point in points.of(process)
+        for kind in (BOTH if point.name in AT_THE_BUFFER else VALKEY)
+    ]
+    return pytest.mark.parametrize(("redis_url", "point"), cases, indirect=["redis_url"])
+
+
+def values(client: redis.Redis, lake: Lake, settings: Settings) -> dict[str, int]:
+    return {one[0]: one[3] for one in settled(client, lake, settings)}
+
+
+@killed_at("drain")
+def test_drain(client: redis.Redis, settings: Settings, point: Point) -> None:
+    append(client, settings, [*users(20), b"bad", beat("u1", bpm=80)])
+    client.xadd(keys.stream(1), {"data": b"\n".join([beat("u1", bpm=90), b"{}"])})
+    victims.kill_at(settings, point.key, "drain")
+    lake = Lake.open(settings)
+    with consuming(settings) as heir:
+        done = drain(heir, lake, settings, until_empty=True)
+    assert done.entries == (0 if point.name == "after acknowledge" else 2)
+    assert values(client, lake, settings) == {f"u{n}": 75 for n in range(20)} | {"u1": 90}
+    assert quarantine.summary(lake, settings).reasons == {
+        "record_not_json": 1,
+        "user_id_missing": 1,
+    }
+    rows = sum(inventory.day_state(lake, day, settings).rows for day in inventory.days(lake))
+    assert rows == 22
+
+
+@killed_at("consolidate")
+def test_consolidate(client: redis.Redis, settings: Settings, point: Point) -> None:
+    lake = Lake.open(settings)
+    with consuming(settings) as consumer:
+        append(client, settings, users(20))
+        drain(consumer, lake, settings)
+        [day] = inventory.days(lake)
+        consolidate(lake, day, settings)
+        minutes.build(lake, day, settings)
+        append(client, settings, [beat("u1", bpm=90), beat("new")])
+        drain(consumer, lake, settings)
+    before = sorted(consolidated(lake, day))
+    victims.kill_at(settings, point.key, "consolidate", "--all")
+    after = sorted(consolidated(lake, day))
+    whole = sorted(survivors(raw(lake, day)).values())
+    if point.name in ("temp file made", "mid-consolidation", "before checks", "before publication"):
+        assert after == before, "readers see the old files"
+    else:
+        assert set(after) <= {*before, *whole}, "readers see old files and new ones, all whole"
+    assert audit(client, lake, settings, deep=True).differences == []
+    expected = {f"u{n}": 75 for n in range(20)} | {"u1": 90, "new": 75}
+    assert values(client, lake, settings) == expected
+    minutes.build(lake, day, settings)
+    assert inventory.day_state(lake, day, settings).minutes_current
+
+
+@killed_at("prune")
+def test_prune(client: redis.Redis, settings: Settings, point: Point) -> None:
+    settings = settings.model_copy(update={"raw_keep": dt.timedelta(0)})
+    lake = Lake.open(settings)
+    with consuming(settings) as consumer:
+        for bpm in (70, 71, 72):
+            append(client, settings, [beat(f"u{n}", bpm=bpm) for n in range(20)])
+            drain(consumer, lake, settings)
+    [day] = inventory.days(lake)
+    consolidate(lake, day, settings, watermarks=watermarks(client, settings))
+    before = sorted(consolidated(lake, day))
+    assert len(fragments.all_listed(lake, day)) == 12
+    victims.kill_at(settings, point.key, "prune")
+    assert sorted(consolidated(lake, day)) == before
+    assert audit(client, lake, settings, deep=True).differences == []
+    pruned = pruning.prune(lake, settings)
+    assert pruned.faults == ()
+    assert fragments.all_listed(lake, day) == []
+    with consuming(settings) as consumer:
+        append(client, settings, [beat("u1", bpm=90)])
+        drain(consumer, lake, settings)
+    consolidate(lake, day, settings)
+    found = {one[0]: one[3] for one in consolidated(lake, day)}
+    assert found == {f"u{n}": 72 for n in range(20)} | {"u1": 90}
+    assert audit(client, lake, settings, deep=True).differences == []
+
+
+@contextmanager
+def gateway(settings: Settings, **told: object) -> Iterator[None]:
+    with victims.running(settings, "serve", **told) as process:
+        wait_for(
+            lambda: process.poll() is not None or accepts(settings.gateway_port), "the gateway"
+        )
+        assert process.poll() is None, victims.said(settings)
+        yield
+        if told:
+            assert process.wait(timeout=60) == -signal.SIGKILL, victims.said(settings)
+        else:
+            process.terminate()
+            assert process.wait(timeout=60) == 0, victims.said(settings)
+
+
+def post(settings: Settings, lines: list[bytes]) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", settings.gateway_port, timeout=20)
+    try:
+        connection.request("POST", "/metrics/heart-rate/batch", b"\n".join(lines))
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+@killed_at("gateway")
+def test_gateway(client: redis.Redis, settings: Settings, point: Point) -> None:
+    """The client has no answer and sends again; what was appended twice is there once."""
+    settings = settings.model_copy(update={"gateway_port": free_port()})
+    lake = Lake.open(settings)
+    with gateway(settings, point=point.key), pytest.raises(ConnectionError):
+        post(settings, users(10))
+    with gateway(settings):
+        assert post(settings, users(10)) == 200
+    copies = 2 if point.name == "after append" else 1
+    assert sum(one.heartbeats for one in depth.depths(client, settings)) == 10 * copies
+    with consuming(settings) as consumer:
+        drain(consumer, lake, settings, until_empty=True)
+    assert len(settled(client, lake, settings)) == 10
+    [day] = inventory.days(lake)
+    assert inventory.day_state(lake, day, settings).superseded == 10 * (copies - 1)
+
+
+@pytest.mark.parametrize("redis_url", VALKEY, indirect=True)
+@pytest.mark.parametrize("key", ["drain/claimed", "drain/before link", "drain/before acknowledge"])
+def test_a_zombie_wakes_up(client: redis.Redis, settings: Settings, key: str) -> None:
+    """Paused for longer than HB_CLAIM_MIN_IDLE; another one has taken over and done its work."""
+    hasty = settings.model_copy(update={"claim_min_idle": dt.timedelta(milliseconds=50)})
+    append(client, hasty, [*users(20), b"bad"])
+    lake = Lake.open(hasty)
+    with victims.paused_at(hasty, key, "drain") as zombie:
+        with consuming(hasty) as heir:
+            taken_over = drain(heir, lake, hasty, until_empty=True)
+        assert (taken_over.rows, taken_over.quarantined) == (20, 1)
+        for day in inventory.days(lake):
+            consolidate(lake, day, hasty)
+        victims.resume(zombie, hasty)
+    assert len(settled(client, lake, hasty)) == 20
+    assert sum(one.acknowledged for one in depth.depths(client, hasty)) == 21
+    assert quarantine.summary(lake, settings).reasons == {"record_not_json": 1}
+
+
+@pytest.mark.parametrize("redis_url", VALKEY, indirect=True)
+@pytest.mark.parametrize("hours", [-48, 48])
+def test_a_drainer_whose_clock_is_wrong(
+    client: redis.Redis, settings: Settings, hours: int
+) -> None:
+    """What is too far ahead is told by the entry's arrival; it refuses nothing, and all of that."""
+    now = time.time_ns() // 1_000_000
+    ahead = 20 * 3_600_000
+    append(client, settings, [line("u1", at=now + ahead), line("u2", at=now + 2 * ahead)])
+    with victims.running(settings, "drain", clock=hours * 3600) as process:
+        assert process.wait(timeout=60) == 0, victims.said(settings)
+    lake = Lake.open(settings)
+    assert [one[0] for one in settled(client, lake, settings)] == ["u1"]
+    assert quarantine.summary(lake, settings).reasons == {"timestamp_in_the_future": 1}
+    assert inventory.days(lake) == [days.day_of(now + ahead)]
+
+
+@pytest.mark.parametrize("redis_url", VALKEY, indirect=True)
+def test_a_drainer_whose_clock_is_ahead_takes_nothing_from_the_living(
+    client: redis.Redis, settings: Settings
+) -> None:
+    append(client, settings, users(3))
+    with consuming(settings) as living:
+        [held] = living.claim(100, 10_000)
+        with victims.running(settings, "drain", clock=48 * 3600) as process:
+            assert process.wait(timeout=60) == 0, victims.said(settings)
+        assert living.acknowledge([(held, 3)]) == 1
