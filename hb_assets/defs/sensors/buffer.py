@@ -1,7 +1,7 @@
-"""The buffer sensor: alarms when the buffer fills up, or lacks what its ledger says.
+"""The buffer sensor: alarms when buffer or spool fill up, or the buffer lacks what it should have.
 
-Belongs here: looking, and remembering what stands. Doesn't belong here: the marks
-(`buffer.depth`), telling (`alarms`), and a Redis that is away, for which the drain sensor raises
+Belongs here: looking, and remembering what stands. Doesn't belong here: the marks (`buffer.depth`,
+`gateway.spool`), telling (`alarms`), and a Redis that is away, for which the drain sensor raises
 the alarm.
 """
 
@@ -17,7 +17,10 @@ from hb_assets.buffer.depth import ShardDepth
 from hb_assets.defs.installation import Installation
 from hb_assets.defs.sensors import now_ms
 from hb_assets.errors import HbError
+from hb_assets.gateway import spool
 from hb_assets.settings import Settings
+
+BUFFER_ALARMS = ("buffer_high_water", "entries_lost")
 
 
 def buffer_sensor() -> dg.SensorDefinition:
@@ -26,25 +29,41 @@ def buffer_sensor() -> dg.SensorDefinition:
         name="buffer",
         minimum_interval_seconds=15,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Raises an alarm when the buffer is nearly full, or has lost entries.",
+        description="Raises an alarm when the buffer is nearly full or has lost entries, and when the "
+        "gateway's spool holds heartbeats or is damaged.",
     )(_tick)
 
 
 def _tick(
     context: dg.SensorEvaluationContext, installation: dg.ResourceParam[Installation]
-) -> dg.SensorResult | dg.SkipReason:
+) -> dg.SensorResult:
     settings = installation.settings
+    before = alarms.load(context.cursor)
+    found = _spool_faults(settings)
+    said = "all well"
     try:
         with installation.client() as client:
             states = depth.depths(client, settings)
     except HbError as error:
-        return dg.SkipReason(str(error))
-    found = faults(states, settings)
-    notices, standing = alarms.changes(alarms.load(context.cursor), found, now_ms())
+        said = str(error)
+        # nothing is known, so that what was wrong isn't over
+        found |= {name: before[name].message for name in BUFFER_ALARMS if name in before}
+    else:
+        found |= faults(states, settings)
+        said = f"{sum(state.heartbeats for state in states):,} heartbeats are buffered: all well"
+    notices, standing = alarms.changes(before, found, now_ms())
     alarms.tell(notices, settings)
-    heartbeats = sum(state.heartbeats for state in states)
-    said = "; ".join(found.values()) or f"{heartbeats:,} heartbeats are buffered: all well"
+    said = "; ".join(found.values()) or said
     return dg.SensorResult(skip_reason=said, cursor=alarms.dump(standing))
+
+
+def _spool_faults(settings: Settings) -> dict[str, str]:
+    try:
+        holdings = spool.look(settings)
+    except HbError as error:
+        return {"spool": str(error)}
+    lines = holdings.alarms() if holdings else []
+    return {"spool": "; ".join(lines)} if lines else {}
 
 
 def faults(states: Sequence[ShardDepth], settings: Settings) -> dict[str, str]:
@@ -52,10 +71,10 @@ def faults(states: Sequence[ShardDepth], settings: Settings) -> dict[str, str]:
     found = {}
     full = depth.high_water(states, settings)
     if full:
-        found["buffer_high_water"] = full[0] + _others(full)
+        found[BUFFER_ALARMS[0]] = full[0] + _others(full)
     lost = depth.losses(states)
     if lost:
-        found["entries_lost"] = lost[0] + _others(lost)
+        found[BUFFER_ALARMS[1]] = lost[0] + _others(lost)
     return found
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from hb_assets.buffer import keys
 from hb_assets.defs.sensors import buffer
+from hb_assets.gateway.spool import Spool
 from hb_assets_tests.defs.conftest import Ticks
 
 DAY = "2025-01-15"
@@ -78,3 +81,21 @@ def test_a_redis_that_is_away_is_a_clear_line(settings, instance) -> None:
     away = {"redis_url": type(settings.redis_url)("redis://127.0.0.1:1")}
     data = Ticks(settings.model_copy(update=away), instance, "buffer").tick()
     assert "can't be reached" in data.skip_message
+
+
+def test_heartbeats_in_the_spool_are_an_alarm_though_redis_is_away(
+    append, settings, instance, webhook
+) -> None:
+    """And what was wrong with the buffer isn't called over while nobody can look."""
+    append(DAY, users=8, readings=5)
+    low = settings.model_copy(update={"buffer_max_heartbeats": 40, **webhook.setting})
+    sensor = Ticks(low, instance, "buffer")
+    sensor.tick()
+    with contextlib.closing(Spool(settings)) as spool:
+        spool.put([{0: [b"{}"]}])
+    gone = low.model_copy(update={"redis_url": type(settings.redis_url)("redis://127.0.0.1:1")})
+    during = Ticks(gone, instance, "buffer")
+    during.cursor = sensor.cursor
+    during.tick()
+    assert told(webhook) == [("buffer_high_water", "error"), ("spool", "error")]
+    assert "1 heartbeats" in webhook.received[1]["message"]
