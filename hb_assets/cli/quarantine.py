@@ -7,7 +7,6 @@ Doesn't belong here: the files (`lake.quarantine`).
 from __future__ import annotations
 
 import datetime as dt
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -23,7 +22,7 @@ from hb_assets.buffer.producer import Producer
 from hb_assets.cli import output
 from hb_assets.cli.app import FAILED, AsJson, app, settings_of
 from hb_assets.errors import DamagedFileError, HbError
-from hb_assets.lake import quarantine
+from hb_assets.lake import quarantine, tombstones
 from hb_assets.lake.quarantine import Choice, Quarantined, parse_id
 from hb_assets.lake.store import Lake
 from hb_assets.record import Arrival, Refusal
@@ -232,12 +231,17 @@ def _put_back(
     done: _Outcome,
 ) -> None:
     """Append first, mark after: a crash in between appends twice, which dedup removes."""
-    now_ms = time.time_ns() // 1_000_000
+    now_ms = producer.clock.now_ms()
     by_shard: dict[int, list[tuple[bytes, Quarantined]]] = {}
-    for one in chosen:
-        result, _ = record.parse(one.raw, now_ms, settings.time_bounds)
+    read = [(one, record.parse(one.raw, now_ms, settings.time_bounds)[0]) for one in chosen]
+    users = {result.user_id for _, result in read if not isinstance(result, Refusal)}
+    forgotten = tombstones.cutoffs(lake, users)
+    for one, result in read:
         if isinstance(result, Refusal):
             done.refuse(f"{result.reason}: {result.message}", id=one.id)
+            continue
+        if one.arrival.arrival_ms <= forgotten.get(result.user_id, -1):
+            done.refuse("its user was forgotten; `hb forget` is to be run again", id=one.id)
             continue
         shard = record.shard_of(result.user_id, settings.shards)
         by_shard.setdefault(shard, []).append((record.encode(result), one))

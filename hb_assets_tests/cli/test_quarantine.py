@@ -15,8 +15,9 @@ import redis
 from hb_assets.audit import audit
 from hb_assets.buffer.producer import Producer
 from hb_assets.cli import quarantine as commands
-from hb_assets.lake import quarantine
+from hb_assets.lake import quarantine, tombstones
 from hb_assets.lake.store import Lake
+from hb_assets.lake.tombstones import Tombstone
 from hb_assets.settings import Settings
 from hb_assets_tests.cli.commands import complaint, hb, told
 from hb_assets_tests.lake.deliveries import line
@@ -173,7 +174,7 @@ def test_lines_that_are_no_records(lake: Lake, tmp_path: Path) -> None:
 KILLED = """
 import os, signal
 from hb_assets.cli.app import load_commands
-from hb_assets.lake import quarantine
+from hb_assets.lake import quarantine, tombstones
 quarantine.release = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 load_commands()()
 """
@@ -240,3 +241,16 @@ def test_a_damaged_file_is_named_and_the_others_go_on(
     assert any("4 heartbeats are missing" in text for text in differences)
     damaged.write_bytes(kept)
     assert told("audit")["adds_up"]
+
+
+def test_a_forgotten_users_records_are_not_put_back(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though a crash left them in quarantine after the tombstone stood."""
+    monkeypatch.setenv("HB_START_DATE", "2010-01-01")
+    tombstones.put(
+        lake,
+        Tombstone(user=tombstones.hashed(lake, "secret"), shard=0, cutoff_ms=2**62, asked_ms=0),
+    )
+    found = told("quarantine", "replay", "--reason", "timestamp_too_old", code=1)
+    assert (found["replayed"], found["still_refused"]) == (0, 3)
