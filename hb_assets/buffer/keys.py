@@ -44,6 +44,9 @@ lost stays an alarm until an operator writes it off, when it has been looked int
     redis-cli HINCRBY 'hb:{00}:ledger' acknowledged <heartbeats>
 
 The last line makes room in the buffer's bound again; `hb audit` goes on missing the heartbeats.
+
+An append raises a ledger that was set back (see `receipts`) by what it lacks, in appended and in
+acknowledged.
 """
 
 from __future__ import annotations
