@@ -179,6 +179,40 @@ def test_a_zombie_wakes_up(client: redis.Redis, settings: Settings, key: str) ->
 
 
 @pytest.mark.parametrize("redis_url", VALKEY, indirect=True)
+@pytest.mark.parametrize(
+    "key",
+    ["consolidate/temp file made", "consolidate/before checks", "consolidate/before publication"],
+)
+def test_a_consolidator_wakes_up_after_the_prune(
+    client: redis.Redis, settings: Settings, key: str
+) -> None:
+    """Paused for longer than the grace period; what it had read, and what came since, is pruned."""
+    settings = settings.model_copy(
+        update={"raw_keep": dt.timedelta(0), "lock_wait": dt.timedelta(milliseconds=50)}
+    )
+    lake = Lake.open(settings)
+
+    def arrive(*beats: bytes) -> None:
+        append(client, settings, list(beats))
+        with consuming(settings) as consumer:
+            drain(consumer, lake, settings)
+
+    arrive(*users(20))
+    with victims.paused_at(settings, key, "consolidate", "--all") as zombie:
+        arrive(beat("u1", bpm=90), beat("new"))
+        [day] = inventory.days(lake)
+        consolidate(lake, day, settings, watermarks=watermarks(client, settings))
+        assert pruning.prune(lake, settings).faults == ()
+        assert fragments.all_listed(lake, day) == []
+        zombie.send_signal(signal.SIGCONT)
+        assert zombie.wait(timeout=60) == 1, "it says that it was fenced off, and ends"
+        assert "start again" in victims.said(settings)
+    found = {one[0]: one[3] for one in consolidated(lake, day)}
+    assert found == {f"u{n}": 75 for n in range(20)} | {"u1": 90, "new": 75}
+    assert audit(client, lake, settings, deep=True).differences == []
+
+
+@pytest.mark.parametrize("redis_url", VALKEY, indirect=True)
 @pytest.mark.parametrize("hours", [-48, 48])
 def test_a_drainer_whose_clock_is_wrong(
     client: redis.Redis, settings: Settings, hours: int
