@@ -44,7 +44,7 @@ from hb_assets.settings import Settings
 
 CLIENTS = 8
 SHARDS = 4
-_SENT, _BARE, _UP = 0.7, 0.66, 0.86
+_SENT, _BARE, _UP = 0.5, 0.66, 0.86
 """Shares of the time: when the load should be through, and when the phases end at the latest."""
 _UP_KILLS = 12
 _SPOOL_SECONDS = 60
@@ -69,7 +69,7 @@ class Demand:
 _FULL_CREW = {"gateway": 2, "drain": 3, "consolidate": 2, "prune": 1}
 _SHORT_CREW = {"gateway": 1, "drain": 2, "consolidate": 1, "prune": 1}
 FULL = Demand(minutes=14, kills=200, heartbeats=2_000_000, up=True, crew=_FULL_CREW)
-SHORT = Demand(minutes=1.7, kills=20, heartbeats=100_000, up=False, crew=_SHORT_CREW)
+SHORT = Demand(minutes=1.7, kills=20, heartbeats=50_000, up=False, crew=_SHORT_CREW)
 
 
 class Run:
