@@ -6,16 +6,13 @@ reconciling it with the lake (`audit`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import redis.exceptions as failures
 
 from hb_assets.buffer import keys
-from hb_assets.buffer.connection import Client, unavailable
+from hb_assets.buffer.connection import Client
 from hb_assets.buffer.producer import Bound
-from hb_assets.buffer.roundtrip import Command, exchange, script
+from hb_assets.buffer.roundtrip import exchange_by_shard, script
 from hb_assets.settings import Settings
 
 _PAGE = 200
@@ -59,7 +56,7 @@ def depths(client: Client, settings: Settings) -> list[ShardDepth]:
     ]
     return [
         _depth(shard, *reply)
-        for shard, reply in zip(shards, _exchange(client, shards, commands), strict=True)
+        for shard, reply in zip(shards, exchange_by_shard(client, shards, commands), strict=True)
     ]
 
 
@@ -89,7 +86,7 @@ def _scan(client: Client, settings: Settings) -> dict[int, tuple[int, int]]:
     while starts:
         shards = list(starts)
         commands = [script("scan", (keys.stream(s),), (starts[s], _PAGE)) for s in shards]
-        replies = _exchange(client, shards, commands)
+        replies = exchange_by_shard(client, shards, commands)
         starts = {}
         for shard, (heartbeats, lines, following) in zip(shards, replies, strict=True):
             own, foreign = found[shard]
@@ -175,14 +172,3 @@ def _depth(
         # Those that were pending were counted one by one; the others are missed in the stream.
         lost=max(lost, own - entries),
     )
-
-
-def _exchange(client: Client, shards: Sequence[int], commands: Sequence[Command]) -> list[Any]:
-    try:
-        replies = exchange(client, commands)
-    except (failures.RedisError, OSError) as error:
-        raise unavailable(error, client) from None
-    for shard, reply in zip(shards, replies, strict=True):
-        if isinstance(reply, failures.RedisError):
-            raise unavailable(reply, client, shard)
-    return replies

@@ -6,13 +6,13 @@ lost. Doesn't belong here: which commands (`producer`, `consumer`, `depth`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import redis.exceptions as failures
 
 from hb_assets.buffer import scripts
-from hb_assets.buffer.connection import AsyncClient, Client
+from hb_assets.buffer.connection import AsyncClient, Client, unavailable
 
 Command: TypeAlias = Sequence[str | bytes | int]
 
@@ -50,6 +50,24 @@ def exchange_confirmed(
         replies_again = _paired(missing, _send(client, again)[loading:])
         for index, reply in zip(missing, replies_again, strict=True):
             replies[index] = reply
+    return replies
+
+
+def exchange_by_shard(
+    client: Client, shards: Iterable[int], commands: Sequence[Command]
+) -> list[Any]:
+    """Replies of one command for each of the shards; whatever Redis refuses ends it all.
+
+    Raises:
+        BufferUnavailableError: Redis doesn't answer, or something else lies at a shard's key.
+    """
+    try:
+        replies = exchange(client, commands)
+    except (failures.RedisError, OSError) as error:
+        raise unavailable(error, client) from None
+    for shard, reply in zip(shards, replies, strict=True):
+        if isinstance(reply, failures.RedisError):
+            raise unavailable(reply, client, shard)
     return replies
 
 

@@ -8,11 +8,9 @@ there. Of an empty stream the server's clock tells below which id nothing more w
 
 from __future__ import annotations
 
-import redis.exceptions as failures
-
 from hb_assets.buffer import keys
-from hb_assets.buffer.connection import Client, unavailable
-from hb_assets.buffer.roundtrip import exchange, script
+from hb_assets.buffer.connection import Client
+from hb_assets.buffer.roundtrip import exchange_by_shard, script
 from hb_assets.settings import Settings
 
 _LAST_SEQ = 2**64 - 1
@@ -55,13 +53,7 @@ def _ends(client: Client, settings: Settings) -> dict[int, tuple[bytes, bytes, i
     """Per shard the oldest entry's id or b"", the last id ever given, and the clock (epoch ms)."""
     shards = range(settings.shards)
     commands = [script("watermark", (keys.stream(shard),), ()) for shard in shards]
-    try:
-        replies = exchange(client, commands)
-    except (failures.RedisError, OSError) as error:
-        raise unavailable(error, client) from None
-    for shard, reply in zip(shards, replies, strict=True):
-        if isinstance(reply, failures.RedisError):
-            raise unavailable(reply, client, shard)
+    replies = exchange_by_shard(client, shards, commands)
     return {
         shard: (oldest, last, int(now))
         for shard, (oldest, last, now) in zip(shards, replies, strict=True)
