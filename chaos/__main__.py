@@ -17,6 +17,7 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -306,7 +307,13 @@ def main() -> int:
     )
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     home = Path(tempfile.mkdtemp(prefix="hb-chaos-"))
-    report = Run(home, demand, seed).run()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also in the background, where the shell
+        signal.signal(number, signal.default_int_handler)  # has SIGINT ignored
+    try:
+        report = Run(home, demand, seed).run()
+    except KeyboardInterrupt:
+        _notes.print(f"stopped; everything is left in {home}")
+        return 130
     if options.json:
         print(report.json())
     else:
