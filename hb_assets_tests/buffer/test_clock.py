@@ -96,7 +96,7 @@ def test_what_is_answered_2xx_is_not_quarantined_for_its_time(
     consumer = Consumer(client, settings)
     consumer.open()
     assert drain(consumer, lake, settings, until_empty=True).rows == 3
-    assert quarantine.counts(lake) == {}
+    assert quarantine.summary(lake, settings).reasons == {}
     consumer.close()
 
 
