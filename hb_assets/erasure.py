@@ -4,14 +4,13 @@ Belongs here: the order of steps through spool, buffer and lake, and the proof a
 belong here: how each step works (`lake.tombstones`, `lake.erasure`, `buffer.log`).
 
 The tombstone comes first: from then on every drain withholds, every consolidation drops and every
-reader passes over what arrived up to its cutoff, so that a crash at any later step only means that
+reader passes over what arrived up to its cutoffs, so that a crash at any later step only means that
 bytes are left, and that asking again goes on where it stopped. Heartbeats that arrive after the
-cutoff are welcome. The ledger has what went as erased.
+cutoffs are welcome. The ledger has what went as erased.
 """
 
 from __future__ import annotations
 
-import mmap
 import re
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from hb_assets.errors import BufferUnavailableError
 from hb_assets.lake import erasure, ledger, tombstones
 from hb_assets.lake.erasure import Gone, Whose
 from hb_assets.lake.store import Lake
-from hb_assets.lake.tombstones import Tombstone
+from hb_assets.lake.tombstones import Cutoffs, Tombstone
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 
@@ -36,6 +35,7 @@ ClearSpool = Callable[[Callable[[bytes], bool]], int]
 """Deletes the spool's lines that the given predicate doesn't keep; returns how many."""
 
 _ROUNDS = 20
+_PART, _OVERLAP = 4 * 2**20, 4096
 _PATIENCE_SECONDS = 120.0
 
 
@@ -52,7 +52,10 @@ class Forgotten:
         quarantined: records that went from quarantine.
         spooled: lines that went from the gateway's spool.
         log_rewritten: whether the server has written its append-only file anew.
+        resumed_ms: when it had been asked for, if this only went on with it (epoch ms): what has
+            arrived since is still there.
         left: one line for each place where bytes of the user are, or may be, left.
+        unscanned: one line for each place that couldn't be scanned, for a reason that isn't wrong.
         seconds: how long it took.
     """
 
@@ -63,7 +66,9 @@ class Forgotten:
     quarantined: int
     spooled: int
     log_rewritten: bool
+    resumed_ms: int | None = None
     left: list[str] = field(default_factory=list)
+    unscanned: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -101,13 +106,18 @@ def forget(
     """
     began = time.monotonic()
     on_step("tombstone and spool")
-    tombstone, spooled = _tombstone(user_id, client, lake, settings, clear_spool)
-    whose = Whose(user_id, tombstone.cutoff_ms)
+    standing = tombstones.of_user(lake, user_id)
+    spooled, resumed_ms = 0, None
+    if standing is not None and standing.spool_cleared and not standing.finished:
+        tombstone, resumed_ms = standing, standing.asked_ms
+    else:
+        tombstone, spooled = _tombstone(user_id, client, lake, settings, clear_spool, standing)
+    whose = Whose(user_id, tombstone.cutoffs)
     gone = Gone()
     erased_before = ledger.of_erased(lake, settings)
     for _ in range(_ROUNDS):
         on_step("buffer")
-        _drain_past(tombstone.cutoff_ms, client, consumer, lake, settings)
+        _drain_past(tombstone.cutoffs, client, consumer, lake, settings)
         on_step("quarantine")
         gone = gone.plus(erasure.forget_quarantine(lake, whose, settings))
         held = erasure.holding(lake, whose, settings)
@@ -121,12 +131,17 @@ def forget(
                 erasure.forget_day(lake, day, whose, settings, watermarks=marks, lock=known.lock)
             )
     on_step("leftovers and the server's log")
+    erasure.fence(lake, tombstone.shard)
     erasure.sweep_temp(lake, tombstone.asked_ms)
-    rewritten = log.rewrite(client)
+    left, rewritten = [], False
+    try:
+        rewritten = log.rewrite(client)
+    except BufferUnavailableError as error:
+        left.append(f"the server's append-only file may hold heartbeats of the user: {error}")
     on_step("scan of all bytes")
-    left = _left(whose, client, lake, settings)
-    if not left:
-        tombstones.put(lake, _changed(tombstone, done=True))
+    newer = log.mentions(client, settings, whose.needles)
+    left += _left(whose, lake, settings, newer=newer)
+    tombstones.put(lake, _changed(tombstone, finished=True))
     return Forgotten(
         rows=gone.rows,
         buffered=max(0, ledger.of_erased(lake, settings) - erased_before - gone.quarantined),
@@ -135,29 +150,50 @@ def forget(
         quarantined=gone.quarantined,
         spooled=spooled,
         log_rewritten=rewritten,
+        resumed_ms=resumed_ms,
         left=left,
+        unscanned=[_NEWER] if newer else [],
         seconds=time.monotonic() - began,
     )
 
 
+_NEWER = (
+    "newer heartbeats of the user wait in the buffer, so that the server's append-only file wasn't "
+    "scanned: it was written anew after the older ones were gone from the buffer"
+)
+
+
 def _tombstone(
-    user_id: str, client: Client, lake: Lake, settings: Settings, clear_spool: ClearSpool
+    user_id: str,
+    client: Client,
+    lake: Lake,
+    settings: Settings,
+    clear_spool: ClearSpool,
+    standing: Tombstone | None,
 ) -> tuple[Tombstone, int]:
-    """The tombstone, with a cutoff above all that the spool might have brought later."""
-    standing = tombstones.of_user(lake, user_id)
-    if standing is not None and not standing.done and standing.spool_cleared:
-        return standing, 0  # asked again: what came since the first time is welcome
-    now = int(time.time() * 1000)
+    """The tombstone, with cutoffs above all that the spool might have brought later.
+
+    A cutoff never goes back, and isn't below what the lake has of the user: the present Redis may
+    not be the one that all of it came by.
+    """
+
+    def cutoffs() -> dict[int, tuple[int, int]]:
+        known = [latest(client, settings), erasure.latest(lake, user_id, settings)]
+        known += [dict(standing.cutoffs)] if standing else []
+        return {
+            source: max(one.get(source, (0, 0)) for one in known) for source in range(lake.shards)
+        }
+
     tombstone = Tombstone(
         user=tombstones.hashed(lake, user_id),
         shard=shard_of(user_id, lake.shards),
-        cutoff_ms=latest(client, settings),
-        asked_ms=now,
+        cutoffs=cutoffs(),
+        asked_ms=int(time.time() * 1000),
     )
     tombstones.put(lake, tombstone)
-    whose = Whose(user_id, tombstone.cutoff_ms)
+    whose = Whose(user_id, tombstone.cutoffs)
     spooled = clear_spool(lambda line: not whose.said_in(line))
-    tombstone = _changed(tombstone, cutoff_ms=latest(client, settings), spool_cleared=True)
+    tombstone = _changed(tombstone, cutoffs=cutoffs(), spool_cleared=True)
     tombstones.put(lake, tombstone)
     return tombstone, spooled
 
@@ -168,22 +204,33 @@ def _changed(tombstone: Tombstone, **changes: object) -> Tombstone:
 
 
 def _drain_past(
-    cutoff_ms: int, client: Client, consumer: Consumer, lake: Lake, settings: Settings
+    cutoffs: Cutoffs, client: Client, consumer: Consumer, lake: Lake, settings: Settings
 ) -> None:
-    """Drain until nothing from before the cutoff is left, with whatever drainer it lies."""
+    """Drain until nothing up to the cutoffs is left, with whatever drainer it lies."""
     deadline = time.monotonic() + _PATIENCE_SECONDS + settings.claim_min_idle.total_seconds()
-    while not passed(client, settings, cutoff_ms):
-        if time.monotonic() > deadline:
-            raise BufferUnavailableError(
-                "entries from before the request stay with another drainer; the user's tombstone "
-                "stands: end that drainer, or wait for it, and ask again"
-            )
-        if not drain(consumer, lake, settings).entries:
+
+    def over() -> bool:
+        return passed(client, settings, cutoffs) or time.monotonic() > deadline
+
+    while not over():
+        if not drain(consumer, lake, settings, stop=over).entries:
             time.sleep(settings.drain_poll.total_seconds())
+    if not passed(client, settings, cutoffs):
+        raise BufferUnavailableError(
+            "entries from before the request stay with another drainer; the user's tombstone "
+            "stands: end that drainer, or wait for it, and ask again"
+        )
 
 
-def _left(whose: Whose, client: Client, lake: Lake, settings: Settings) -> list[str]:
-    """Where bytes of the user are, or may be, left."""
+def _left(whose: Whose, lake: Lake, settings: Settings, *, newer: bool) -> list[str]:
+    """Where bytes of the user are, or may be, left.
+
+    Args:
+        whose: the user.
+        lake: which lake.
+        settings: HB_HOME.
+        newer: whether newer heartbeats wait in the buffer, so that the server's log has those.
+    """
     lines = [
         f"{path} still holds heartbeats of the user"
         for paths in erasure.holding(lake, whose, settings).values()
@@ -197,13 +244,16 @@ def _left(whose: Whose, client: Client, lake: Lake, settings: Settings) -> list[
         f"{path} is damaged, nobody can tell what it holds: remove it and ask again"
         for path in erasure.unreadable(lake)
     ]
-    if not log.mentions(client, settings, whose.needles):
-        # where newer heartbeats of the user wait, the server's log holds those
-        lines += [
-            f"{path} still names the user"
-            for path in _files(settings, lake)
-            if _contains(path, whose.named)
-        ]
+    for path in _files(settings, lake):
+        if newer and path.is_relative_to(settings.redis_dir):
+            continue
+        try:
+            if _contains(path, whose.named):
+                lines.append(f"{path} still names the user")
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            lines.append(f"{path} can't be read ({error.strerror}): look into it, and ask again")
     return lines
 
 
@@ -217,8 +267,11 @@ def _files(settings: Settings, lake: Lake) -> list[Path]:
 
 
 def _contains(path: Path, named: re.Pattern[bytes]) -> bool:
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
-            return named.search(content) is not None
-    except (OSError, ValueError):
-        return False  # it went meanwhile, is empty, or is no plain file
+    """Whether the file holds a match, read in parts that overlap by more than a match is long."""
+    with path.open("rb") as file:
+        tail = b""
+        while part := file.read(_PART):
+            if named.search(tail + part):
+                return True
+            tail = part[-_OVERLAP:]
+    return False

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,13 @@ import redis
 
 from hb_assets import erasure
 from hb_assets.audit import audit
-from hb_assets.buffer import connection, foreign, log, server
+from hb_assets.buffer import connection, foreign, keys, log, server
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
 from hb_assets.coordination import coordinated
 from hb_assets.drain import drain
 from hb_assets.erasure import Forgotten, forget
-from hb_assets.errors import BufferUnavailableError
+from hb_assets.errors import BufferUnavailableError, FencedError
 from hb_assets.lake import (
     consolidation,
     erased,
@@ -39,7 +42,7 @@ from hb_assets.lake.erasure import Whose
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
-from hb_assets_tests.lake.deliveries import DAY, NOON, line
+from hb_assets_tests.lake.deliveries import DAY, NOON, entry, line
 
 USER, OTHER = "Zoë-1234", "Zoë-12345"
 NEXT = NOON + 86_400_000
@@ -140,7 +143,7 @@ def test_everything_of_the_user_goes_and_all_else_stays(house: House) -> None:
     assert house.minutes_of(OTHER) == 2
     standing = tombstones.of_user(house.lake, USER)
     assert standing is not None
-    assert standing.done
+    assert standing.finished
     assert USER not in standing.user
 
 
@@ -184,6 +187,7 @@ def test_who_was_never_there(house: House) -> None:
     ids=lambda value: getattr(value, "__name__", value),
 )
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
 def test_a_crash_at_any_step_is_gone_on_from(
     house: House, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, after: bool
 ) -> None:
@@ -235,6 +239,136 @@ def test_a_drain_that_slept_brings_nothing_back(
     house.consolidate()
     assert house.minutes_of(USER) == 0
     house.assert_adds_up()
+    assert house.forget().left == [], "asked again, the bytes that it brought go as well"
+    house.assert_forgotten()
+    house.assert_adds_up()
+
+
+def test_a_drain_that_slept_through_the_first_consolidation(house: House) -> None:
+    """The row was withheld, and counted, before its day had any file."""
+    sleeping = Consumer(house.client, house.settings, name="elsewhere:1:1:00")
+    sleeping.open()
+    put(house.client, house.settings, line(USER), line(USER, bpm=70))
+    entries = sleeping.claim(100, 10**6)
+    decoded = decode(entries, house.settings)
+    house.consumer._min_idle_ms = 0
+    done = house.forget()
+    assert (done.left, done.buffered) == ([], 2)
+    fragments.publish(house.lake, decoded.rows)
+    house.assert_adds_up()
+    put(house.client, house.settings, line(OTHER), user=OTHER)
+    house.drain()
+    house.consolidate()
+    house.assert_adds_up()
+    assert house.minutes_of(USER) == 0
+    assert house.forget().left == []
+    house.assert_adds_up()
+
+
+def test_it_ends_while_heartbeats_keep_coming(house: House) -> None:
+    house.fill()
+    stop = threading.Event()
+
+    def feed() -> None:
+        with contextlib.closing(connection.connect(house.settings)) as client:
+            while not stop.is_set():
+                put(client, house.settings, line(OTHER, at=NOON + 7), user=OTHER)
+
+    with ThreadPoolExecutor(1) as pool:
+        feeding = pool.submit(feed)
+        try:
+            done = house.forget()
+        finally:
+            stop.set()
+        feeding.result()
+    assert done.left == []
+    house.drain()
+    house.assert_adds_up()
+
+
+def test_what_came_by_an_older_redis_goes_too(house: House) -> None:
+    """Its clock was ahead, so that the present one's ids lie below."""
+    ahead = int(time.time() * 1000) + 3_600_000
+    decoded = decode([entry([line(USER), line(OTHER)], ms=ahead)], house.settings)
+    fragments.publish(house.lake, decoded.rows)
+    done = house.forget()
+    assert (done.left, done.rows) == ([], 1)
+    assert house.minutes_of(USER) == 0
+    assert house.minutes_of(OTHER) == 1
+
+
+def test_ids_that_are_ahead_elsewhere_take_nothing_that_comes_later(house: House) -> None:
+    ahead = int(time.time() * 1000) + 3_600_000
+    other_shard = (shard_of(USER, house.settings.shards) + 1) % house.settings.shards
+    house.client.xadd(keys.stream(other_shard), {"data": line(OTHER)}, id=f"{ahead}-0")
+    house.forget()
+    put(house.client, house.settings, line(USER))
+    house.drain()
+    assert house.minutes_of(USER) == 1
+
+
+@pytest.mark.parametrize("where", ["merged", "_figures"])
+def test_a_consolidator_that_slept_publishes_nobody_who_was_forgotten(
+    house: House, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    house.fill()
+    original = getattr(consolidation, where)
+
+    def asleep(*arguments: Any) -> Any:
+        monkeypatch.setattr(consolidation, where, original)
+        assert house.forget().left == []
+        return original(*arguments)
+
+    monkeypatch.setattr(consolidation, where, asleep)
+    with contextlib.suppress(FencedError):
+        house.consolidate()
+    house.drain()
+    house.assert_forgotten()
+    house.assert_adds_up()
+
+
+def test_what_came_after_an_unfinished_request_needs_another(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.fill()
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "rewrite", lambda _: exit(1))
+        with pytest.raises(SystemExit):
+            house.forget()
+    put(house.client, house.settings, line(USER))
+    house.drain()
+    resumed = house.forget()
+    assert resumed.resumed_ms is not None
+    assert house.minutes_of(USER) == 1
+    again = house.forget()
+    assert again.resumed_ms is None
+    assert house.minutes_of(USER) == 0
+
+
+def test_a_server_that_forbids_it_is_told(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.fill()
+
+    def forbidden(_: object) -> bool:
+        raise BufferUnavailableError("Redis refuses")
+
+    monkeypatch.setattr(log, "rewrite", forbidden)
+    [said] = house.forget().left
+    assert "append-only file may hold" in said
+
+
+def test_newer_heartbeats_keep_only_the_servers_log_from_the_scan(house: House) -> None:
+    house.fill()
+    left_over = house.settings.home_dir / "logs" / "old.log"
+    left_over.parent.mkdir(parents=True, exist_ok=True)
+    left_over.write_text(f'{{"user_id": "{USER}"}}')
+    put(house.client, house.settings, line(OTHER, device=USER), user=OTHER)
+    house.consumer.claim(100, 10**6)
+    busy = Consumer(house.client, house.settings, name="elsewhere:1:1:00")
+    busy.open()
+    put(house.client, house.settings, line(OTHER, device=USER), user=OTHER)
+    whose = Whose(USER, {})
+    [said] = erasure._left(whose, house.lake, house.settings, newer=True)
+    assert str(left_over) in said
 
 
 def test_entries_that_another_drainer_keeps_are_told(
@@ -292,4 +426,4 @@ def test_nothing_is_left_in_the_embedded_servers_log(tmp_path: Path) -> None:
     ],
 )
 def test_which_records_speak_of_the_user(text: bytes, spoken: bool) -> None:
-    assert Whose(USER, 0).said_in(text) == spoken
+    assert Whose(USER, {}).said_in(text) == spoken

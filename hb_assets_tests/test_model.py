@@ -110,7 +110,7 @@ class Pipeline(RuleBasedStateMachine):
         self.lake = Lake.open(self.settings)
         self.came: list[tuple[tuple[int, int, int, int], Key, int]] = []
         self.refused = 0
-        self.cutoffs: dict[str, int] = {}
+        self.forgotten: dict[str, int] = {}
         self.asleep: list[tuple[Consumer, list[Entry], Any]] = []
         self.names = 0
 
@@ -249,9 +249,7 @@ class Pipeline(RuleBasedStateMachine):
                 user, self.client, consumer, self.lake, self.settings, known, lambda _: 0
             )
         assert done.left == []
-        self.cutoffs[user] = max(
-            (one[0][0] for one in self.came), default=self.cutoffs.get(user, 0)
-        )
+        self.forgotten[user] = len(self.came)
         self._tick()
 
     # -- what has to hold
@@ -271,7 +269,8 @@ class Pipeline(RuleBasedStateMachine):
         assert verdict.differences == []
         days = [day for day in verdict.days if day.pending]
         assert days == []
-        assert verdict.quarantined + verdict.erased >= self.refused if not self.cutoffs else True
+        if not self.forgotten:
+            assert (verdict.quarantined, verdict.erased) == (self.refused, 0)
 
     def _survivors(self) -> dict[Key, tuple[int, tuple[int, ...]]]:
         found: dict[Key, tuple[int, tuple[int, ...]]] = {}

@@ -1,12 +1,14 @@
 """The watermark: per shard the entry id up to which every entry was acknowledged.
 
-Belongs here: reading it, and whether it has passed an instant. Doesn't belong here: what it is good
+Belongs here: reading it, and whether it has passed an id. Doesn't belong here: what it is good
 for (`lake.consolidation`, `lake.pruning`). An acknowledged entry is deleted, so that whatever lies
 below the oldest entry of a stream was acknowledged; ids only grow, so that nothing new appears
 there. Of an empty stream the server's clock tells below which id nothing more will come.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from hb_assets.buffer import keys
 from hb_assets.buffer.connection import Client
@@ -28,25 +30,25 @@ def watermarks(client: Client, settings: Settings) -> dict[int, tuple[int, int]]
     }
 
 
-def latest(client: Client, settings: Settings) -> int:
-    """The server's clock, epoch ms, or the last id that it gave, if that is ahead of the clock.
-
-    Whatever is appended from now on arrives at that millisecond or later.
+def latest(client: Client, settings: Settings) -> dict[int, tuple[int, int]]:
+    """Per shard the last entry id that its stream ever gave: whatever comes has a later one.
 
     Raises:
         BufferUnavailableError: as `watermarks`.
     """
-    return max(max(now, _id(last)[0]) for _, last, now in _ends(client, settings).values())
+    return {shard: _id(last) for shard, (_, last, _) in _ends(client, settings).items()}
 
 
-def passed(client: Client, settings: Settings, ms: int) -> bool:
-    """Whether every entry that arrived at that instant (epoch ms) or before is acknowledged.
+def passed(client: Client, settings: Settings, ids: Mapping[int, tuple[int, int]]) -> bool:
+    """Whether every entry up to these ids is acknowledged.
 
     Raises:
         BufferUnavailableError: as `watermarks`.
     """
-    oldest = (oldest for oldest, _, _ in _ends(client, settings).values() if oldest)
-    return all(_id(one)[0] > ms for one in oldest)
+    return all(
+        not oldest or _id(oldest) > ids.get(shard, (0, 0))
+        for shard, (oldest, _, _) in _ends(client, settings).items()
+    )
 
 
 def _ends(client: Client, settings: Settings) -> dict[int, tuple[bytes, bytes, int]]:

@@ -6,6 +6,7 @@ Belongs here: options and results. Doesn't belong here: the work itself (`mainte
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import sys
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from hb_assets.buffer.consumer import Consumer
 from hb_assets.cli import output
 from hb_assets.cli.app import FAILED, AsJson, app, day_of, settings_of
 from hb_assets.coordination import coordinated
+from hb_assets.days import EPOCH
 from hb_assets.erasure import Forgotten
 from hb_assets.erasure import forget as forget_user
 from hb_assets.gateway.spool import Spool
@@ -68,6 +70,10 @@ def forget(
     """
     settings = settings_of(context)
     user_id = sys.stdin.readline().rstrip("\n") if user == "-" else user
+    try:
+        user_id.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("must be UTF-8", param_hint="USER") from None
     if not user_id:
         raise typer.BadParameter("must not be empty", param_hint="USER")
     lake = Lake.open(settings)
@@ -111,5 +117,17 @@ def _show_forgotten(done: Forgotten, *, as_json: bool) -> None:
         )
         if done.done:
             output.results.print("a scan of all bytes finds nothing of them", style="green")
+    for line in done.unscanned:
+        output.note(line)
+    if done.resumed_ms is not None:
+        output.note(
+            f"this ended what was asked for at {_instant(done.resumed_ms)}: for heartbeats that "
+            "have arrived since, ask again"
+        )
     for line in done.left:
         output.complain(line)
+
+
+def _instant(epoch_ms: int) -> str:
+    moment = EPOCH + dt.timedelta(milliseconds=epoch_ms)
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")

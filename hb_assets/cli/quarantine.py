@@ -240,7 +240,9 @@ def _put_back(
         if isinstance(result, Refusal):
             done.refuse(f"{result.reason}: {result.message}", id=one.id)
             continue
-        if one.arrival.arrival_ms <= forgotten.get(result.user_id, -1):
+        at = one.arrival
+        cutoff = forgotten.get(result.user_id, {}).get(at.arrival_shard, tombstones.BEFORE_ALL)
+        if (at.arrival_ms, at.arrival_seq) <= cutoff:
             done.refuse("its user was forgotten; `hb forget` is to be run again", id=one.id)
             continue
         shard = record.shard_of(result.user_id, settings.shards)

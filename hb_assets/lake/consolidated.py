@@ -7,6 +7,7 @@ one (`consolidation`).
 from __future__ import annotations
 
 import datetime as dt
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import msgspec
 
 from hb_assets.errors import DamagedFileError
 from hb_assets.lake import layout, parquet
+from hb_assets.lake.files import TempFile
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.layout import FragmentName
 from hb_assets.lake.store import FORMAT, Lake
@@ -27,8 +29,9 @@ class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
     more, which aren't there any more: of each source shard every row up to the entry id in
     `watermark` is included. `rows` distinct rows came in, of which `unique` survived, `superseded`
     didn't (`repeats` + `corrections`), and `erased` were forgotten; `replayed` rows came again with
-    an identity that was there already. `edition` is new with every publication; `rows_written`
-    counts all rows that publications of this file wrote.
+    an identity that was there already. `uncounted` rows of the fragments count elsewhere: they came
+    again after theirs were pruned, or were erased before they came here. `edition` is new with
+    every publication; `rows_written` counts all rows that publications of this file wrote.
     """
 
     format: int
@@ -44,6 +47,7 @@ class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
     replayed: int
     rows_written: int
     erased: int = 0
+    uncounted: int = 0
     pruned: int = 0
     watermark: dict[int, tuple[int, int]] = {}
 
@@ -68,6 +72,10 @@ class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
     def mark(self, source: int) -> tuple[int, int]:
         """The watermark of a source shard; below every entry id where there is none."""
         return self.watermark.get(source, (0, 0))
+
+    def includes(self, name: FragmentName) -> bool:
+        """Whether the fragment's rows are in the file, by its list or as one that was pruned."""
+        return str(name) in self.fragments or name.last <= self.mark(name.source)
 
     def reaches(self, name: FragmentName) -> bool:
         """Whether the fragment may hold rows at or below the watermark."""
@@ -106,6 +114,21 @@ def current(lake: Lake, day: dt.date, shard: int) -> Current | None:
             f"{path} is gone, and raw fragments that it included were pruned: put a copy in its "
             f"place; to go on with what raw still holds, remove {mark}"
         ) from None
+
+
+class _Mark(msgspec.Struct, frozen=True):
+    format: int
+    since_ms: int
+
+
+def mark_incomplete(lake: Lake, day: dt.date, shard: int) -> None:
+    """Note that raw alone has no longer all of a (day, shard); durable on return. See `current`."""
+    path = layout.pruned_mark(lake.root, day, shard)
+    if path.exists():
+        return
+    with TempFile(lake.root, path.parent) as temp:
+        temp.path.write_bytes(msgspec.json.encode(_Mark(FORMAT, int(time.time() * 1000))))
+        temp.publish_replacing(path)
 
 
 def is_published(lake: Lake, seen: Current | None, day: dt.date, shard: int) -> bool:

@@ -262,7 +262,9 @@ def _figures(
     names = frozenset(note.fragments)
     listed = [fragment for fragment in raw if str(fragment.name) in names]
     whole = len(listed) == len(names) and not note.pruned
-    rows_in = fragments.distinct_rows(task.connection, listed) if whole else note.rows
+    rows_in = note.rows
+    if whole:
+        rows_in = fragments.distinct_rows(task.connection, listed) - note.uncounted
     in_order, unique = checks.order_and_key(task.connection, path)
     return [
         checks.schema_and_ranges(path),
@@ -296,7 +298,7 @@ def _merge(
             out.write(rows)
         arrived = sum(fragment.rows for fragment in new)
         replayed = arrived + before.unique - tally.survivors - tally.superseded - tally.erased
-        watermark = _later(published.note.watermark if published else {}, task.watermarks)
+        watermark = _later(published.note.watermark if published else {}, _sound(task))
         names, pruned = _still_listed(before, new, raw, watermark)
         note = ConsolidatedNote(
             format=FORMAT,
@@ -312,6 +314,7 @@ def _merge(
             repeats=before.repeats + tally.repeats,
             corrections=before.corrections + tally.corrections,
             erased=before.erased + tally.erased,
+            uncounted=before.uncounted + tally.uncounted,
             replayed=before.replayed + replayed,
             rows_written=(published.note.rows_written if published else 0) + tally.survivors,
         )
@@ -334,6 +337,12 @@ def _inputs(
     paths = [*([found.base] if found.base else []), *found.new]
     erased = tombstones.of_files(task.lake, task.shard, paths, task.connection)
     return replace(found, erased=erased)
+
+
+def _sound(task: _Task) -> Watermarks:
+    """Watermarks but for sources of which a fragment was set aside: its rows aren't included."""
+    missed = damage.sources(task.lake, task.day, task.shard)
+    return {source: mark for source, mark in task.watermarks.items() if source not in missed}
 
 
 def _later(before: Watermarks, now: Watermarks) -> dict[int, tuple[int, int]]:

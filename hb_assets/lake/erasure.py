@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import msgspec
@@ -28,28 +29,36 @@ from hb_assets.lake import (
     parquet,
     pruning,
     quarantine,
+    tombstones,
 )
 from hb_assets.lake.consolidation import Lock, Watermarks, consolidate
 from hb_assets.lake.engine import engine
+from hb_assets.lake.files import sync_folder
 from hb_assets.lake.layout import DAMAGED, QUARANTINE
 from hb_assets.lake.store import Lake
+from hb_assets.lake.tombstones import Cutoffs
 from hb_assets.record import shard_of
 from hb_assets.schema import ARRIVAL
 from hb_assets.settings import Settings
 
 _ATTEMPTS = 5
-_HOLDING = """
-SELECT DISTINCT filename FROM read_parquet($paths, hive_partitioning = false, filename = true)
-WHERE user_id = $user AND arrival_ms <= $cutoff
+_HOLDING = f"""
+SELECT DISTINCT filename
+FROM read_parquet($paths, hive_partitioning = false, filename = true) AS delivered
+{tombstones.REACHED} WHERE user_id = $user
+"""
+_LATEST = """
+SELECT arrival_shard, max(row(arrival_ms, arrival_seq))
+FROM read_parquet($paths, hive_partitioning = false) WHERE user_id = $user GROUP BY arrival_shard
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Whose:
-    """Which heartbeats: the user's, up to an arrival (epoch ms)."""
+    """Which heartbeats: the user's, up to an arrival by source shard."""
 
     user_id: str
-    cutoff_ms: int
+    cutoffs: Cutoffs
 
     def said_in(self, text: bytes) -> bool:
         """Whether a record's bytes speak of the user, as far as that can be told.
@@ -129,25 +138,58 @@ def holding(lake: Lake, whose: Whose, settings: Settings) -> dict[dt.date, list[
 def _holding(
     lake: Lake, day: dt.date, shard: int, whose: Whose, connection: duckdb.DuckDBPyConnection
 ) -> list[Path]:
+    connection.register("cutoffs", tombstones.table(whose.cutoffs))
+    found = _ask(lake, day, shard, whose.user_id, _HOLDING, connection)
+    return [Path(path) for (path,) in found]
+
+
+def _ask(
+    lake: Lake,
+    day: dt.date,
+    shard: int,
+    user_id: str,
+    query: str,
+    connection: duckdb.DuckDBPyConnection,
+) -> list[tuple[Any, ...]]:
+    """Rows of a query over the fragments and the published file, asked again when one went."""
     published = layout.consolidated_file(lake.root, day, shard)
     for _ in range(_ATTEMPTS):
         paths = [one.path for one in fragments.listed(lake, day, shard)]
         paths += [published] if published.exists() else []
         if not paths:
             return []
-        parameters = {
-            "paths": [str(path) for path in paths],
-            "user": whose.user_id,
-            "cutoff": whose.cutoff_ms,
-        }
+        parameters = {"paths": [str(path) for path in paths], "user": user_id}
         try:
-            found = connection.sql(_HOLDING, params=parameters).fetchall()
+            return connection.sql(query, params=parameters).fetchall()
         except duckdb.IOException:
             continue  # a file went meanwhile
         except duckdb.Error as error:
             raise parquet.explained(error, paths) from None
-        return [Path(path) for (path,) in found]
     raise DamagedFileError(f"day {day.isoformat()}, shard {shard:02d} can't be read")
+
+
+def latest(lake: Lake, user_id: str, settings: Settings) -> dict[int, tuple[int, int]]:
+    """The user's latest arrival in the lake by source shard, quarantine included.
+
+    A Redis that was replaced may have given later ids than the present one.
+    """
+    shard = shard_of(user_id, lake.shards)
+    found: dict[int, tuple[int, int]] = {}
+
+    def see(source: int, entry: tuple[int, int]) -> None:
+        found[source] = max(entry, found.get(source, entry))
+
+    with engine(settings) as connection:
+        for day in inventory.days(lake):
+            for source, entry in _ask(lake, day, shard, user_id, _LATEST, connection):
+                see(source, tuple(entry.values()) if isinstance(entry, dict) else tuple(entry))
+    whose = Whose(user_id, {})
+    for path in _quarantine_files(lake):
+        rows = quarantine.read(path)
+        spoken = rows.filter(pa.array(_spoken_of(rows, whose)))
+        for row in spoken.select(ARRIVAL).to_pylist():
+            see(row["arrival_shard"], (row["arrival_ms"], row["arrival_seq"]))
+    return found
 
 
 def forget_day(
@@ -161,8 +203,9 @@ def forget_day(
 ) -> Gone:
     """Write the day's shard anew without the user, then delete the fragments that hold rows of it.
 
-    They are deleted, not rewritten: what else they hold is in the consolidated file. A fragment
-    stays whose entries aren't all acknowledged yet: drain, read the watermarks and call this again.
+    They are deleted, not rewritten: what else they hold is in the consolidated file. Everything up
+    to the cutoffs has to be acknowledged. A fragment stays whose later entries aren't: drain, read
+    the watermarks and call this again.
 
     Raises:
         CheckFailedError, DamagedFileError, OSError: as `consolidate`.
@@ -184,9 +227,18 @@ def forget_day(
         except FencedError:
             if attempt == _ATTEMPTS - 1:
                 raise
+    # Whoever read the tombstones before this one was put, and sleeps, must not publish any more.
+    fence(lake, shard)
     with engine(settings) as connection:
         doomed = set(_holding(lake, day, shard, whose, connection))
-        pruned = pruning.prune_shard(lake, day, shard, connection, lambda one: one.path in doomed)
+        pruned = pruning.prune_shard(
+            lake,
+            day,
+            shard,
+            connection,
+            lambda one: one.path in doomed,
+            acknowledged=whose.cutoffs,
+        )
     minutes.build(lake, day, settings)
     return Gone(1, _erased_rows(lake, day) - before, pruned.fragments)
 
@@ -203,9 +255,9 @@ def forget_quarantine(lake: Lake, whose: Whose, settings: Settings) -> Gone:
         OSError: a file can't be written.
     """
     taken = 0
-    for path in sorted((lake.root / QUARANTINE).rglob("*.parquet")):
+    for path in _quarantine_files(lake):
         rows = quarantine.read(path)
-        gone = _spoken_of(rows, whose)
+        gone = _forgotten(rows, whose)
         count = int(pc.sum(gone).as_py() or 0)
         if not count:
             continue
@@ -213,21 +265,30 @@ def forget_quarantine(lake: Lake, whose: Whose, settings: Settings) -> Gone:
         erased.publish(lake, settings, rows.filter(gone).select(ARRIVAL))
         quarantine.publish(lake, rows.filter(pc.invert(gone)))
         path.unlink()
+        sync_folder(path.parent)
         taken += count
     return Gone(quarantined=taken)
 
 
-def _spoken_of(rows: pa.Table, whose: Whose) -> pa.Array:
+def _quarantine_files(lake: Lake) -> list[Path]:
+    return sorted((lake.root / QUARANTINE).rglob("*.parquet"))
+
+
+def _forgotten(rows: pa.Table, whose: Whose) -> pa.Array:
+    """Of each record in quarantine whether it is the user's and arrived at the cutoff or before."""
+    early = tombstones.reached(rows, [whose.cutoffs] * rows.num_rows)
+    return pc.and_(pa.array(early, pa.bool_()), pa.array(_spoken_of(rows, whose), pa.bool_()))
+
+
+def _spoken_of(rows: pa.Table, whose: Whose) -> list[bool]:
     raws = rows["raw"].combine_chunks()
     likely = pc.match_substring(raws, pattern="\\")
     for needle in whose.needles:
         likely = pc.or_(likely, pc.match_substring(raws, pattern=needle.decode()))
-    early = pc.less_equal(rows["arrival_ms"].combine_chunks().cast(pa.int64()), whose.cutoff_ms)
-    doubtful = pc.and_(likely, early).to_pylist()
-    return pa.array(
-        [maybe and whose.said_in(raw.as_py()) for maybe, raw in zip(doubtful, raws, strict=True)],
-        pa.bool_(),
-    )
+    return [
+        bool(maybe) and whose.said_in(raw.as_py())
+        for maybe, raw in zip(likely.to_pylist(), raws, strict=True)
+    ]
 
 
 def unreadable(lake: Lake) -> list[Path]:
@@ -239,13 +300,24 @@ def quarantined(lake: Lake, whose: Whose) -> list[Path]:
     """Files of quarantine that hold records of the user."""
     return [
         path
-        for path in sorted((lake.root / QUARANTINE).rglob("*.parquet"))
-        if pc.any(_spoken_of(quarantine.read(path), whose)).as_py()
+        for path in _quarantine_files(lake)
+        if pc.any(_forgotten(quarantine.read(path), whose)).as_py()
     ]
 
 
+def fence(lake: Lake, shard: int) -> int:
+    """Remove all temp files of a shard: whoever is about to publish there starts again."""
+    marked = f"-shard={shard:02d}-"
+    fenced = 0
+    for path in (lake.root / layout.TEMP).glob("*"):
+        if marked in path.name:
+            path.unlink(missing_ok=True)
+            fenced += 1
+    return fenced
+
+
 def sweep_temp(lake: Lake, before_ms: int) -> int:
-    """Remove temp files that were last written before the tombstone stood."""
+    """Remove all other temp files that were last written before the tombstone stood."""
     swept = 0
     for path in (lake.root / layout.TEMP).glob("*"):
         try:

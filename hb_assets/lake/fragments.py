@@ -26,7 +26,7 @@ from hb_assets.lake.engine import figures
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.layout import RAW, FragmentName
 from hb_assets.lake.store import FORMAT, Lake
-from hb_assets.schema import ARRIVAL, HEARTBEATS, ORDER
+from hb_assets.schema import ARRIVAL, HEARTBEATS, KEY, ORDER
 
 _WRITERS = 4
 """Files written at once: their fsyncs overlap, even on one core."""
@@ -152,7 +152,7 @@ def overlapping(fragments: Sequence[Fragment]) -> list[list[Fragment]]:
 
 
 def distinct_rows(connection: duckdb.DuckDBPyConnection, fragments: Sequence[Fragment]) -> int:
-    """Distinct identities in the fragments: a row that was delivered twice counts once.
+    """Distinct rows (key and identity) of the fragments: one delivered twice counts once.
 
     Only fragments with overlapping id ranges are read; of the others the footer says enough.
     """
@@ -166,9 +166,9 @@ def distinct_rows(connection: duckdb.DuckDBPyConnection, fragments: Sequence[Fra
     return total
 
 
-_IDENTITY = ", ".join(ARRIVAL)
+_ROW = ", ".join((*KEY, *ARRIVAL))
 _DISTINCT = f"""
 SELECT count(*) FROM (
-    SELECT DISTINCT {_IDENTITY} FROM read_parquet($paths, hive_partitioning = false)
+    SELECT DISTINCT {_ROW} FROM read_parquet($paths, hive_partitioning = false)
 )
 """

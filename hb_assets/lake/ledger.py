@@ -83,7 +83,7 @@ def _day(lake: Lake, day: dt.date, connection: duckdb.DuckDBPyConnection, deep: 
         try:
             if deep:
                 ledger.faults += _damage(lake, day, shard)
-            _add_shard(ledger, lake, shard, where, connection, deep)
+            _add(ledger, _shard(lake, day, shard, where, connection, deep))
         except DamagedFileError as error:
             ledger.faults.append(str(error))
         except FileNotFoundError:
@@ -128,7 +128,42 @@ def _faults(looks: Iterable[Callable[[], None]]) -> list[str]:
     return faults
 
 
-def _add_shard(
+def _add(ledger: DayLedger, part: DayLedger) -> None:
+    for name in _COUNTED:
+        setattr(ledger, name, getattr(ledger, name) + getattr(part, name))
+    ledger.faults += part.faults
+
+
+_COUNTED = (
+    *("rows", "unique", "superseded", "repeats", "corrections", "erased", "pending", "replayed"),
+)
+_ATTEMPTS = 5
+
+
+def _shard(
+    lake: Lake,
+    day: dt.date,
+    shard: int,
+    where: str,
+    connection: duckdb.DuckDBPyConnection,
+    deep: bool,
+) -> DayLedger:
+    """A shard's part, counted again when its file was replaced or a fragment went meanwhile."""
+    for attempt in range(_ATTEMPTS):
+        part = DayLedger(day)
+        seen = consolidated.current(lake, day, shard)
+        try:
+            _count_shard(part, lake, shard, where, connection, deep)
+        except (FileNotFoundError, duckdb.IOException):
+            if attempt == _ATTEMPTS - 1:
+                raise
+            continue
+        if consolidated.is_published(lake, seen, day, shard):
+            break
+    return part
+
+
+def _count_shard(
     ledger: DayLedger,
     lake: Lake,
     shard: int,
@@ -150,7 +185,7 @@ def _add_shard(
     whole = len(listed) == len(note.fragments) and not note.pruned
     if whole:
         listed_rows = fragments.distinct_rows(connection, listed)
-        if listed_rows != note.rows:
+        if listed_rows != note.rows + note.uncounted:
             ledger.faults.append(
                 f"{where}: {listed_rows:,} distinct rows lie in the listed fragments, "
                 f"the consolidated file counts {note.rows:,}"
@@ -168,7 +203,7 @@ def _add_shard(
     in_file = parquet.footer(published.path).num_rows
     if in_file != note.unique:
         ledger.faults.append(f"{where}: the file has {in_file:,} rows, {note.unique:,} are unique")
-    if deep and whole and listed and not note.erased:
+    if deep and whole and listed and not note.erased and not note.uncounted:
         paths = [str(one.path) for one in listed]
         (keys,) = figures(connection, _DISTINCT_KEYS, {"paths": paths})
         if keys != note.unique:

@@ -23,6 +23,7 @@ from hb_assets.lake.consolidated import Current
 from hb_assets.lake.engine import figures
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.store import Lake
+from hb_assets.lake.tombstones import Cutoffs
 from hb_assets.schema import ARRIVAL, KEY, ORDER
 from hb_assets.schema import HEARTBEATS as SCHEMA
 
@@ -36,10 +37,10 @@ class Inputs:
         new: pending fragments.
         included: fragments that `base` includes and that may hold rows of `new`, after a drain that
             died between publication and acknowledgement; survivors alone wouldn't tell.
-        erased_before: lists of identities that were erased before they came here.
+        erased_before: lists of identities that were counted as erased before they came here.
         watermark: per source shard the entry id up to which `base` includes every row there ever
             was: such a row can only come again.
-        erased: users whose rows are to go, each with the latest arrival (epoch ms) that goes.
+        erased: users whose rows are to go, each with the latest arrival that goes by source shard.
     """
 
     base: Path | None
@@ -47,7 +48,7 @@ class Inputs:
     included: Sequence[Path] = ()
     erased_before: Sequence[Path] = ()
     watermark: Mapping[int, tuple[int, int]] = field(default_factory=dict)
-    erased: Mapping[str, int] = field(default_factory=dict)
+    erased: Mapping[str, Cutoffs] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -78,12 +79,16 @@ class Inputs:
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the rows; those that neither counter has were replays."""
+    """What became of the rows; those that no counter has were replays.
+
+    `uncounted` rows are another delivery's: below the watermark, or erased before they came here.
+    """
 
     survivors: int = 0
     repeats: int = 0
     corrections: int = 0
     erased: int = 0
+    uncounted: int = 0
 
     @property
     def superseded(self) -> int:
@@ -101,6 +106,13 @@ _FLAGGED: pa.Schema = pa.schema(
 _LATE = (
     "coalesce(arrival_ms < mark.ms OR (arrival_ms = mark.ms AND arrival_seq <= mark.seq), false)"
 )
+_GONE = (
+    "coalesce(arrival_ms < erased.ms OR (arrival_ms = erased.ms AND arrival_seq <= erased.seq), "
+    "false)"
+)
+_FORGOTTEN = """
+LEFT JOIN erased ON delivered.user_id = erased.forgotten AND arrival_shard = erased.source
+"""
 _BASE = "SELECT *, false AS late FROM read_parquet($base, hive_partitioning = false)"
 # An identity alone might be another row's, where a server that lost its last ids gave them again.
 _UNKNOWN = f"""
@@ -108,25 +120,27 @@ _UNKNOWN = f"""
     SELECT {_ROW} FROM read_parquet($included, hive_partitioning = false)
  ) AS known USING ({_ROW})
 """
-_NOT_ERASED = f"""
- ANTI JOIN (
-    SELECT {_IDENTITY} FROM read_parquet($erased_before, hive_partitioning = false)
- ) AS gone USING ({_IDENTITY})
+_ERASED_BEFORE = f"""
+ LEFT JOIN (
+    SELECT DISTINCT {_IDENTITY}, true AS counted
+    FROM read_parquet($erased_before, hive_partitioning = false)
+ ) AS before USING ({_IDENTITY})
 """
 # Each part is there only where it is needed: most merges know of nothing that comes again.
 _NEW = {
     (late, included, erased): f"""
-SELECT arrived.*, {_LATE if late else "false"} AS late
+SELECT arrived.*,
+    {_LATE if late else "false"} OR {"coalesce(counted, false)" if erased else "false"} AS late
 FROM read_parquet($new, hive_partitioning = false) AS arrived
 {"LEFT JOIN mark ON arrived.arrival_shard = mark.source" if late else ""}
-{_UNKNOWN if included else ""} {_NOT_ERASED if erased else ""}
+{_ERASED_BEFORE if erased else ""} {_UNKNOWN if included else ""}
 """
     for late in (False, True)
     for included in (False, True)
     for erased in (False, True)
 }
 _FRESH = {
-    kind: f"SELECT count(*) FROM (SELECT DISTINCT {_IDENTITY} FROM ({new}) WHERE NOT late)"
+    kind: f"SELECT count(*) FROM (SELECT DISTINCT {_ROW} FROM ({new}) WHERE NOT late)"
     for kind, new in _NEW.items()
 }
 _ROWS = {
@@ -142,16 +156,16 @@ _SORTED = {
     (which, flagged, forgotten): f"""
 SELECT {_COLUMNS}
     {", late" if flagged else ""}
-    {", coalesce(arrival_ms <= erased.cutoff, false) AS gone" if forgotten else ""}
+    {f", {_GONE} AS gone" if forgotten else ""}
     {", false AS gone" if flagged and not forgotten else ""}
-FROM ({rows}) AS delivered {"LEFT JOIN erased USING (user_id)" if forgotten else ""}
+FROM ({rows}) AS delivered {_FORGOTTEN if forgotten else ""}
 ORDER BY {_SORT} {", late DESC" if flagged else ""}
 """
     for which, rows in _ROWS.items()
     for flagged, forgotten in ((False, False), (True, False), (True, True))
 }
 _MARKS = pa.schema([("source", pa.int16()), ("ms", pa.uint64()), ("seq", pa.uint64())])
-_ERASED = pa.schema([("user_id", pa.string()), ("cutoff", pa.uint64())])
+_ERASED = pa.schema([("forgotten", pa.string()), *_MARKS])
 
 
 def merged(
@@ -191,7 +205,7 @@ def _parameters(inputs: Inputs, *, base: bool) -> dict[str, list[str]]:
 
 def _sorted(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> Iterator[pa.RecordBatch]:
     which = inputs.base is not None, _kind(inputs) if inputs.new else None
-    flagged = bool(inputs.erased or inputs.watermark)
+    flagged = bool(inputs.erased or inputs.watermark or inputs.erased_before)
     _register(inputs, connection)
     rows = connection.sql(
         _SORTED[which, flagged, bool(inputs.erased)], params=_parameters(inputs, base=True)
@@ -204,8 +218,12 @@ def _marks(watermark: Mapping[int, tuple[int, int]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_MARKS)
 
 
-def _erased(erased: Mapping[str, int]) -> pa.Table:
-    rows = [{"user_id": user, "cutoff": cutoff} for user, cutoff in erased.items()]
+def _erased(erased: Mapping[str, Cutoffs]) -> pa.Table:
+    rows = [
+        {"forgotten": user, "source": source, "ms": ms, "seq": seq}
+        for user, cutoffs in erased.items()
+        for source, (ms, seq) in cutoffs.items()
+    ]
     return pa.Table.from_pylist(rows, schema=_ERASED)
 
 
@@ -227,7 +245,7 @@ def _survivors(batches: Iterator[pa.RecordBatch], tally: Tally) -> Iterator[pa.T
         same_key = _equal(this, following, KEY)
         superseded = pc.and_not(same_key, _equal(this, following, ARRIVAL))
         if "late" in rows.schema.names:
-            # It was counted when it came first.
+            tally.uncounted += _count(pc.and_(superseded, this["late"]))
             superseded = pc.and_not(superseded, this["late"])
         repeats = _count(pc.and_(superseded, _equal(this, following, ("heart_rate",))))
         tally.repeats += repeats
@@ -240,7 +258,10 @@ def _survivors(batches: Iterator[pa.RecordBatch], tally: Tally) -> Iterator[pa.T
 def _kept(survivors: pa.Table, tally: Tally) -> Iterator[pa.Table]:
     """Survivors but for those that are erased, which are counted where they came first."""
     if "gone" in survivors.schema.names:
-        tally.erased += _count(pc.and_not(survivors["gone"], survivors["late"]))
+        gone = _count(survivors["gone"])
+        counted = _count(pc.and_not(survivors["gone"], survivors["late"]))
+        tally.erased += counted
+        tally.uncounted += gone - counted
         survivors = survivors.filter(pc.invert(survivors["gone"])).select(SCHEMA.names)
     tally.survivors += survivors.num_rows
     if survivors.num_rows:

@@ -209,11 +209,14 @@ _UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What pyarrow raises for bytes that aren't Parquet, and for a disk that can't be read."""
 
 
-def meaning(error: Exception, path: Path) -> DamagedFileError | OSError:
+def meaning(error: Exception, path: Path) -> HbError | OSError:
     """What pyarrow's error while it read `path` means.
 
-    A disk's fault has a number; what can't be read now may be read later.
+    A disk's fault has a number, and memory may be free again: what can't be read now may be read
+    later.
     """
+    if isinstance(error, MemoryError | pa.ArrowCancelled):
+        return _starved(error)
     if isinstance(error, OSError) and error.errno is not None:
         return error
     return damaged(path, str(error))
@@ -237,9 +240,14 @@ def explained(error: Exception, paths: Iterable[Path]) -> HbError:
             if isinstance(found, OSError):
                 raise found from None
             return found
+    return _starved(error)
+
+
+def _starved(error: Exception) -> HbError:
     # only its kind: the message of an engine's error may quote values
     return HbError(
-        f"reading the lake failed ({type(error).__name__}); free memory (HB_DUCKDB_MEMORY) or disk space"
+        f"reading the lake failed ({type(error).__name__}); free memory (HB_DUCKDB_MEMORY) or "
+        "disk space"
     )
 
 

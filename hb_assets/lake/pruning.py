@@ -26,17 +26,16 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import duckdb
-import msgspec
 
 from hb_assets.errors import HbError
 from hb_assets.lake import fragments, layout, parquet
-from hb_assets.lake.consolidated import Current, current
+from hb_assets.lake.consolidated import Current, current, mark_incomplete
 from hb_assets.lake.consolidation import Lock, Watermarks, no_lock
 from hb_assets.lake.engine import engine
-from hb_assets.lake.files import TempFile, sync_file, sync_folder
+from hb_assets.lake.files import sync_file, sync_folder
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.layout import HEARTBEATS, QUARANTINE, RAW, FragmentName
-from hb_assets.lake.store import FORMAT, Lake
+from hb_assets.lake.store import Lake
 from hb_assets.schema import ARRIVAL
 from hb_assets.settings import Settings
 
@@ -63,13 +62,6 @@ class Pruned:
             self.leftovers + other.leftovers,
             self.faults + other.faults,
         )
-
-
-class _Mark(msgspec.Struct, frozen=True):
-    """Says that raw alone has no longer all of a (day, shard): it can't be rebuilt from it."""
-
-    format: int
-    since_ms: int
 
 
 def prune(
@@ -162,13 +154,24 @@ def prune_shard(
     connection: duckdb.DuckDBPyConnection,
     allowed: Allowed,
     *,
+    acknowledged: Watermarks | None = None,
     dry_run: bool = False,
 ) -> Pruned:
-    """Delete fragments of one (day, shard), those of them that `allowed` lets go."""
+    """Delete fragments of one (day, shard), those of them that `allowed` lets go.
+
+    Args:
+        lake: which lake.
+        day: which day.
+        shard: which shard.
+        connection: an engine.
+        allowed: asked for each fragment that may go.
+        acknowledged: what is known to be acknowledged beyond the file's watermark.
+        dry_run: only count.
+    """
     where = f"day {day.isoformat()}, shard {shard:02d}"
     try:
         first = current(lake, day, shard)
-        old = _included(lake, first, day, shard, connection, allowed)
+        old = _included(lake, first, day, shard, connection, allowed, acknowledged or {})
         if not old or first is None:
             return Pruned()
         size = sum(one.bytes for one in old)
@@ -183,7 +186,7 @@ def prune_shard(
         sync_file(second.path)
         sync_folder(second.path.parent)
         doomed = [one for one in old if str(one.name) in second.names]
-        _mark(lake, day, shard)
+        mark_incomplete(lake, day, shard)
         for fragment in doomed:
             fragment.path.unlink(missing_ok=True)
         if doomed:
@@ -195,6 +198,8 @@ def prune_shard(
         return Pruned(faults=(f"{where}: can't be pruned ({type(error).__name__})",))
     except FileNotFoundError:
         return Pruned(faults=(f"{where}: files went while it was pruned; the next time does it",))
+    except OSError as error:
+        return Pruned(faults=(f"{where}: can't be pruned ({error.strerror})",))
 
 
 def fence(lake: Lake, day: dt.date, shard: int) -> int:
@@ -230,6 +235,7 @@ def _included(
     shard: int,
     connection: duckdb.DuckDBPyConnection,
     allowed: Allowed,
+    acknowledged: Watermarks,
 ) -> list[Fragment]:
     if published is None:
         return []
@@ -237,7 +243,8 @@ def _included(
         one
         for one in fragments.listed(lake, day, shard)
         if str(one.name) in published.names
-        and one.name.last <= published.note.mark(one.name.source)
+        and one.name.last
+        <= max(published.note.mark(one.name.source), acknowledged.get(one.name.source, (0, 0)))
         and allowed(one)
     ]
     held = _held(lake, listed, connection)
@@ -267,12 +274,3 @@ def _held(
     raw = [str(one.path) for one in listed]
     rows = connection.sql(_HELD, params={"raw": raw, "quarantine": sorted(near)}).fetchall()
     return {path for (path,) in rows}
-
-
-def _mark(lake: Lake, day: dt.date, shard: int) -> None:
-    path = layout.pruned_mark(lake.root, day, shard)
-    if path.exists():
-        return
-    with TempFile(lake.root, path.parent) as temp:
-        temp.path.write_bytes(msgspec.json.encode(_Mark(FORMAT, int(time.time() * 1000))))
-        temp.publish_replacing(path)

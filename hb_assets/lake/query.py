@@ -37,18 +37,21 @@ class Point(NamedTuple):
     device_id: str
 
 
-_USER = f"""
+_USER = {
+    forgotten: f"""
 WITH readings AS (
     SELECT user_id, device_id, timestamp,
         arg_max(heart_rate, row({", ".join(ARRIVAL)})) AS heart_rate
-    FROM read_parquet($paths, hive_partitioning = false)
+    FROM read_parquet($paths, hive_partitioning = false) AS delivered
+    {tombstones.NOT_REACHED if forgotten else ""}
     WHERE user_id = $user
         AND timestamp >= make_timestamptz($start * 1000)
         AND timestamp < make_timestamptz($end * 1000)
-        AND arrival_ms > $cutoff
     GROUP BY user_id, device_id, timestamp
 )
 """
+    for forgotten in (False, True)
+}
 
 
 def whole_minutes(start_ms: int, end_ms: int) -> tuple[int, int]:
@@ -87,14 +90,15 @@ def minute_points(
             return []
         with engine(settings) as connection:
             try:
+                if forgotten:
+                    connection.register("cutoffs", tombstones.table(forgotten.cutoffs))
                 rows = connection.sql(
-                    _USER + AGGREGATE,
+                    _USER[forgotten is not None] + AGGREGATE,
                     params={
                         "paths": paths,
                         "user": user_id,
                         "start": start_ms,
                         "end": end_ms,
-                        "cutoff": forgotten.cutoff_ms if forgotten else -1,
                         "priority": list(settings.device_priority),
                     },
                 ).fetchall()

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 import duckdb
 import msgspec
@@ -27,22 +28,25 @@ from hb_assets.lake.layout import TOMBSTONES
 from hb_assets.lake.store import FORMAT, Lake
 from hb_assets.schema import ARRIVAL
 
+Cutoffs: TypeAlias = Mapping[int, tuple[int, int]]
+"""Per source shard the last entry id that is forgotten."""
+
 
 class Tombstone(msgspec.Struct, frozen=True, kw_only=True):
     """One forgotten user.
 
-    `user` is the keyed hash (hex), `shard` the user's, `cutoff_ms` the last arrival (epoch ms) that
-    is forgotten; `asked_ms` when that was asked for; `spool_cleared` once nothing older could come
-    out of the gateway's spool any more; `done` once no byte of it was left.
+    `user` is the keyed hash (hex), `shard` the user's, `cutoffs` the last arrival that is forgotten
+    by source shard; `asked_ms` when that was asked for (epoch ms); `spool_cleared` once nothing
+    older could come out of the gateway's spool any more; `finished` once every step was taken.
     """
 
     format: int = FORMAT
     user: str
     shard: int
-    cutoff_ms: int
+    cutoffs: dict[int, tuple[int, int]]
     asked_ms: int
     spool_cleared: bool = False
-    done: bool = False
+    finished: bool = False
 
 
 def hashed(lake: Lake, user_id: str) -> str:
@@ -87,9 +91,9 @@ def _read(path: Path) -> Tombstone:
         raise parquet.damaged(path, str(error)) from None
 
 
-def cutoffs(lake: Lake, user_ids: Iterable[str]) -> dict[str, int]:
-    """Of these users those that were forgotten, each with its cutoff (epoch ms)."""
-    by_hash = {tombstone.user: tombstone.cutoff_ms for tombstone in listed(lake)}
+def cutoffs(lake: Lake, user_ids: Iterable[str]) -> dict[str, Cutoffs]:
+    """Of these users those that were forgotten, each with its cutoffs."""
+    by_hash = {tombstone.user: tombstone.cutoffs for tombstone in listed(lake)}
     if not by_hash:
         return {}
     hashes = ((user, hashed(lake, user)) for user in user_ids)
@@ -104,16 +108,27 @@ def withheld(lake: Lake, rows: pa.Table) -> tuple[pa.Table, pa.Table]:
         rows: heartbeats, or records for the quarantine; whose these are is told from their bytes,
             as far as they name a user_id.
     """
+    nobody = rows, rows.slice(0, 0).select(ARRIVAL)
     if not listed(lake):
-        return rows, rows.slice(0, 0).select(ARRIVAL)
+        return nobody
     if "user_id" in rows.schema.names:
         users = rows["user_id"].to_pylist()
     else:
         users = [_user_in(raw) for raw in rows["raw"].to_pylist()]
     forgotten = cutoffs(lake, {user for user in users if user is not None})
-    limits = pa.array([forgotten.get(user, -1) for user in users], pa.int64())
-    gone = pc.less_equal(rows["arrival_ms"].cast(pa.int64()), limits)
+    if not forgotten:
+        return nobody
+    gone = pa.array(reached(rows, [forgotten.get(user, _NEVER) for user in users]))
     return rows.filter(pc.invert(gone)), rows.filter(gone).select(ARRIVAL)
+
+
+def reached(rows: pa.Table, cutoffs_of_rows: Sequence[Cutoffs]) -> list[bool]:
+    """Of each row (with its identity) whether it arrived at its cutoff or before."""
+    columns = (rows[name].to_pylist() for name in ("arrival_shard", "arrival_ms", "arrival_seq"))
+    return [
+        (ms, seq) <= cutoffs.get(source, BEFORE_ALL)
+        for source, ms, seq, cutoffs in zip(*columns, cutoffs_of_rows, strict=True)
+    ]
 
 
 def _user_in(raw: bytes) -> str | None:
@@ -124,15 +139,31 @@ def _user_in(raw: bytes) -> str | None:
         return None
 
 
+def table(of_one: Cutoffs) -> pa.Table:
+    """Cutoffs as the table `cutoffs` of REACHED and NOT_REACHED."""
+    rows = [{"source": source, "ms": ms, "seq": seq} for source, (ms, seq) in of_one.items()]
+    return pa.Table.from_pylist(rows, schema=_CUTOFFS)
+
+
 def of_files(
     lake: Lake, shard: int, paths: Sequence[Path], connection: duckdb.DuckDBPyConnection
-) -> dict[str, int]:
-    """Forgotten users of one shard that these files hold, each with its cutoff (epoch ms)."""
+) -> dict[str, Cutoffs]:
+    """Forgotten users of one shard that these files hold, each with its cutoffs."""
     if not paths or all(tombstone.shard != shard for tombstone in listed(lake)):
         return {}
     users = connection.sql(_USERS, params={"paths": [str(path) for path in paths]}).fetchall()
     return cutoffs(lake, (user for (user,) in users))
 
 
+_REACHED = (
+    "JOIN cutoffs ON delivered.arrival_shard = cutoffs.source AND (delivered.arrival_ms < cutoffs.ms "
+    "OR (delivered.arrival_ms = cutoffs.ms AND delivered.arrival_seq <= cutoffs.seq))"
+)
+REACHED, NOT_REACHED = f"SEMI {_REACHED}", f"ANTI {_REACHED}"
+"""Joins of a relation `delivered`: rows that arrived at their cutoff or before, and all others."""
+_CUTOFFS = pa.schema([("source", pa.int16()), ("ms", pa.uint64()), ("seq", pa.uint64())])
+BEFORE_ALL = (-1, 0)
+"""Below any entry id."""
+_NEVER: Cutoffs = {}
 _USER_ID = re.compile(rb'"user_id"\s*:\s*("(?:[^"\\]|\\.)*")')
 _USERS = "SELECT DISTINCT user_id FROM read_parquet($paths, hive_partitioning = false)"

@@ -25,18 +25,21 @@ def test_where_nothing_ever_was_nothing_comes_below_the_clock(
     found = watermarks(client, settings)
     assert found.keys() == {0, 1, 2, 3}
     assert all(before <= ms + 1 <= clock(client) for ms, _ in found.values())
-    assert before <= latest(client, settings) <= clock(client)
-    assert passed(client, settings, before)
+    assert latest(client, settings) == dict.fromkeys(range(4), (0, 0))
+    assert passed(client, settings, {0: (before, 0)})
 
 
-def test_latest_is_ahead_of_the_clock_where_the_ids_are(
+def test_latest_is_the_last_id_whatever_the_clock_says(
     client: redis.Redis, settings: Settings
 ) -> None:
     ahead = clock(client) + 3_600_000
-    client.xadd(keys.stream(2), {"data": LINE}, id=f"{ahead}-0")
-    assert latest(client, settings) == ahead
-    assert passed(client, settings, ahead - 1)
-    assert not passed(client, settings, ahead)
+    client.xadd(keys.stream(2), {"data": LINE}, id=f"{ahead}-7")
+    assert latest(client, settings)[2] == (ahead, 7)
+    assert passed(client, settings, {2: (ahead, 6), 1: (ahead, 9)})
+    assert not passed(client, settings, {2: (ahead, 7)})
+    client.xtrim(keys.stream(2), maxlen=0)
+    assert latest(client, settings)[2] == (ahead, 7), "an empty stream remembers it"
+    assert passed(client, settings, {2: (ahead, 7)})
 
 
 def test_it_stands_right_below_the_oldest_entry(

@@ -250,7 +250,12 @@ def test_a_forgotten_users_records_are_not_put_back(
     monkeypatch.setenv("HB_START_DATE", "2010-01-01")
     tombstones.put(
         lake,
-        Tombstone(user=tombstones.hashed(lake, "secret"), shard=0, cutoff_ms=2**62, asked_ms=0),
+        Tombstone(
+            user=tombstones.hashed(lake, "secret"),
+            shard=0,
+            cutoffs={0: (2**64 - 1, 2**64 - 1)},
+            asked_ms=0,
+        ),
     )
     found = told("quarantine", "replay", "--reason", "timestamp_too_old", code=1)
     assert (found["replayed"], found["still_refused"]) == (0, 3)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hb_assets.lake import (
     checks,
     consolidated,
     consolidation,
+    erased,
     fragments,
     layout,
     ledger,
@@ -26,11 +28,12 @@ from hb_assets.lake import (
     query,
 )
 from hb_assets.lake.consolidation import consolidate
+from hb_assets.lake.decode import decode
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.pruning import Pruned, prune
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
-from hb_assets.schema import HEARTBEATS
+from hb_assets.schema import ARRIVAL, HEARTBEATS
 from hb_assets.settings import Settings
 from hb_assets_tests.lake.deliveries import (
     DAY,
@@ -130,6 +133,67 @@ def test_a_new_server_whose_clock_is_behind_loses_nothing(lake: Lake, settings: 
     assert {one[2] for one in consolidated_rows(lake)} == {NOON, NOON + 1}
 
 
+def test_counts_hold_below_the_watermark(lake: Lake, settings: Settings) -> None:
+    """A new server whose clock is behind: repeats of its own rows count, though not here."""
+    deliver(lake, settings, entry([line(bpm=60)], 5))
+    consolidate(lake, DAY, settings, watermarks=LATEST)
+    deliver(lake, settings, entry([line(at=NOON + 1), line(at=NOON + 1, bpm=61)], 1))
+    done = consolidate(lake, DAY, settings, watermarks=LATEST)
+    assert all(figure.passed for figure in done.figures)
+    assert {(one[2], one[3]) for one in consolidated_rows(lake)} == {
+        (NOON, 75 - 15),
+        (NOON + 1, 61),
+    }
+    [found] = ledger.of_days(lake, settings, deep=True)
+    assert found.faults == []
+    assert consolidate(lake, DAY, settings, rebuild=True).unique == 2
+
+
+@pytest.mark.parametrize("consolidated_first", [False, True])
+def test_an_id_that_is_given_again_drops_nobody(
+    lake: Lake, settings: Settings, consolidated_first: bool
+) -> None:
+    """A server that lost its last ids gives them to other heartbeats."""
+    deliver(lake, settings, entry([line("u1", bpm=60)], 7))
+    if consolidated_first:
+        consolidate(lake, DAY, settings)
+    deliver(lake, settings, entry([line("u1", at=NOON + 1)], 7))
+    done = consolidate(lake, DAY, settings)
+    assert (done.unique, done.rows) == (2, 2)
+    [found] = ledger.of_days(lake, settings, deep=True)
+    assert (found.faults, found.rows) == ([], 2)
+
+
+def test_an_erased_identity_that_is_given_again_drops_nobody(
+    lake: Lake, settings: Settings
+) -> None:
+    gone = decode([entry([line("u1")], 7)], settings).rows.select(ARRIVAL)
+    erased.publish(lake, settings, gone)
+    deliver(lake, settings, entry([line("u2")], 7))
+    done = consolidate(lake, DAY, settings)
+    assert [one[0] for one in consolidated_rows(lake)] == ["u2"]
+    assert all(figure.passed for figure in done.figures)
+    assert ledger.of_days(lake, settings, deep=True)[0].faults == []
+
+
+def test_a_full_disk_stops_one_shard_not_the_others(
+    lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliver(lake, settings, entry([line(f"u{n}") for n in range(50)], 0))
+    consolidate(lake, DAY, settings, watermarks=LATEST)
+    original = pruning.mark_incomplete
+
+    def full(of: Lake, day: date, shard: int) -> None:
+        if shard == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(of, day, shard)
+
+    monkeypatch.setattr(pruning, "mark_incomplete", full)
+    done = prune(lake, settings)
+    assert done.faults == ("day 2025-01-15, shard 00: can't be pruned (No space left on device)",)
+    assert {one.parent.name for one in there(lake)} == {"shard=00"}
+
+
 def test_names_of_pruned_fragments_are_dropped(lake: Lake, settings: Settings) -> None:
     """The list in the footer stays as short as raw, however long the day."""
     for seq in range(5):
@@ -216,7 +280,7 @@ def test_consolidator_overtaken_by_a_pruner(
     everything_adds_up(lake, settings, came)
 
 
-@pytest.mark.parametrize("where", ["fence", "current", "_mark"])
+@pytest.mark.parametrize("where", ["fence", "current", "mark_incomplete"])
 def test_pruner_overtaken_by_consolidators(
     lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
