@@ -7,6 +7,7 @@ write, and a second fsync of them succeeds without having written anything.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import errno
 import os
 import resource
@@ -29,9 +30,10 @@ from hb_assets.buffer.depth import depths, scanned
 from hb_assets.buffer.producer import Producer
 from hb_assets.drain import drain, drain_cycle
 from hb_assets.errors import BufferUnavailableError, HbError
-from hb_assets.lake import minutes, quarantine
+from hb_assets.lake import fragments, minutes, pruning, quarantine, tombstones
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.store import Lake
+from hb_assets.lake.tombstones import Tombstone
 from hb_assets.settings import Settings, environment
 from hb_assets_tests.faults import Call, Fault, failing
 from hb_assets_tests.lake.deliveries import DAY, NOON, consolidated, left_behind, line
@@ -154,6 +156,73 @@ def test_nothing_half_done_then_well(
     assert sum(quarantine.summary(plant.lake, plant.settings).reasons.values()) == 2
     assert audit(plant.client, plant.lake, plant.settings, deep=True).differences == []
     assert left_behind(root) == []
+
+
+ALL = dict.fromkeys(range(4), (2**64 - 1, 0))
+"""Cutoffs and watermarks above whatever arrives here."""
+
+
+def put_tombstone(plant: Plant) -> None:
+    user = tombstones.hashed(plant.lake, "u1")
+    tombstones.put(plant.lake, Tombstone(user=user, shard=0, cutoffs=ALL, asked_ms=0))
+
+
+@pytest.mark.parametrize(("call", "number"), FAULTS)
+@pytest.mark.parametrize(
+    ("part", "step"), [("tombstones", put_tombstone), ("erased", Plant.drain)], ids=lambda one: one
+)
+def test_forgetting(
+    plant: Plant,
+    part: str,
+    step: Callable[[Plant], None],
+    call: Call | Literal["fsync name"],
+    number: int,
+) -> None:
+    """A tombstone that can't be written is none; what can't be withheld durably comes again."""
+    plant.append()
+    root = plant.lake.root
+    if part == "erased":
+        put_tombstone(plant)
+    faulty: Call = "fsync folder" if call == "fsync name" else call
+    where = f"{root}/{part}/day=" if (part, call) == ("erased", "fsync name") else None
+    with (
+        failing(faulty, number, where or place(root, part, faulty)) as fault,
+        pytest.raises((HbError, OSError)) as raised,
+    ):
+        step(plant)
+    assert fault.hits
+    assert_never_synced_again(fault)
+    assert_one_clear_line(raised.value, number)
+    assert left_behind(root) == []
+    assert plant.acknowledged() == 0
+    put_tombstone(plant)
+    plant.drain()
+    assert plant.acknowledged() == USERS + 2
+    plant.consolidate()
+    assert "u1" not in {one[0] for one in consolidated(plant.lake)}
+    assert audit(plant.client, plant.lake, plant.settings, deep=True).differences == []
+
+
+@pytest.mark.parametrize(("call", "number"), FAULTS)
+def test_pruning(plant: Plant, call: Call | Literal["fsync name"], number: int) -> None:
+    """Nothing is deleted before it is noted, durably, that raw isn't whole any more."""
+    plant.append()
+    plant.drain()
+    consolidate(plant.lake, DAY, plant.settings, watermarks=ALL)
+    soon = plant.settings.model_copy(update={"raw_keep": dt.timedelta(0)})
+    before = len(fragments.all_listed(plant.lake, DAY))
+    faulty: Call = "fsync folder" if call == "fsync name" else call
+    root = plant.lake.root
+    where = f"{root}/pruned/day=" if call == "fsync name" else place(root, "pruned", faulty)
+    with failing(faulty, number, where) as fault:
+        done = pruning.prune(plant.lake, soon)
+    assert fault.hits
+    assert len(done.faults) == before, "each shard says so"
+    assert os.strerror(number) in done.faults[0]
+    assert len(fragments.all_listed(plant.lake, DAY)) == before
+    assert left_behind(root) == []
+    assert pruning.prune(plant.lake, soon).fragments == before
+    assert audit(plant.client, plant.lake, plant.settings, deep=True).differences == []
 
 
 def place(root: Path, part: str, call: str) -> str:

@@ -16,7 +16,7 @@ import msgspec
 
 from hb_assets.errors import DamagedFileError
 from hb_assets.lake import layout, parquet
-from hb_assets.lake.files import TempFile
+from hb_assets.lake.files import TempFile, sync_folder
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.layout import FragmentName
 from hb_assets.lake.store import FORMAT, Lake
@@ -125,6 +125,7 @@ def mark_incomplete(lake: Lake, day: dt.date, shard: int) -> None:
     """Note that raw alone has no longer all of a (day, shard); durable on return. See `current`."""
     path = layout.pruned_mark(lake.root, day, shard)
     if path.exists():
+        sync_folder(path.parent)  # whoever made it may not have got so far
         return
     with TempFile(lake.root, path.parent) as temp:
         temp.path.write_bytes(msgspec.json.encode(_Mark(FORMAT, int(time.time() * 1000))))
