@@ -48,7 +48,8 @@ def prune(
         verb = "would be pruned" if dry_run else "pruned"
         output.results.print(
             f"{done.fragments:,} fragments ({done.bytes:,} bytes) {verb}, {done.renewed:,} "
-            f"consolidated files renewed, {done.leftovers:,} leftovers of crashes removed"
+            f"consolidated files renewed, {done.leftovers:,} leftovers of crashes removed",
+            soft_wrap=True,
         )
     for fault in done.faults:
         output.complain(fault)
@@ -113,7 +114,8 @@ def _show_forgotten(done: Forgotten, *, as_json: bool) -> None:
         output.results.print(
             f"erased: {done.rows:,} heartbeats on {done.days:,} days, {done.buffered:,} in the "
             f"buffer, {done.spooled:,} in the spool, {done.quarantined:,} records in quarantine; "
-            f"{done.fragments:,} fragments deleted ({done.seconds:.1f} s)"
+            f"{done.fragments:,} fragments deleted ({done.seconds:.1f} s)",
+            soft_wrap=True,
         )
         if done.done:
             output.results.print("a scan of all bytes finds nothing of them", style="green")
