@@ -274,11 +274,10 @@ class Pipeline(RuleBasedStateMachine):
 
     def _survivors(self) -> dict[Key, tuple[int, tuple[int, ...]]]:
         found: dict[Key, tuple[int, tuple[int, ...]]] = {}
-        for arrival, key, bpm in sorted(self.came):
+        kept = (one for at, one in enumerate(self.came) if at >= self.forgotten.get(one[1][0], 0))
+        for arrival, key, bpm in sorted(kept):
             found[key] = (bpm, arrival)
-        return {
-            key: value for key, value in found.items() if value[1][0] > self.cutoffs.get(key[0], -1)
-        }
+        return found
 
     def _consolidated(self) -> dict[Key, tuple[int, tuple[int, ...]]]:
         files = list((self.lake.root / layout.HEARTBEATS).rglob("*.parquet"))
