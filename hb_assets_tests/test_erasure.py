@@ -29,6 +29,7 @@ from hb_assets.lake import (
     consolidation,
     erased,
     fragments,
+    ledger,
     minutes,
     pruning,
     quarantine,
@@ -263,6 +264,25 @@ def test_a_drain_that_slept_through_the_first_consolidation(house: House) -> Non
     assert house.minutes_of(USER) == 0
     assert house.forget().left == []
     house.assert_adds_up()
+
+
+def test_a_neighbour_that_lies_in_quarantine_too_stops_nothing(house: House) -> None:
+    """Decoded once, refused the next time: one heartbeat, before and after."""
+    neighbour = next(f"n{n}" for n in range(99) if shard_of(f"n{n}", 4) == shard_of(USER, 4))
+    decoded = decode([entry([line(USER), line(neighbour)], 3)], house.settings)
+    fragments.publish(house.lake, decoded.rows)
+    stricter = house.settings.model_copy(update={"start_date": DAY + timedelta(days=1)})
+    refused = decode([entry([line(USER), line(neighbour)], 3)], stricter)
+    quarantine.publish(house.lake, refused.rejected)
+    house.consolidate()
+    before = ledger.of_quarantine(house.lake, house.settings)
+    assert (before.records, before.in_fragments) == (2, 2)
+    assert house.forget().left == []
+    after = ledger.of_quarantine(house.lake, house.settings)
+    assert (after.records, after.in_fragments) == (0, 0)
+    assert ledger.of_erased(house.lake, house.settings) == 0
+    [day] = ledger.of_days(house.lake, house.settings, deep=True)
+    assert (day.rows, day.unique, day.erased, day.faults) == (2, 1, 1, [])
 
 
 def test_it_ends_while_heartbeats_keep_coming(house: House) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,12 @@ from hb_assets.lake import (
 from hb_assets.lake.consolidation import Lock, Watermarks, consolidate
 from hb_assets.lake.engine import engine
 from hb_assets.lake.files import sync_folder
-from hb_assets.lake.layout import DAMAGED, QUARANTINE
+from hb_assets.lake.layout import DAMAGED, QUARANTINE, FragmentName
 from hb_assets.lake.store import Lake
 from hb_assets.lake.tombstones import Cutoffs
 from hb_assets.record import shard_of
 from hb_assets.schema import ARRIVAL
+from hb_assets.schema import QUARANTINE as QUARANTINE_SCHEMA
 from hb_assets.settings import Settings
 
 _ATTEMPTS = 5
@@ -50,6 +51,19 @@ FROM read_parquet($paths, hive_partitioning = false, filename = true) AS deliver
 _LATEST = """
 SELECT arrival_shard, max(row(arrival_ms, arrival_seq))
 FROM read_parquet($paths, hive_partitioning = false) WHERE user_id = $user GROUP BY arrival_shard
+"""
+
+
+_IDENTITY = ", ".join(ARRIVAL)
+_COPIES = f"""
+SELECT count(*) FROM read_parquet($quarantine, hive_partitioning = false)
+SEMI JOIN (SELECT {_IDENTITY} FROM read_parquet($raw, hive_partitioning = false)) AS rows
+USING ({_IDENTITY})
+"""
+_OTHERS = f"""
+SELECT * FROM records
+ANTI JOIN (SELECT {_IDENTITY} FROM read_parquet($raw, hive_partitioning = false)) AS rows
+USING ({_IDENTITY})
 """
 
 
@@ -231,6 +245,7 @@ def forget_day(
     fence(lake, shard)
     with engine(settings) as connection:
         doomed = set(_holding(lake, day, shard, whose, connection))
+        _drop_copies(lake, [one for one in doomed if FragmentName.parse(one.name)], connection)
         pruned = pruning.prune_shard(
             lake,
             day,
@@ -238,6 +253,7 @@ def forget_day(
             connection,
             lambda one: one.path in doomed,
             acknowledged=whose.cutoffs,
+            quarantine_aside=False,
         )
     minutes.build(lake, day, settings)
     return Gone(1, _erased_rows(lake, day) - before, pruned.fragments)
@@ -268,6 +284,26 @@ def forget_quarantine(lake: Lake, whose: Whose, settings: Settings) -> Gone:
         sync_folder(path.parent)
         taken += count
     return Gone(quarantined=taken)
+
+
+def _drop_copies(lake: Lake, raw: Sequence[Path], connection: duckdb.DuckDBPyConnection) -> None:
+    """Take records out of quarantine that these fragments hold as rows: they count as the rows.
+
+    Once the fragments are gone nobody could tell any more.
+    """
+    names = [name for path in raw if (name := FragmentName.parse(path.name)) is not None]
+    for path in _quarantine_files(lake):
+        own = FragmentName.parse(path.name)
+        if own is None or not any(own.overlaps(name) for name in names):
+            continue
+        parameters = {"raw": [str(one) for one in raw], "quarantine": [str(path)]}
+        if connection.sql(_COPIES, params=parameters).fetchall() == [(0,)]:
+            continue
+        connection.register("records", quarantine.read(path))
+        kept = connection.sql(_OTHERS, params={"raw": parameters["raw"]}).to_arrow_table()
+        quarantine.publish(lake, kept.cast(QUARANTINE_SCHEMA))
+        path.unlink()
+        sync_folder(path.parent)
 
 
 def _quarantine_files(lake: Lake) -> list[Path]:

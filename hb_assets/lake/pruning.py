@@ -155,6 +155,7 @@ def prune_shard(
     allowed: Allowed,
     *,
     acknowledged: Watermarks | None = None,
+    quarantine_aside: bool = True,
     dry_run: bool = False,
 ) -> Pruned:
     """Delete fragments of one (day, shard), those of them that `allowed` lets go.
@@ -166,12 +167,14 @@ def prune_shard(
         connection: an engine.
         allowed: asked for each fragment that may go.
         acknowledged: what is known to be acknowledged beyond the file's watermark.
+        quarantine_aside: keep fragments with a row that lies in quarantine as well.
         dry_run: only count.
     """
     where = f"day {day.isoformat()}, shard {shard:02d}"
     try:
         first = current(lake, day, shard)
-        old = _included(lake, first, day, shard, connection, allowed, acknowledged or {})
+        old = _included(lake, first, day, shard, allowed, acknowledged or {})
+        old = _apart(lake, old, connection) if quarantine_aside else old
         if not old or first is None:
             return Pruned()
         size = sum(one.bytes for one in old)
@@ -233,13 +236,12 @@ def _included(
     published: Current | None,
     day: dt.date,
     shard: int,
-    connection: duckdb.DuckDBPyConnection,
     allowed: Allowed,
     acknowledged: Watermarks,
 ) -> list[Fragment]:
     if published is None:
         return []
-    listed = [
+    return [
         one
         for one in fragments.listed(lake, day, shard)
         if str(one.name) in published.names
@@ -247,8 +249,6 @@ def _included(
         <= max(published.note.mark(one.name.source), acknowledged.get(one.name.source, (0, 0)))
         and allowed(one)
     ]
-    held = _held(lake, listed, connection)
-    return [one for one in listed if str(one.path) not in held]
 
 
 _IDENTITY = ", ".join(ARRIVAL)
@@ -259,10 +259,10 @@ USING ({_IDENTITY})
 """
 
 
-def _held(
+def _apart(
     lake: Lake, listed: Sequence[Fragment], connection: duckdb.DuckDBPyConnection
-) -> set[str]:
-    """Paths of fragments with a row that lies in quarantine as well."""
+) -> list[Fragment]:
+    """Fragments without a row that lies in quarantine as well."""
     quarantined = [
         (name, str(path))
         for path in (lake.root / QUARANTINE).rglob("*.parquet")
@@ -270,7 +270,8 @@ def _held(
     ]
     near = {path for name, path in quarantined if any(one.name.overlaps(name) for one in listed)}
     if not near:
-        return set()
+        return list(listed)
     raw = [str(one.path) for one in listed]
     rows = connection.sql(_HELD, params={"raw": raw, "quarantine": sorted(near)}).fetchall()
-    return {path for (path,) in rows}
+    held = {path for (path,) in rows}
+    return [one for one in listed if str(one.path) not in held]
