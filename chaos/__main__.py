@@ -32,7 +32,7 @@ from typing import Any
 
 from rich.console import Console
 
-from chaos import checker
+from chaos import checker, surprises
 from chaos.buffer_server import BufferServer
 from chaos.director import MIN_IDLE, Bare, Up, kills
 from chaos.load import Client
@@ -152,6 +152,7 @@ class Run:
                 or (not bare.unmet and self._reached(wanted, int(share * self._demand.heartbeats)))
             )
         )
+        self._report.surprises += bare.surprises
         if self._demand.up:
             self._report.shortfalls += [f"nothing was killed at {key}" for key in bare.unmet]
 
@@ -248,7 +249,7 @@ class Run:
         report.sent = sum(client.attempted for client in self._clients)
         report.attempts = dict(sum((one.answers for one in self._clients), Counter[str]()))
         report.refused = dict(sum((one.refused for one in self._clients), Counter[str]()))
-        report.surprises += _surprises(self._home / "logs")
+        report.surprises += surprises.of_logs(self._home / "logs")
         for name, found, wanted in (
             ("kills", report.kills, self._demand.kills),
             ("acknowledged heartbeats", report.lake.acknowledged, self._demand.heartbeats),
@@ -264,18 +265,6 @@ def _proxy(stack: ExitStack, upstream: str | int) -> Proxy:
     proxy = Proxy(upstream)
     stack.callback(proxy.close)
     return proxy
-
-
-def _surprises(logs: Path) -> list[str]:
-    """Errors that no fault explains: every fault has to end in one clear line, never in a trace."""
-    found: list[str] = []
-    for log in sorted(logs.glob("chaos-*.log")):
-        found += [
-            f"{log.name}: {line.strip()}"
-            for line in log.read_text(errors="replace").splitlines()
-            if "unexpected " in line or line.startswith("Traceback")
-        ]
-    return sorted(set(found))
 
 
 def _free_port() -> int:

@@ -109,6 +109,11 @@ class Bare:
             if point.process in BARE and not self._killed_at(point)
         ]
 
+    @property
+    def surprises(self) -> list[str]:
+        """Ends of members that no fault explains."""
+        return [line for member in self._members for line in member.surprises]
+
     def run(self, done: Callable[[], bool]) -> None:
         """Do harm until `done`, then end all members in good order."""
         due = time.monotonic() + 3 * _PACE

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from chaos.points import Point
+from chaos.surprises import EXIT_CODES
 
 ROOT = Path(__file__).parents[1]
 RANDOM = "at a random moment"
@@ -60,6 +61,8 @@ class Member:
         fate: asked before each start what is to happen this time; None: nothing.
         faults: what happened is counted here.
         pause: seconds that a process stays stopped.
+
+    `surprises` are ends that nobody brought about and no `hb` should come to.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Member:
         self._draw_fate = fate
         self._faults = faults
         self._pause = pause
+        self.surprises: list[str] = []
         self._child: psutil.Popen | None = None
         self._fate: Fate | None = None
         self._killed = False
@@ -131,6 +135,8 @@ class Member:
         except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
             self._child.kill()
             self._child.wait()
+        else:
+            self._judge(self._child.returncode, asked={-signal.SIGKILL, -signal.SIGTERM})
         self._child = None
 
     def _start(self) -> None:
@@ -154,6 +160,13 @@ class Member:
             self._faults[self.process, f"killed {self._fate.point.name}"] += 1
         elif code == -signal.SIGKILL:
             self._faults[self.process, "killed by somebody else"] += 1
+        else:
+            self._judge(code, asked=set())
+
+    def _judge(self, code: int, asked: set[int]) -> None:
+        if code not in EXIT_CODES | asked:
+            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+            self.surprises.append(f"hb {' '.join(self._arguments)} ended {how}")
 
 
 def environment(**settings: object) -> dict[str, str]:

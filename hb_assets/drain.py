@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hb_assets.buffer.consumer import Consumer, Entry
-from hb_assets.errors import HbError
 from hb_assets.lake import erased, fragments, isolation, quarantine, tombstones
 from hb_assets.lake.decode import Decoded, pieces
 from hb_assets.lake.store import Lake
@@ -130,7 +129,7 @@ def drain(
     follow: bool = False,
     stop: Callable[[], bool] = lambda: False,
     on_cycle: Callable[[Drained], None] = lambda _: None,
-    on_fault: Callable[[HbError | OSError], None] = lambda _: None,
+    on_fault: Callable[[Exception], None] = lambda _: None,
 ) -> Drained:
     """Drain cycle after cycle.
 
@@ -141,7 +140,7 @@ def drain(
         seconds: no new cycle starts after this time (None: no limit).
         until_empty: go on until nothing is undelivered and nothing pending, at any consumer.
         follow: go on for ever, resting DRAIN_POLL where there was nothing, and longer and longer
-            after a fault (a full disk, a Redis that is away).
+            after a fault (a full disk, a Redis that is away, an error of ours).
         stop: asked before every cycle, and while it rests.
         on_cycle: told the total so far after every cycle.
         on_fault: told of each fault that `follow` goes on after.
@@ -149,7 +148,7 @@ def drain(
     Without `until_empty` and `follow` it ends when a claim finds nothing.
 
     Raises:
-        BufferUnavailableError, OSError, HbError: as `drain_cycle`; never with `follow`.
+        BufferUnavailableError, OSError, HbError: as `drain_cycle`; with `follow` nothing at all.
     """
     began = time.monotonic()
     total = Drained()
@@ -157,7 +156,7 @@ def drain(
     while not stop() and (seconds is None or time.monotonic() - began < seconds):
         try:
             total = total.plus(drain_cycle(consumer, lake, settings))
-        except (HbError, OSError) as error:
+        except Exception as error:
             if not follow:
                 raise
             faults += 1

@@ -241,8 +241,8 @@ class Settings(BaseSettings):
         default=10.0,
         ge=1,
         le=15,
-        description="CPU seconds that decoding one suspect may take; by the clock, three times as "
-        "many.",
+        description="CPU seconds that decoding one suspect may take, or each piece of a large one; "
+        "by the clock, three times as many.",
     )
     drain_poll: PositiveDuration = Field(
         default=dt.timedelta(milliseconds=200),

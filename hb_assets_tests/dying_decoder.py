@@ -34,6 +34,7 @@ def allocate() -> None:
 
 ACTS: dict[bytes, Callable[[], object]] = {
     b"segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    b"bus error": lambda: os.kill(os.getpid(), signal.SIGBUS),
     b"killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     b"terminated": lambda: os.kill(os.getpid(), signal.SIGTERM),
     b"poison": lambda: os.kill(os.getpid(), signal.SIGSEGV),
@@ -44,6 +45,10 @@ ACTS: dict[bytes, Callable[[], object]] = {
     b"allocate": allocate,
 }
 
+BUSY = b"busy"
+"""A word that makes each piece take a while of CPU time."""
+BUSY_SECONDS = 0.4
+
 pieces = decode.pieces
 
 
@@ -51,7 +56,11 @@ def act(entries: Any, settings: Any, **options: Any) -> Iterator[decode.Decoded]
     for word, do in ACTS.items():
         if word in (entries[0].data or b""):
             do()
-    yield from pieces(entries, settings, **options)
+    for piece in pieces(entries, settings, **options):
+        end = time.process_time() + (BUSY_SECONDS if BUSY in (entries[0].data or b"") else 0)
+        while time.process_time() < end:
+            pass
+        yield piece
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from chaos import checker, load, points
+from chaos import checker, load, members, points, surprises
 from chaos.checker import Verdict
 from chaos.load import BATCH, Sent
 from hb_assets.days import MS_PER_DAY
@@ -29,6 +30,62 @@ def test_every_point_is_there(point: points.Point) -> None:
         found = getattr(found, name)
     assert callable(found)
     assert points.named(point.key) is point
+
+
+FORESEEN = """\
+hb: nothing can be drained: No space left on device
+2025-01-15 10:00:00,000 WARN exited: gateway (terminated by SIGKILL; not expected)
+2025-01-15 10:00:00,000 WARN exited: daemon (exit status 1; not expected)
+Traceback (most recent call last):
+  File "x.py", line 1, in <module>
+    raise DagsterUserCodeUnreachableError(
+dagster._core.errors.DagsterUserCodeUnreachableError: Could not reach user code server.
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Traceback (most recent call last):\n  File 'x.py', line 1\n\nValueError: secret",
+        "Traceback (most recent call last):\n  File 'x.py', line 1",
+        "hb: unexpected ArrowInvalid in x.py:1; this is a bug",
+        "2025-01-15 10:00:00,000 WARN exited: code (terminated by SIGSEGV; not expected)",
+        "2025-01-15 10:00:00,000 WARN exited: gateway (exit status 3; not expected)",
+    ],
+)
+def test_surprises_in_logs_of_every_process(tmp_path: Path, line: str) -> None:
+    (tmp_path / "gateway.log").write_text(FORESEEN)
+    assert surprises.of_logs(tmp_path) == []
+    (tmp_path / "daemon.log").write_text(f"{FORESEEN}{line}\n{FORESEEN if ': ' in line else ''}")
+    [found] = surprises.of_logs(tmp_path)
+    assert found.startswith("daemon.log: ")
+
+
+@pytest.mark.parametrize(
+    ("end", "surprise"),
+    [
+        ("sys.exit(2)", None),
+        ("os.kill(os.getpid(), signal.SIGKILL)", None),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "by signal 11"),
+        ("os.abort()", "by signal 6"),
+        ("sys.exit(3)", "with exit code 3"),
+    ],
+)
+def test_an_end_that_nobody_brought_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, surprise: str | None
+) -> None:
+    package = tmp_path / "chaos"
+    package.mkdir()
+    (package / "victim.py").write_text(f"import os, signal, sys; {end}")
+    monkeypatch.setattr(members, "ROOT", tmp_path)
+    log, faults = tmp_path / "log", members.Faults()
+    member = members.Member("drain", ("drain",), os.environ, log, lambda _: None, faults, 1.0)
+    member.look()
+    child = member._child
+    assert child is not None
+    child.wait(timeout=60)
+    member.look()
+    assert member.surprises == ([f"hb drain ended {surprise}"] if surprise else [])
 
 
 def test_a_few_of_the_load_are_repeats_and_corrections() -> None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import redis
 
@@ -28,7 +29,6 @@ from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
 from hb_assets.drain import Drained, drain, drain_cycle
-from hb_assets.errors import HbError
 from hb_assets.lake import fragments, inventory, isolation, layout, quarantine
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.store import Lake
@@ -415,7 +415,7 @@ def test_follow_goes_on_after_a_fault_and_rests_in_between(
     blocked = lake.root / layout.QUARANTINE
     blocked.write_bytes(b"a file in the way")
     stop = threading.Event()
-    faults: list[HbError | OSError] = []
+    faults: list[Exception] = []
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(
             drain,
@@ -435,6 +435,34 @@ def test_follow_goes_on_after_a_fault_and_rests_in_between(
     assert all(str(blocked) in str(error) for error in faults)
     assert rests[:4] == [0.05, 0.1, 0.2, 0.2]
     assert len(settled(client, lake, settings)) == 3
+
+
+def test_follow_goes_on_after_an_error_of_ours(
+    client: redis.Redis,
+    consumer: Consumer,
+    lake: Lake,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is acknowledged, and the others of the shard come as soon as it is mended."""
+    append(client, settings, users(3))
+    with monkeypatch.context() as broken:
+
+        def invalid(*_: object) -> None:
+            raise pa.ArrowInvalid("secret 177")
+
+        broken.setattr(drain_module, "FIRST_PAUSE", 0.01)
+        broken.setattr(fragments, "publish", invalid)
+        faults: list[Exception] = []
+        done = drain(
+            *(consumer, lake, settings),
+            follow=True,
+            stop=lambda: len(faults) == 3,
+            on_fault=faults.append,
+        )
+    assert {type(fault) for fault in faults} == {pa.ArrowInvalid}
+    assert (done.rows, buffered(client, settings)) == (0, 1)
+    assert drain(consumer, lake, settings).rows == 3
 
 
 def test_pauses_grow_and_end_growing() -> None:

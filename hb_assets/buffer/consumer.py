@@ -37,7 +37,7 @@ _ENTRY_BYTES = 64 * 1024
 _PAGE = 100
 _ACKNOWLEDGE_ENTRIES = 2000
 _CLOCK_SECONDS = 5.0
-"""Start times of one process may differ by this much, since they are reckoned from the clock."""
+"""Start times of one process, where they are reckoned from the clock, may differ by this much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,23 +465,52 @@ def _host() -> str:
 
 def _new_name() -> str:
     pid = os.getpid()
-    started = int(psutil.Process(pid).create_time())
-    return f"{_host()}:{pid}:{started}:{secrets.token_hex(4)}"
+    return f"{_host()}:{pid}:{_started(pid)}:{secrets.token_hex(4)}"
 
 
 def _is_dead(name: str) -> bool:
     """Whether the name says that it was a process of this host, and that process is gone."""
     host, *rest = name.rsplit(":", 3)
-    if len(rest) != 3 or host != _host() or not (rest[0].isdigit() and rest[1].isdigit()):
+    if len(rest) != 3 or host != _host() or not rest[0].isdigit():
         return False
-    pid, started = int(rest[0]), int(rest[1])
+    pid, started = int(rest[0]), rest[1]
     try:
         process = psutil.Process(pid)
-        same = abs(process.create_time() - started) <= _CLOCK_SECONDS
+        same = _is_same(started, _started(pid))
         if same and pid == os.getpid():
             return name not in _open
+        if same is None:
+            return False
         return not same or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return True
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return False
+
+
+def _started(pid: int) -> str:
+    """When a process started: `<boot>-<ticks since it>`, or seconds by the clock.
+
+    Ticks are the same for everybody who looks. Seconds are reckoned from the clock, so that those
+    of one and the same process change when it is set.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
+    except OSError:
+        return str(int(psutil.Process(pid).create_time()))
+    stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    after_command = stat.rpartition(")")[2].split()
+    return f"{boot}-{after_command[_START_FIELD]}"
+
+
+_START_FIELD = 19
+"""Field 22 of /proc/<pid>/stat (proc(5)): its first two are the pid and the command."""
+
+
+def _is_same(one: str, other: str) -> bool | None:
+    """Whether two start times are those of one process; None where they can't be compared."""
+    if "-" in one and "-" in other:
+        return one == other
+    if one.isdigit() and other.isdigit():
+        return abs(int(one) - int(other)) <= _CLOCK_SECONDS
+    return None

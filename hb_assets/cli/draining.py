@@ -253,10 +253,11 @@ class _Faults:
         self._consumer = consumer
         self._standing: dict[str, Raised] = {}
 
-    def add(self, error: HbError | OSError) -> None:
-        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-        what = error.strerror if isinstance(error, OSError) else None
-        text = f"{what or str(error) or type(error).__name__}{where}"
+    def add(self, error: Exception) -> None:
+        if isinstance(error, HbError | OSError):
+            text = output.line(error)
+        else:  # only its kind: the message may quote a heartbeat
+            text = f"unexpected {type(error).__name__}, which is a bug"
         self._tell({"drain": f"nothing can be drained: {text}; trying again, nothing is lost"})
 
     def cycle(self) -> None:

@@ -167,6 +167,7 @@ def replay(
         connection.ping(client)
         durability.require(client, settings)
         producer = Producer(client, settings)
+        producer.clock.ask(client)
         for chunk in chunks:
             _put_back(lake, producer, [one for one in chunk if not one.released], settings, done)
     result: dict[str, object] = {"replayed": done.replayed, "still_refused": done.refused}

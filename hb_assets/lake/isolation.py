@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +45,13 @@ COMMAND = (sys.executable, "-m", "hb_assets.lake.isolation")
 """What starts a child; the folder of its results is added."""
 _STORAGE = 74
 """Exit code: the disk failed (EX_IOERR); the error number is all that it says."""
-_FAILED = 1
-"""Exit code: decoding raised an error, whose kind is all that it says."""
+_FAILED = 70
+"""Exit code: decoding raised an error (EX_SOFTWARE), whose kind is all that it says."""
 _CLOCK = 3
 """Seconds by the clock for each of CPU time: others want the CPU as well."""
 _FROM_OUTSIDE = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
-_ROWS, _REJECTED, _SAID, _DONE = "rows.arrow", "rejected.arrow", "said", "done"
+_FROM_DISK = {signal.SIGBUS, signal.SIGXFSZ}
+_ROWS, _REJECTED, _COUNT, _DONE = "rows.arrow", "rejected.arrow", "count", "done"
 
 Suspect = TypeVar("Suspect", bound=Delivery)
 
@@ -99,7 +101,7 @@ def examine(
     while rest:
         done = 0
         with engine.spill_folder(settings) as folder:
-            code = _run_child(rest, folder, settings)
+            code, said = _run_child(rest, folder, settings)
             for number, entry in enumerate(rest):
                 results = folder / str(number)
                 if not (results / _DONE).exists():
@@ -108,7 +110,7 @@ def examine(
                 yield entry, _results(results)
             if done == len(rest) or (code == 0 and done):
                 return
-            how = _how_it_ended(code, folder, started=(folder / str(done)).exists())
+            how = _how_it_ended(code, said, folder, started=(folder / str(done)).exists())
         if done == 0:
             first = rest[0]
             _log.error(
@@ -122,27 +124,35 @@ def examine(
         rest = rest[done:]
 
 
-def _run_child(suspects: Sequence[Delivery], folder: Path, settings: Settings) -> int:
+def _run_child(
+    suspects: Sequence[Delivery], folder: Path, settings: Settings
+) -> tuple[int, list[str]]:
+    """The child's exit code, and the words that it said."""
     with ExitStack() as stack:
-        said = stack.enter_context((folder / _SAID).open("wb"))
         child = subprocess.Popen(
             [*COMMAND, str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=said,
+            stderr=subprocess.PIPE,  # a file would lie on the disk whose faults it tells of
             env=settings_module.environment(settings),
             start_new_session=True,  # a Ctrl-C in the terminal is for us
         )
         stack.callback(child.wait)
         stack.callback(child.kill)  # does nothing to one that has ended
         assert child.stdin is not None
+        assert child.stderr is not None
+        stack.enter_context(child.stderr)
+        listener = stack.enter_context(ThreadPoolExecutor(1))
+        stack.callback(child.kill)  # or the listener would wait for it
+        said = listener.submit(child.stderr.read)
         with suppress(BrokenPipeError), child.stdin as pipe:
             for entry in suspects:
                 _send(pipe, entry)
         code = child.wait()
+        words = said.result().decode(errors="replace").split()
     if code:
         engine.sweep(settings)  # its own spill folder
-    return code
+    return code, words
 
 
 def _send(pipe: IO[bytes], entry: Delivery) -> None:
@@ -168,30 +178,37 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
         yield from stream
 
 
-def _how_it_ended(code: int, folder: Path, *, started: bool) -> str:
+def _how_it_ended(code: int, said: Sequence[str], folder: Path, *, started: bool) -> str:
     """What ended the child, where that is the entry's fault.
 
     Raises:
         OSError, HbError: where it isn't.
     """
-    said = (folder / _SAID).read_text(errors="replace").split()
     if code == _STORAGE:
-        number = int(said[-1])
+        number = int(said[-1]) if said and said[-1].isdigit() else errno.EIO
         raise OSError(number, os.strerror(number), str(folder.parent))
     if -code in _FROM_OUTSIDE:
         raise HbError(
             f"the process that decodes suspect entries was ended by {signal.Signals(-code).name}; "
             "they stay in the buffer and are tried again"
         )
+    if -code in _FROM_DISK:
+        name = signal.Signals(-code).name
+        raise OSError(errno.EIO, f"{os.strerror(errno.EIO)}, {name}", str(folder.parent))
     how = f"exit code {code}" if code >= 0 else f"ended by {_name(-code)}"
     if not started:
         raise HbError(
             f"the process that decodes suspect entries can't start ({how}): check the "
             "installation; they stay in the buffer"
         )
-    if code == _FAILED and said:
-        # the last word of a trace is never shown: it may quote a heartbeat
-        return f"it raised {said[-1]}" if len(said) == 1 else "it raised an error"
+    if code == _FAILED:
+        # never more than one word: a trace may quote a heartbeat
+        return f"it raised {said[0]}" if len(said) == 1 else "it raised an error"
+    if code >= 0:  # none of ours: nothing says that the entry did it
+        raise HbError(
+            f"the process that decodes suspect entries ended without a reason ({how}); they stay "
+            "in the buffer and are tried again"
+        )
     return how
 
 
@@ -223,9 +240,10 @@ def main() -> None:
 
 
 def _end(code: int, word: str) -> None:
-    sys.stderr.write(f"{word}\n")
-    sys.stderr.flush()
-    os._exit(code)  # nothing that the error left behind can hinder it
+    try:
+        os.write(2, f"{word}\n".encode())
+    finally:
+        os._exit(code)  # nothing that the error left behind can hinder it
 
 
 def _serve(folder: Path, settings: Settings) -> None:
@@ -238,7 +256,7 @@ def _serve(folder: Path, settings: Settings) -> None:
             return
         results = folder / str(number)
         results.mkdir()
-        _limit(settings)
+        _limit_memory(settings)
         about = msgspec.json.decode(header, type=_Header)
         data = None if about.size is None else sys.stdin.buffer.read(about.size)
         if data is not None and len(data) != about.size:
@@ -251,17 +269,23 @@ def _serve(folder: Path, settings: Settings) -> None:
         number += 1
 
 
-def _limit(settings: Settings) -> None:
-    """Bound what the next entry may take; the kernel ends us where it takes more."""
+def _limit_memory(settings: Settings) -> None:
+    """Bound what an entry may take; an allocation fails where it takes more."""
     # Not the address space: DuckDB and Arrow reserve far more of it than they use.
     _, highest = resource.getrlimit(resource.RLIMIT_DATA)
     with suppress(ValueError, OSError):  # a system that can't, or a lower limit that stands
         resource.setrlimit(resource.RLIMIT_DATA, (settings.poison_memory, highest))
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = usage.ru_utime + usage.ru_stime + settings.poison_seconds
+
+
+def _limit_cpu(seconds: float | None) -> None:
+    """The kernel ends us after so much CPU time from now on; None: it doesn't."""
     _, highest = resource.getrlimit(resource.RLIMIT_CPU)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), highest))
+    limit = highest
+    if seconds is not None:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        limit = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
+    with suppress(ValueError, OSError):  # a lower limit stands
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, highest))
 
 
 def _decode(entry: Delivery, results: Path, settings: Settings) -> None:
@@ -277,16 +301,23 @@ def _decode(entry: Delivery, results: Path, settings: Settings) -> None:
             rows.write_table(part.rows.combine_chunks())
             rejected.write_table(part.rejected.combine_chunks())
             unknown_fields += part.unknown_fields
-    (results / _DONE).write_text(str(unknown_fields))
+    # Its name comes last: a full disk may leave a file without its content.
+    (results / _COUNT).write_text(str(unknown_fields))
+    (results / _COUNT).rename(results / _DONE)
 
 
 def _within_time(parts: Iterator[Decoded], settings: Settings) -> Decoded | None:
-    """The next piece. The time that the disk takes to write it doesn't count."""
+    """The next piece, with a budget of its own: a large entry has many of them.
+
+    The time that the disk takes to write it doesn't count.
+    """
+    _limit_cpu(settings.poison_seconds)
     signal.setitimer(signal.ITIMER_REAL, _CLOCK * settings.poison_seconds)
     try:
         return next(parts, None)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        _limit_cpu(None)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import pytest
 import redis
 from hypothesis import HealthCheck, given
@@ -15,7 +16,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from hb_assets.buffer import keys
-from hb_assets.buffer.consumer import Consumer, Entry
+from hb_assets.buffer.consumer import Consumer, Entry, _is_dead, _new_name, _started
 from hb_assets.buffer.depth import depths, losses, scanned
 from hb_assets.buffer.producer import Producer
 from hb_assets.errors import BufferUnavailableError
@@ -448,4 +449,52 @@ def test_a_name_tells_process_and_host(opened: Callable[..., Consumer]) -> None:
 
     assert host
     assert int(pid) == os.getpid()
-    assert int(started) > 0
+    boot, _, ticks = started.partition("-")
+    assert len(boot) == 32
+    assert int(ticks) > 0
+
+
+def named_elsewhere(process: subprocess.Popen[bytes]) -> str:
+    host, pid, _, word = _new_name().rsplit(":", 3)
+    assert int(pid) == os.getpid()
+    return f"{host}:{process.pid}:{_started(process.pid)}:{word}"
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_living_are_not_dead_whatever_the_clock_says(
+    sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """psutil reckons start times from the wall clock: they move when it is set."""
+    name = named_elsewhere(sleeper)
+    created = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 30)
+    assert not _is_dead(name)
+    sleeper.kill()
+    wait_for(lambda: _is_dead(name), "its death to be seen, a zombie as it is")
+    sleeper.wait()
+    assert _is_dead(name)
+
+
+def test_a_pid_that_was_given_away_is_not_the_one_that_had_it(
+    sleeper: subprocess.Popen[bytes],
+) -> None:
+    host, pid, started, word = named_elsewhere(sleeper).rsplit(":", 3)
+    boot, _, ticks = started.partition("-")
+    assert _is_dead(f"{host}:{pid}:{boot}-{int(ticks) - 1}:{word}")
+    assert _is_dead(f"{host}:{pid}:{'0' * 32}-{ticks}:{word}"), "of another boot"
+
+
+@pytest.mark.parametrize("started", ["1763990000", "", "soon", "x-y-z:1"])
+def test_a_name_of_another_form_is_taken_over_by_idle_time(
+    sleeper: subprocess.Popen[bytes], started: str
+) -> None:
+    """Seconds by the clock are what earlier releases wrote."""
+    host, pid, _, word = named_elsewhere(sleeper).rsplit(":", 3)
+    assert not _is_dead(f"{host}:{pid}:{started}:{word}")

@@ -15,7 +15,9 @@ import pytest
 import redis
 
 from hb_assets.buffer import depth
+from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
+from hb_assets.cli import draining
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 from hb_assets_tests.cli.commands import complaint, hb, told
@@ -118,6 +120,16 @@ def test_full_disk_is_one_line(
     assert complaint("drain") == "hb: No space left on device\n"
     monkeypatch.undo()
     assert sum(one.entries for one in depth.depths(client, settings)) == 1
+
+
+def test_an_error_of_ours_is_told_by_its_kind_alone(
+    client: redis.Redis, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    faults = draining._Faults(settings, Consumer(client, settings))
+    faults.add(ValueError("secret 177"))
+    [told_line] = caplog.messages
+    assert "unexpected ValueError" in told_line
+    assert "secret" not in told_line
 
 
 def test_follow_goes_on_after_a_fault_with_one_line(

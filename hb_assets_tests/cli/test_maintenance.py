@@ -47,6 +47,13 @@ def test_what_cant_be_pruned_is_named(lake: Lake) -> None:
     assert str(path) in result.stderr.replace("\n", "")
 
 
+def test_without_a_lake_none_is_made(settings: Settings) -> None:
+    assert "there is no lake" in hb("prune").stdout
+    assert told("prune")["fragments"] == 0
+    assert "there is no lake" in complaint("forget", "u1", "--yes")
+    assert not settings.lake_dir.exists()
+
+
 def test_not_a_day() -> None:
     assert "not a day like 2025-01-15" in complaint("prune", "yesterday")
 

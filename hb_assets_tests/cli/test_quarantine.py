@@ -7,12 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import redis
 
+from hb_assets import days
 from hb_assets.audit import audit
+from hb_assets.buffer import clock
 from hb_assets.buffer.producer import Producer
 from hb_assets.cli import quarantine as commands
 from hb_assets.lake import quarantine, tombstones
@@ -95,6 +98,19 @@ def test_replay(
     assert verdict.released == 3
     hb("consolidate", "--pending")
     assert sum(day["unique"] for day in told("consolidate", "--all")["days"]) == 3
+
+
+def test_what_is_put_back_is_judged_by_the_servers_clock(
+    settings: Settings, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours is two days behind, where what arrives now would be too far ahead."""
+    now_ms = time.time_ns() // 1_000_000
+    Producer(client, settings).append({0: [line(at=now_ms + 3_600_000)]})
+    monkeypatch.setenv("HB_MAX_FUTURE", "1m")
+    assert told("drain")["quarantined"] == 1
+    monkeypatch.delenv("HB_MAX_FUTURE")
+    monkeypatch.setattr(clock, "_own_ms", lambda: now_ms - 2 * days.MS_PER_DAY)
+    assert told("quarantine", "replay", "--all") == {"replayed": 1, "still_refused": 0}
 
 
 def test_replay_of_more_than_the_buffer_takes_at_once(

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import errno
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import settings as example_settings
@@ -18,6 +23,7 @@ from hypothesis import strategies as st
 
 from hb_assets import days, record
 from hb_assets.lake import decode as decode_module
+from hb_assets.lake import engine as engine_module
 from hb_assets.lake import fragments, layout, quarantine
 from hb_assets.lake.decode import Decoded, decode, pieces, refused
 from hb_assets.lake.store import Lake
@@ -441,3 +447,49 @@ def test_memory_of_millions_of_tiny_rows_is_bounded(tmp_path: Path) -> None:
     )
     early, late = map(int, done.stdout.split())
     assert late - early < 100, "MB more after a million rows than after 200,000"
+
+
+def test_a_batch_that_cannot_be_sorted_in_memory_and_not_spilled(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full, so that there is no folder to spill to: other ways lead there, too."""
+    name = "é" * 60
+    entries = [
+        entry([line(f"{name}{n % 997}", name, NOON + n * 7919 % 10**8) for n in range(1000)], seq)
+        for seq in range(180)
+    ]
+    usual = decode(entries, settings)
+    tight = settings.model_copy(update={"duckdb_memory": 64 * 2**20, "duckdb_threads": 1})
+    ways: list[int] = []
+    in_arrow = decode_module._sorted
+
+    def noted(rows: pa.Table, shards: int) -> pa.Table:
+        ways.append(rows.num_rows)
+        return in_arrow(rows, shards)
+
+    @contextmanager
+    def none(_: Settings) -> Iterator[Path]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+        yield
+
+    monkeypatch.setattr(decode_module, "_sorted", noted)
+    monkeypatch.setattr(engine_module, "spill_folder", none)
+    found = decode(entries, tight)
+    assert ways == [180_000]
+    assert found.rows.equals(usual.rows)
+    assert found.counts == usual.counts
+
+
+def test_both_ways_to_sort_agree(settings: Settings) -> None:
+    users = ["u", "U", "é", "e\u0301", "\U0001f600", "\uffff", "", "z"]
+    lines = [
+        line(f"{user}{n % 2}", f"d{n % 3}", NOON - n * 40_000_001 % (3 * days.MS_PER_DAY))
+        for n in range(20)
+        for user in users
+    ]
+    entries = [entry(lines[:90], 2, shard=1), entry(lines[90:], 1), entry(lines[:50], 3)]
+    usual = decode(entries, settings)
+    shuffled = usual.rows.take(np.random.default_rng(1).permutation(usual.rows.num_rows))
+    found = decode_module._sorted(shuffled.select(HEARTBEATS.names), settings.shards)
+    assert found.cast(decode_module.ROWS).equals(usual.rows)
+    assert found.num_rows == len(lines) + 50

@@ -129,6 +129,81 @@ def test_more_memory_than_a_suspect_may_take(settings: Settings) -> None:
     assert len(found.rejected["raw"][0].as_buffer()) == len(huge.data or b"")
 
 
+def test_a_large_entry_has_its_time_piece_by_piece(settings: Settings, acting: None) -> None:
+    """It takes more CPU time than one piece may: that proves nothing."""
+    tight = settings.model_copy(update={"poison_seconds": 1.0, "drain_max_rows": 1})
+    large = suspect(b"\n".join([line("busy"), *(line(f"u{n}") for n in range(7))]))
+    assert examined(tight, large)[0].rows.num_rows == 8
+
+
+FULL = """
+import resource
+from hb_assets.lake import isolation
+resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes}, {bytes}))
+isolation.main()
+"""
+
+
+@pytest.mark.parametrize("free", [0, 1, 600, 4096])
+def test_a_disk_where_nothing_more_can_be_written(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    """No hook here: no file of the child's, whatever it is for, grows beyond the limit."""
+    code = FULL.format(bytes=free)
+    monkeypatch.setattr(isolation, "COMMAND", (sys.executable, "-c", code))
+    with pytest.raises(OSError, match="File too large"):
+        examined(settings, suspect(b"\n".join(line(f"u{n}") for n in range(500))))
+
+
+def test_a_count_that_could_not_be_written(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk had room for the file itself, and for no byte in it."""
+    code = """
+import errno, pathlib
+from hb_assets.lake import isolation
+def write_text(path, _):
+    path.touch()
+    raise OSError(errno.ENOSPC, "No space left on device")
+pathlib.Path.write_text = write_text
+isolation.main()
+"""
+    monkeypatch.setattr(isolation, "COMMAND", (sys.executable, "-c", code))
+    with pytest.raises(OSError, match="No space left"):
+        examined(settings, suspect(line()))
+
+
+@pytest.mark.parametrize("end", ["sys.exit(1)", "os._exit(1)", "os.close(2); os._exit(120)"])
+def test_an_end_without_a_reason_says_nothing_about_an_entry(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    code = f"""
+import os, sys
+from hb_assets.lake import decode, isolation
+def pieces(*_, **__):
+    {end}
+decode.pieces = pieces
+isolation.main()
+"""
+    monkeypatch.setattr(isolation, "COMMAND", (sys.executable, "-c", code))
+    with pytest.raises(HbError, match="without a reason"):
+        examined(settings, suspect(line()))
+
+
+def test_a_child_that_says_more_than_a_pipe_holds(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import os; [os.write(2, b'x' * 2**16) for _ in range(9)]; "
+    code += "from hb_assets.lake import isolation; isolation.main()"
+    monkeypatch.setattr(isolation, "COMMAND", (sys.executable, "-c", code))
+    assert examined(settings, suspect(line()))[0].rows.num_rows == 1
+
+
+def test_a_disk_that_fails_under_a_mapped_file(settings: Settings, acting: None) -> None:
+    with pytest.raises(OSError, match="SIGBUS"):
+        examined(settings, suspect(b"bus error"))
+
+
 def test_a_disk_that_is_full_says_nothing_about_an_entry(settings: Settings, acting: None) -> None:
     found = isolation.examine([suspect(line(), 1), suspect(b"full disk", 2)], settings)
     assert next(found)[0].seq == 1
