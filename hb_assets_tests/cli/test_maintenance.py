@@ -59,15 +59,20 @@ def test_not_a_day() -> None:
 
 
 def test_damage_is_told_once_by_consolidate_and_by_the_audit_until_it_is_mended(
-    lake: Lake,
+    lake: Lake, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    [one, *_] = fragments.all_listed(lake, DAY)
-    whole = one.path.read_bytes()
-    one.path.write_bytes(whole[:-9])
-    assert str(one.path) in hb("audit", "--deep", code=1).stderr.replace("\n", "")
-    hb("consolidate", DAY, "--rebuild", code=1)
+    known = {one.path for one in fragments.all_listed(lake, DAY)}
+    file = tmp_path_factory.mktemp("import") / "more.ndjson"
+    file.write_bytes(line(bpm=90))
+    hb("import", file)
+    hb("drain", "--until-empty")
+    [path] = {one.path for one in fragments.all_listed(lake, DAY)} - known
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert str(path) in hb("audit", "--deep", code=1).stderr.replace("\n", "")
+    hb("consolidate", DAY, code=1)
     assert "set aside" in hb("audit", code=1).stderr.replace("\n", " ")
-    one.path.write_bytes(whole)
+    path.write_bytes(whole)
     [aside] = (lake.root / layout.DAMAGED).rglob("*.parquet")
     aside.unlink()
     hb("consolidate", DAY)
