@@ -22,7 +22,7 @@ import redis.exceptions as failures
 from hb_assets.buffer import keys
 from hb_assets.buffer.connection import AsyncClient, Client, UnfitError, address, unavailable
 from hb_assets.buffer.roundtrip import Command, exchange_confirmed, script
-from hb_assets.errors import BufferUnavailableError
+from hb_assets.errors import BufferUnavailableError, UnconfirmedError
 from hb_assets.settings import Settings
 
 _FSYNC = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no"}
@@ -219,12 +219,12 @@ class Confirmation:
 
     def outcome(
         self, shard: int, reply: Any, client: Client | AsyncClient
-    ) -> BufferUnavailableError | None:
+    ) -> UnconfirmedError | None:
         """The error of an append that Redis took and that wasn't confirmed."""
         fault = self.fault(reply)
         if fault is None:
             return None
-        return BufferUnavailableError(f"Redis at {address(client)}, shard {shard:02d}: {fault}")
+        return UnconfirmedError(f"Redis at {address(client)}, shard {shard:02d}: {fault}")
 
 
 @dataclass(frozen=True, slots=True)
