@@ -24,6 +24,10 @@ class BufferUnavailableError(HbError):
     """Redis doesn't answer, refuses us, or lacks what a durability mode needs."""
 
 
+class UnconfirmedError(BufferUnavailableError):
+    """Redis has it, but the replicas that mode `replicated` asks for haven't confirmed it."""
+
+
 class BufferFullError(HbError):
     """The buffer is at its bound: nothing was stored; try again after `retry_after` seconds."""
 

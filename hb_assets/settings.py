@@ -177,8 +177,9 @@ class Settings(BaseSettings):
     replicas: Count = Field(
         default=1,
         description="How many replicas have to confirm an append in mode replicated, within half "
-        "of HB_REDIS_TIMEOUT; else it isn't accepted. Name as many as there are, and any of them "
-        "may take over. Give them appendfsync=always: with everysec an answer takes a second.",
+        "of HB_REDIS_TIMEOUT; else it is refused (503), not spooled. Name as many as there are, and any of them "
+        "may take over. Give them appendfsync=always: with everysec an answer takes a second. While "
+        "Redis itself is away, a 2xx means this gateway's spool (HB_SPOOL_MAX_BYTES; 0: none).",
     )
     assume_fsync: bool = Field(
         default=False,

@@ -29,6 +29,10 @@ _RETRIES = 2
 waits gets an answer within HB_REDIS_TIMEOUT and a bit."""
 
 
+class UnfitError(failures.RedisError):
+    """A connection was refused by us, not by Redis; the message is one for users."""
+
+
 def connect(settings: Settings) -> Client:
     """A client with its own pool; it connects with its first command. Replies are bytes.
 
@@ -78,6 +82,8 @@ def unavailable(
     error: _Failure, client: Client | AsyncClient, shard: int | None = None
 ) -> BufferUnavailableError:
     """The error that a user sees for a failure of redis-py; `shard` is the one it happened at."""
+    if isinstance(error, UnfitError):
+        return BufferUnavailableError(str(error))
     what = _meaning(error, client, shard)
     return BufferUnavailableError(f"Redis at {address(client)} {what}")
 

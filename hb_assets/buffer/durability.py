@@ -15,12 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import redis
+import redis.asyncio
 import redis.exceptions as failures
 
 from hb_assets.buffer import keys
-from hb_assets.buffer.connection import AsyncClient, Client, address, unavailable
+from hb_assets.buffer.connection import AsyncClient, Client, UnfitError, address, unavailable
 from hb_assets.buffer.roundtrip import Command, exchange_confirmed, script
-from hb_assets.errors import BufferUnavailableError
+from hb_assets.errors import BufferUnavailableError, UnconfirmedError
 from hb_assets.settings import Settings
 
 _FSYNC = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no"}
@@ -53,29 +55,96 @@ def _require_configuration(client: Client, mode: str) -> None:
     try:
         found = client.config_get(*_FSYNC, _POLICY)
     except failures.ResponseError:
-        if mode == "memory":
-            return
-        raise BufferUnavailableError(
-            f"Redis at {address(client)} doesn't tell its configuration, so that HB_DURABILITY="
-            f"{mode} can't be verified: set HB_ASSUME_FSYNC=1 if it has appendonly=yes and "
-            "appendfsync=always, or HB_DURABILITY=memory"
-        ) from None
+        found = None
     except (failures.RedisError, OSError) as error:
         raise unavailable(error, client) from None
-    values = {name: _text(found.get(name, "")) for name in (*_FSYNC, _POLICY)}
-    policy = values.pop(_POLICY)
+    fault = _fault(found, mode, address(client))
+    if fault is not None:
+        raise BufferUnavailableError(fault)
+
+
+def _fault(found: Mapping[Any, Any] | None, mode: str, where: str) -> str | None:
+    """What of the server's configuration breaks the mode; None is one that it doesn't tell."""
+    if found is None:
+        if mode == "memory":
+            return None
+        return (
+            f"Redis at {where} doesn't tell its configuration, so that HB_DURABILITY="
+            f"{mode} can't be verified: set HB_ASSUME_FSYNC=1 if it has appendonly=yes and "
+            "appendfsync=always, or HB_DURABILITY=memory"
+        )
+    told = {_text(name): _text(value) for name, value in found.items()}
+    values = {name: told.get(name, "") for name in _FSYNC}
+    policy = told.get(_POLICY, "")
     if policy.startswith("allkeys"):
-        raise BufferUnavailableError(
-            f"Redis at {address(client)} has {_POLICY}={policy}: when it is full it evicts "
+        return (
+            f"Redis at {where} has {_POLICY}={policy}: when it is full it evicts "
             "heartbeats that it has accepted; set it to noeviction"
         )
     if mode != "memory" and values != _FSYNC:
         has = ", ".join(f"{name}={value or '?'}" for name, value in values.items())
         needs = ", ".join(f"{name}={value}" for name, value in _FSYNC.items())
-        raise BufferUnavailableError(
-            f"Redis at {address(client)} has {has}, but HB_DURABILITY={mode} needs {needs}: set "
+        return (
+            f"Redis at {where} has {has}, but HB_DURABILITY={mode} needs {needs}: set "
             "them there, or HB_DURABILITY=memory if a crash of Redis may lose what it has accepted"
         )
+    return None
+
+
+def verified(client: Client, settings: Settings) -> Client:
+    """A client to the same server, each of whose connections is verified before its first use.
+
+    redis-py connects anew without a word when a connection breaks: to a server that was restarted
+    with another configuration, or to another one. What `require` found out about the one before
+    means nothing then. A connection that isn't as `require` wants it fails with UnfitError.
+    """
+    where = address(client)
+
+    def on_connect(connection: Any) -> None:
+        connection.on_connect()
+        if settings.assume_fsync:
+            return
+        connection.send_command("CONFIG", "GET", *_FSYNC, _POLICY)
+        try:
+            reply = connection.read_response()
+        except failures.ResponseError:
+            reply = None
+        _require_fit(reply, settings, where)
+
+    pool = client.connection_pool
+    options = pool.connection_kwargs | {"redis_connect_func": on_connect}
+    return redis.Redis.from_pool(
+        redis.ConnectionPool(connection_class=pool.connection_class, **options)
+    )
+
+
+def verified_async(client: AsyncClient, settings: Settings) -> AsyncClient:
+    """As `verified`, for the event loop of `client`; its caller closes it."""
+    where = address(client)
+
+    async def on_connect(connection: Any) -> None:
+        await connection.on_connect()
+        if settings.assume_fsync:
+            return
+        await connection.send_command("CONFIG", "GET", *_FSYNC, _POLICY)
+        try:
+            reply = await connection.read_response()
+        except failures.ResponseError:
+            reply = None
+        _require_fit(reply, settings, where)
+
+    pool = client.connection_pool
+    options = pool.connection_kwargs | {"redis_connect_func": on_connect}
+    return redis.asyncio.Redis.from_pool(
+        redis.asyncio.ConnectionPool(connection_class=pool.connection_class, **options)
+    )
+
+
+def _require_fit(reply: Any, settings: Settings, where: str) -> None:
+    found = None if reply is None else dict(zip(reply[::2], reply[1::2], strict=True))
+    fault = _fault(found, settings.durability, where)
+    if fault is not None:
+        raise UnfitError(fault)
 
 
 def _require_confirmed(client: Client, confirmation: Confirmation) -> None:
@@ -150,12 +219,12 @@ class Confirmation:
 
     def outcome(
         self, shard: int, reply: Any, client: Client | AsyncClient
-    ) -> BufferUnavailableError | None:
+    ) -> UnconfirmedError | None:
         """The error of an append that Redis took and that wasn't confirmed."""
         fault = self.fault(reply)
         if fault is None:
             return None
-        return BufferUnavailableError(f"Redis at {address(client)}, shard {shard:02d}: {fault}")
+        return UnconfirmedError(f"Redis at {address(client)}, shard {shard:02d}: {fault}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import redis.exceptions as failures
 from hb_assets.buffer import keys
 from hb_assets.buffer.clock import ServerClock
 from hb_assets.buffer.connection import AsyncClient, Client, address, unavailable
-from hb_assets.buffer.durability import Confirmation
+from hb_assets.buffer.durability import Confirmation, verified, verified_async
 from hb_assets.buffer.receipts import Receipts
 from hb_assets.buffer.roundtrip import (
     Command,
@@ -42,13 +42,14 @@ _ROUND_TRIP_HEARTBEATS = 50_000
 
 
 class Producer:
-    """Appends with a client of its caller's; as safe for threads as that client is.
+    """Appends where `client` connects to; as safe for threads as a client is.
 
-    `clock` is what timestamps have to be judged by before they are appended.
+    It has connections of its own, each verified as `durability.verified` does. `clock` is what
+    timestamps have to be judged by before they are appended.
     """
 
     def __init__(self, client: Client, settings: Settings) -> None:
-        self._client = client
+        self._client = verified(client, settings)
         self._bound = Bound.of(settings)
         self._receipts = Receipts(settings)
         self.clock = ServerClock()
@@ -71,12 +72,19 @@ class Producer:
             replies = exchange_confirmed(self._client, commands, self._bound.confirm)
         except (failures.RedisError, OSError) as error:
             replies = [(error, None)] * len(shards)
+        set_back: list[int] = []
         for shard, reply in zip(shards, replies, strict=True):
             added = len(lines_by_shard[shard])
             outcomes[shard] = self._bound.outcome(shard, added, reply, self._client)
             _hear(reply, self.clock)
-            if outcomes[shard] is None:
-                _receive(shard, reply, self._receipts, self._client)
+            if outcomes[shard] is None and _receive(shard, reply, self._receipts, self._client):
+                set_back.append(shard)
+        if set_back:
+            try:
+                self._client.connection_pool.disconnect()
+                self._client.ping()
+            except (failures.RedisError, OSError) as error:
+                outcomes.update((s, unavailable(error, self._client, s)) for s in set_back)
         return outcomes
 
 
@@ -88,7 +96,7 @@ class AsyncProducer:
     """
 
     def __init__(self, client: AsyncClient, settings: Settings) -> None:
-        self._client = client
+        self._client = verified_async(client, settings)
         self._bound = Bound.of(settings)
         self._receipts = Receipts(settings)
         self.clock = ServerClock()
@@ -107,12 +115,13 @@ class AsyncProducer:
         self._flusher = asyncio.create_task(self._flush_for_ever(), name="buffer-flush")
 
     async def close(self) -> None:
-        """Send what waits, then stop. The client stays open."""
+        """Send what waits, then stop. The caller's client stays open."""
         self._closed = True
         self._wake.set()
         if self._flusher is not None:
             await self._flusher
             self._flusher = None
+        await self._client.aclose()
 
     async def append(self, lines_by_shard: Lines) -> Outcomes:
         """As `Producer.append`, in the next round trip."""
@@ -161,13 +170,16 @@ class AsyncProducer:
         except (failures.RedisError, OSError) as error:
             replies = [(error, None)] * len(sends)
         failed: dict[tuple[int, int], HbError] = {}
+        set_back: list[_Send] = []
         for send, reply in zip(sends, replies, strict=True):
             outcome = self._bound.outcome(send.shard, len(send.lines), reply, self._client)
             _hear(reply, self.clock)
-            if outcome is None:
-                _receive(send.shard, reply, self._receipts, self._client)
-            else:
+            if outcome is not None:
                 failed.update(((call, send.shard), outcome) for call in send.calls)
+            elif _receive(send.shard, reply, self._receipts, self._client):
+                set_back.append(send)
+        if set_back:
+            failed.update(await self._verify_anew(set_back))
         for number, (lines_by_shard, future) in enumerate(batch):
             if future.done():
                 continue
@@ -176,6 +188,19 @@ class AsyncProducer:
                 for shard in outcomes:
                     outcomes[shard] = failed.get((number, shard))
             future.set_result(outcomes)
+
+    async def _verify_anew(self, sends: Sequence[_Send]) -> dict[tuple[int, int], HbError]:
+        """What to answer for sends that found Redis set back, when it is no longer fit."""
+        try:
+            await self._client.connection_pool.disconnect()
+            await self._client.ping()
+        except (failures.RedisError, OSError) as error:
+            return {
+                (call, send.shard): unavailable(error, self._client, send.shard)
+                for send in sends
+                for call in send.calls
+            }
+        return {}
 
     def _sends(self, batch: list[_Call]) -> Iterator[_Send]:
         """What to send: small calls of a shard together, a large one for itself.
@@ -204,8 +229,11 @@ def _hear(replies: tuple[Any, Any], clock: ServerClock) -> None:
 
 def _receive(
     shard: int, replies: tuple[Any, Any], receipts: Receipts, client: Client | AsyncClient
-) -> None:
-    """Keep the receipt of a confirmed append; say so when its ledger was below an earlier one."""
+) -> bool:
+    """Keep the receipt of a confirmed append; whether its ledger was below an earlier one.
+
+    What a server that was set back is worth has to be verified anew.
+    """
     (_, _, appended, gone), _ = replies
     receipts.enter(shard, appended)
     if gone:
@@ -214,6 +242,7 @@ def _receive(
             "%02d; `hb audit` tells how many of them are missing in the lake",
             *(address(client), gone, shard),
         )
+    return bool(gone)
 
 
 _Call: TypeAlias = tuple[Lines, "asyncio.Future[Outcomes]"]

@@ -8,23 +8,31 @@ A count in that ledger only grows. One that is below its receipt was set back: b
 append-only file are gone that were on disk once, a replica took over that didn't have them, or
 somebody emptied the server. How many heartbeats that is, is the difference, exactly.
 
-The file is shared memory of this home's processes. A receipt costs two system calls, outlives any
-kill, and is not fsynced: after a power cut it may be behind what Redis has on disk, never ahead.
+The file is read and written in place (a mapping would end the process with SIGBUS on a full disk).
+It outlives any kill, and is not fsynced: after a power cut it may be behind what Redis has on disk,
+never ahead. Nor does an append wait for it: a full disk, or a process that was stopped while it
+held the lock, leaves it behind until a later append of that shard can enter its count.
 """
 
 from __future__ import annotations
 
 import fcntl
-import mmap
+import logging
 import os
 import struct
 import threading
+import time
 import weakref
 
 from hb_assets.errors import SettingsError
 from hb_assets.settings import Settings
 
 _COUNT = struct.Struct("<Q")
+_TRIES = 50
+_PAUSE_SECONDS = 0.0001
+"""Another process holds the lock for microseconds; one that holds it for longer isn't running."""
+
+_log = logging.getLogger(__name__)
 
 
 class Receipts:
@@ -35,33 +43,56 @@ class Receipts:
     """
 
     def __init__(self, settings: Settings) -> None:
-        path = settings.home_dir / "receipts"
-        size = settings.shards * _COUNT.size
+        self._path = settings.home_dir / "receipts"
         try:
             settings.home_dir.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
             weakref.finalize(self, os.close, self._file)
-            if os.fstat(self._file).st_size < size:
-                os.ftruncate(self._file, size)
-            self._counts = mmap.mmap(self._file, size)
+            os.pread(self._file, 1, 0)
         except OSError as error:
             raise SettingsError(
-                f"HB_HOME: can't write to {path} ({error.strerror}): set HB_HOME to a folder that "
-                "can be written"
+                f"HB_HOME: can't write to {self._path} ({error.strerror}): set HB_HOME to a folder "
+                "that can be written"
             ) from None
+        self._highest = [0] * settings.shards
         self._lock = threading.Lock()
+        self._behind = False
 
     def of(self, shard: int) -> int:
         """The most heartbeats that the shard's ledger was seen to have appended."""
-        count: int = _COUNT.unpack_from(self._counts, shard * _COUNT.size)[0]
-        return count
+        try:
+            found = os.pread(self._file, _COUNT.size, shard * _COUNT.size)
+        except OSError:
+            found = b""
+        entered: int = _COUNT.unpack(found)[0] if len(found) == _COUNT.size else 0
+        return max(entered, self._highest[shard])
 
     def enter(self, shard: int, appended: int) -> None:
-        """Remember a count that a confirmed append was answered with."""
+        """Remember a count that a confirmed append was answered with; never waits for long."""
         with self._lock:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._highest[shard] = max(self._highest[shard], appended)
             try:
-                if appended > self.of(shard):
-                    _COUNT.pack_into(self._counts, shard * _COUNT.size, appended)
-            finally:
-                fcntl.flock(self._file, fcntl.LOCK_UN)
+                self._lock_file()
+                try:
+                    os.pwrite(self._file, _COUNT.pack(self.of(shard)), shard * _COUNT.size)
+                finally:
+                    fcntl.flock(self._file, fcntl.LOCK_UN)
+            except OSError as error:
+                if not self._behind:
+                    _log.error(
+                        "%s is behind, a loss in Redis may go unseen (%s): see to that disk, or to "
+                        "a stopped process of this HB_HOME",
+                        *(self._path, error.strerror),
+                    )
+                self._behind = True
+            else:
+                self._behind = False
+
+    def _lock_file(self) -> None:
+        for _ in range(1 if self._behind else _TRIES):
+            try:
+                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                held = error
+                time.sleep(_PAUSE_SECONDS)
+        raise held

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 from hb_assets.buffer.producer import AsyncProducer, Lines, Outcomes
-from hb_assets.errors import BufferUnavailableError, SpoolUnavailableError
+from hb_assets.errors import BufferUnavailableError, SpoolUnavailableError, UnconfirmedError
 from hb_assets.gateway.replay import Replayer
 from hb_assets.gateway.spool import ALL_FREE, CLOSING, Spool
 
@@ -41,18 +41,20 @@ class Intake:
         self._writer: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._broken = False
+        self._unconfirmed = False
 
     async def append(self, lines_by_shard: Lines) -> Outcomes:
         """Store lines by shard.
 
         Returns:
             For each shard None, once Redis or the spool has them as durably as they can, or why
-            they are not stored: BufferFullError, SpoolFullError or SpoolUnavailableError.
+            they are not stored: BufferFullError, UnconfirmedError, SpoolFullError or
+            SpoolUnavailableError.
         """
         replayer, marks = self._replayer, self._spool.queued()
         if not replayer.away and marks == ALL_FREE:  # kept short: the way of every request
             outcomes = await self._producer.append(lines_by_shard)
-            if not any(outcomes.values()):
+            if not self._unconfirmed and not any(outcomes.values()):
                 return outcomes
             return await self._rescued(lines_by_shard, outcomes)
         if not replayer.away and any(marks[shard] == CLOSING for shard in lines_by_shard):
@@ -68,8 +70,23 @@ class Intake:
         return outcomes
 
     async def _rescued(self, lines_by_shard: Lines, outcomes: Outcomes) -> Outcomes:
-        """The outcomes, once the spool has what Redis, unreachable, didn't take."""
-        lost = {s: e for s, e in outcomes.items() if isinstance(e, BufferUnavailableError)}
+        """The outcomes, once the spool has what Redis, unreachable, didn't take.
+
+        What replicas didn't confirm isn't for the spool: this one disk is less than was asked for.
+        """
+        unconfirmed = [e for e in outcomes.values() if isinstance(e, UnconfirmedError)]
+        # One line when it begins and one when it is over, however many requests meet it.
+        if unconfirmed and not self._unconfirmed:
+            _log.warning("%s", unconfirmed[0])
+            self._unconfirmed = True
+        elif self._unconfirmed and not any(outcomes.values()):
+            _log.info("the replicas confirm again")
+            self._unconfirmed = False
+        lost = {
+            s: e
+            for s, e in outcomes.items()
+            if isinstance(e, BufferUnavailableError) and not isinstance(e, UnconfirmedError)
+        }
         if lost:
             self._replayer.lost(next(iter(lost.values())))
             outcomes.update(await self._put({s: lines_by_shard[s] for s in lost}))

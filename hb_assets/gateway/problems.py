@@ -24,6 +24,7 @@ from hb_assets.errors import (
     HbError,
     SpoolFullError,
     SpoolUnavailableError,
+    UnconfirmedError,
 )
 
 MEDIA_TYPE = "application/problem+json"
@@ -93,6 +94,7 @@ def seconds(retry_after: float) -> str:
 _KINDS: dict[type[HbError], tuple[str, str]] = {
     BufferFullError: ("buffer-full", "The buffer is full"),
     BufferUnavailableError: ("buffer-unavailable", "The buffer can't be reached"),
+    UnconfirmedError: ("unconfirmed", "Replicas haven't confirmed it"),
     SpoolFullError: ("spool-full", "The buffer can't be reached, and the spool is full"),
     SpoolUnavailableError: ("spool-unavailable", "The spool can't be used"),
 }

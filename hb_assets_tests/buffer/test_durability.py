@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from pathlib import Path
+
 import pytest
 import redis
 
 from hb_assets.buffer import durability
+from hb_assets.buffer.connection import connect, connect_async
+from hb_assets.buffer.producer import AsyncProducer, Outcomes, Producer
 from hb_assets.errors import BufferUnavailableError
 from hb_assets.settings import Settings
+from hb_assets_tests.conftest import SERVERS
+from hb_assets_tests.servers import running_server, server_program
 
 
 def test_a_server_that_fsyncs_every_write_is_durable(
@@ -68,3 +76,37 @@ def test_a_server_whose_configuration_is_forbidden_has_to_be_trusted(
             durability.require(shy, settings)
     finally:
         client.acl_deluser("shy")
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.parametrize("in_a_loop", [False, True])
+def test_a_server_that_was_set_back_is_verified_anew(
+    kind: str, in_a_loop: bool, tmp_path: Path
+) -> None:
+    with running_server(server_program(kind), tmp_path) as url:
+        settings = Settings(home=tmp_path / "home", redis_url=url, shards=2)
+        with contextlib.closing(connect(settings)) as client:
+
+            def set_back() -> None:
+                client.flushall()
+                client.config_set("appendfsync", "everysec")
+
+            async def appended() -> Outcomes:
+                async with connect_async(settings) as other:
+                    producer = AsyncProducer(other, settings)
+                    await producer.start()
+                    try:
+                        assert await producer.append({0: [b"{}"]}) == {0: None}
+                        set_back()
+                        return await producer.append({0: [b"{}"]})
+                    finally:
+                        await producer.close()
+
+            if in_a_loop:
+                outcomes = asyncio.run(appended())
+            else:
+                producer = Producer(client, settings)
+                assert producer.append({0: [b"{}"]}) == {0: None}
+                set_back()
+                outcomes = producer.append({0: [b"{}"]})
+    assert "has appendonly=yes, appendfsync=everysec" in str(outcomes[0])

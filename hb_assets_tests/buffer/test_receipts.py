@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import subprocess
 import sys
@@ -86,3 +87,41 @@ def test_a_home_that_cannot_be_written(settings: Settings, tmp_path: Path) -> No
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SettingsError, match=r"HB_HOME: can't write to .*receipts"):
         Receipts(settings.model_copy(update={"home": tmp_path / "file"}))
+
+
+def test_a_stopped_process_that_holds_the_lock_stops_nobody(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    receipts = Receipts(settings)
+    with (settings.home_dir / "receipts").open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for count in (3, 4):
+            receipts.enter(1, count)
+        assert receipts.of(1) == 4
+        assert Receipts(settings).of(1) == 0
+        assert len(caplog.records) == 1
+    receipts.enter(1, 2)
+    assert Receipts(settings).of(1) == 4
+
+
+def test_a_full_disk_leaves_the_receipt_behind_and_ends_nobody(settings: Settings) -> None:
+    program = (
+        "import resource, signal, sys\n"
+        "from hb_assets.buffer.receipts import Receipts\n"
+        "from hb_assets.settings import load\n"
+        "receipts = Receipts(load(home=sys.argv[1], shards=4))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))\n"
+        "receipts.enter(1, 7)\n"
+        "print(receipts.of(1))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(settings.home_dir)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
+    assert "receipts is behind" in done.stderr
+    assert Receipts(settings).of(1) == 0

@@ -19,7 +19,10 @@ from hb_assets.buffer.connection import connect, connect_async
 from hb_assets.buffer.depth import scanned
 from hb_assets.buffer.producer import AsyncProducer, Outcomes, Producer
 from hb_assets.errors import BufferUnavailableError
+from hb_assets.gateway.spool import Spool
 from hb_assets.settings import Settings
+from hb_assets_tests.gateway.conftest import PATH, heartbeat, running
+from hb_assets_tests.gateway.test_heartbeats import problem
 from hb_assets_tests.servers import (
     process_of,
     replica_of,
@@ -229,3 +232,16 @@ def test_one_connection_carries_appends_and_their_confirmation(
     order = [one["command"].split()[0] for one in seen if one["client_type"] != "lua"]
     assert len(senders) == 2, "one of the client, one of the event loop's"
     assert [name for name in order if name in ("EVALSHA", "WAITAOF")][-2:] == ["EVALSHA", "WAITAOF"]
+
+
+def test_the_gateway_refuses_what_replicas_have_not_confirmed(
+    settings: Settings, replica: str
+) -> None:
+    with running(settings) as http, contextlib.closing(Spool(settings)) as spool:
+        assert http.post(PATH, json=heartbeat()).status_code == 200
+        with stopped(replica):
+            response = http.post(PATH, json=heartbeat())
+            problem(response, 503, "unconfirmed")
+            assert int(response.headers["retry-after"]) >= 1
+            assert spool.holdings().heartbeats == 0
+        wait_for(lambda: http.post(PATH, json=heartbeat()).status_code == 200, "the replica")

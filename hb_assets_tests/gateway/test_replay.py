@@ -21,6 +21,7 @@ from pydantic import SecretStr
 
 from hb_assets.buffer import keys
 from hb_assets.buffer.connection import connect
+from hb_assets.buffer.producer import Producer
 from hb_assets.errors import BufferUnavailableError, SpoolUnavailableError
 from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.replay import Replayer
@@ -495,3 +496,31 @@ def test_dying_between_append_and_delete_only_repeats(
         assert empty(spool)
         dying.turn()
         assert rates(settings) == [61, 62, 61, 62]
+
+
+@pytest.mark.parametrize("spooling", [True, False])
+def test_a_restart_that_nobody_saw_is_verified_before_the_next_append(
+    redis: Redis, settings: Settings, spooling: bool
+) -> None:
+    """Redis comes back less durable while the gateway is idle, and no request met the outage."""
+    most = settings.spool_max_bytes if spooling else 0
+    settings = settings.model_copy(update={"spool_max_bytes": most})
+    with running(settings) as http, contextlib.closing(connect(settings)) as importing:
+        producer = Producer(importing, settings)
+        post(http)
+        assert producer.append({0: [b"{}"]}) == {0: None}
+        redis.kill()
+        redis.appendfsync = "everysec"
+        redis.start()
+        response = http.post(PATH, json=heartbeat(user_id="u2"))
+        [refused] = producer.append({0: [b"{}"]}).values()
+        assert isinstance(refused, BufferUnavailableError)
+        assert "has appendonly=yes, appendfsync=everysec" in str(refused)
+        assert len(importing.keys("hb:*:stream")) > 0
+        assert sum(importing.xlen(keys.stream(shard)) for shard in range(SHARDS)) == 2
+        if spooling:
+            assert response.status_code == 200
+            with contextlib.closing(Spool(settings)) as opened:
+                assert opened.holdings().heartbeats == 1
+        else:
+            problem(response, 503, "buffer-unavailable")
