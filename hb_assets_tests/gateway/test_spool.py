@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import random
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -180,6 +181,21 @@ def test_a_full_disk_stores_nothing_and_keeps_what_is_there(spool: Spool) -> Non
         spool.put([{0: [b"x" * 100_000]}, {1: [b"y"]}])
     assert lines_of(spool) == {0: [b"before"]}
     spool._db.execute("PRAGMA max_page_count = 100000")
+    assert spool.put([{0: [b"after"]}]) == [{0: None}]
+    assert lines_of(spool) == {0: [b"before", b"after"]}
+
+
+def test_a_disk_that_stops_writing_stores_nothing_and_keeps_what_is_there(spool: Spool) -> None:
+    """By the kernel: beyond its limit a write is cut short, then fails, as on a broken disk."""
+    spool.put([{0: [b"before"]}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(SpoolUnavailableError):
+            spool.put([{0: [b"x" * 300_000]}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert lines_of(spool) == {0: [b"before"]}
     assert spool.put([{0: [b"after"]}]) == [{0: None}]
     assert lines_of(spool) == {0: [b"before", b"after"]}
 

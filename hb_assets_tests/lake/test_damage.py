@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,29 @@ def test_too_little_memory_damages_nothing(
         assert not isinstance(raised.value, DamagedFileError)
     assert one.path.exists()
     assert consolidate(lake, DAY, settings).set_aside == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("step", ["make_folder", "rename", "sync_folder"])
+def test_a_disk_that_fails_while_a_file_is_set_aside(
+    lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch, step: str, number: int
+) -> None:
+    """It is in one of both places, and the next consolidation goes on."""
+    [one] = deliver(lake, settings, entry([line()], 0))
+    one.path.write_bytes(b"PAR1")
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Path, step) if step == "rename" else (damage, step)), failing)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            consolidate(lake, DAY, settings)
+    aside = list((lake.root / layout.DAMAGED).rglob("*.parquet"))
+    assert one.path.exists() == (not aside)
+    deliver(lake, settings, entry([line(at=NOON + 1)], 1))
+    assert consolidate(lake, DAY, settings).unique == 1
+    assert len(damage.listed(lake)) == 1
 
 
 def test_a_sound_file_stays_whatever_an_engine_says(lake: Lake, settings: Settings) -> None:
