@@ -54,6 +54,15 @@ def put(client: redis.Redis, settings: Settings, *lines: bytes, user: str = USER
     assert Producer(client, settings).append({shard: list(lines)}) == {shard: None}
 
 
+@pytest.fixture
+def redis_url(server_urls: Callable[[str], str]) -> str:
+    """One kind of server is enough: what is asked of it is tested on both (`buffer/`)."""
+    url = server_urls("valkey")
+    with contextlib.closing(redis.Redis.from_url(url)) as client:
+        client.flushall()
+    return url
+
+
 class House:
     """A buffer and a lake with heartbeats of two users in every place."""
 
@@ -188,7 +197,6 @@ def test_who_was_never_there(house: House) -> None:
     ids=lambda value: getattr(value, "__name__", value),
 )
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
 def test_a_crash_at_any_step_is_gone_on_from(
     house: House, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, after: bool
 ) -> None:
