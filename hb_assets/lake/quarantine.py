@@ -1,7 +1,7 @@
 """The quarantine: records that can't be used, kept with their bytes and the reason.
 
 Belongs here: the envelope files under `quarantine/` by arrival date, the marks of records that were
-put back (`released/`, files of their own: a quarantine file is never rewritten), and reading both,
+put back (`released/`, files of their own: only `erasure` writes a file anew), and reading both,
 a day at a time and never all of it into memory. Doesn't belong here: why a record can't be used
 (`record`), and putting it back into the buffer.
 
