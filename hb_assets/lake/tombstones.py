@@ -112,13 +112,14 @@ def withheld(lake: Lake, rows: pa.Table) -> tuple[pa.Table, pa.Table]:
     if not listed(lake):
         return nobody
     if "user_id" in rows.schema.names:
-        users = rows["user_id"].to_pylist()
+        users = rows["user_id"]
     else:
-        users = [_user_in(raw) for raw in rows["raw"].to_pylist()]
-    forgotten = cutoffs(lake, {user for user in users if user is not None})
+        users = pa.array(map(_user_in, rows["raw"].to_pylist()), pa.string())
+    # each user is hashed once, not each row: most drains hold nobody who was forgotten
+    forgotten = cutoffs(lake, pc.unique(users.drop_null()).to_pylist())
     if not forgotten:
         return nobody
-    gone = pa.array(reached(rows, [forgotten.get(user, _NEVER) for user in users]))
+    gone = pa.array(reached(rows, [forgotten.get(user, _NEVER) for user in users.to_pylist()]))
     return rows.filter(pc.invert(gone)), rows.filter(gone).select(ARRIVAL)
 
 

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import date, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,18 +249,18 @@ def test_a_consolidator_that_slept_is_fenced(
     everything_adds_up(lake, settings, came)
 
 
+def arrive(lake: Lake, settings: Settings, came: list[Row], seq: int) -> None:
+    """One heartbeat, which corrects another one now and then; `came` notes its row."""
+    for fragment in deliver(lake, settings, entry([line(at=NOON + seq % 3, bpm=60 + seq)], seq)):
+        came.extend(rows_of(fragment.path))
+
+
 @pytest.mark.parametrize("where", ["pending", "merged", "_figures"])
 def test_consolidator_overtaken_by_a_pruner(
     lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     came: list[Row] = []
-
-    def arrives(seq: int) -> None:
-        for fragment in deliver(
-            lake, settings, entry([line(at=NOON + seq % 3, bpm=60 + seq)], seq)
-        ):
-            came.extend(rows_of(fragment.path))
-
+    arrives = partial(arrive, lake, settings, came)
     arrives(0)
     consolidate(lake, DAY, settings, watermarks=LATEST)
     arrives(1)
@@ -286,13 +287,7 @@ def test_pruner_overtaken_by_consolidators(
 ) -> None:
     """Between any two steps of the pruner others publish; one of them sleeps through the rest."""
     came: list[Row] = []
-
-    def arrives(seq: int) -> None:
-        for fragment in deliver(
-            lake, settings, entry([line(at=NOON + seq % 3, bpm=60 + seq)], seq)
-        ):
-            came.extend(rows_of(fragment.path))
-
+    arrives = partial(arrive, lake, settings, came)
     arrives(0)
     arrives(1)
     consolidate(lake, DAY, settings, watermarks=LATEST)
