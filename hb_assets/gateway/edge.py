@@ -11,7 +11,7 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hb_assets.gateway import problems
-from hb_assets.gateway.heartbeats import ClientGoneError
+from hb_assets.gateway.bodies import ClientGoneError
 from hb_assets.gateway.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

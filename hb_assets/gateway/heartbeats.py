@@ -1,14 +1,14 @@
 """Heartbeats: the POST handlers.
 
-Belongs here: reading a bounded body, telling a batch's records apart, and the answer about what
-was stored and what was not. Doesn't belong here: what makes a heartbeat valid (`record`), how it
-gets to Redis (`intake`). These are plain ASGI callables: the way of one heartbeat is kept short.
+Belongs here: what is valid and what isn't of a request, and the answer about what was stored and
+what was not. Doesn't belong here: reading a body (`bodies`), what makes a heartbeat valid
+(`record`), how it gets to Redis (`intake`). These are plain ASGI callables, to keep the way of one
+heartbeat short.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -20,22 +20,15 @@ from hb_assets import record
 from hb_assets.errors import HbError
 from hb_assets.gateway import problems
 from hb_assets.gateway.backend import Backend
+from hb_assets.gateway.bodies import media_type, read_body, split
 from hb_assets.gateway.metrics import Metrics
 from hb_assets.gateway.problems import ProblemError
 from hb_assets.settings import Settings
 
-NDJSON_TYPES = frozenset({b"application/x-ndjson", b"application/ndjson", b"application/jsonl"})
 SLICE = 500
 """Records of a batch that are read in one go, before other requests get their turn."""
-COMMAS_PER_HEARTBEAT = 32
-"""More commas per heartbeat than this (4 fields need 3) mark an array too costly to take apart."""
 
-_Raws = msgspec.json.Decoder(list[msgspec.Raw])
 _encode = msgspec.json.Encoder().encode
-
-
-class ClientGoneError(Exception):
-    """The client went away before its request was whole; there is nobody to answer."""
 
 
 class Refused(msgspec.Struct, frozen=True, gc=False):
@@ -143,7 +136,7 @@ class Batch:
             ProblemError: 413; 422 when none is valid; 503 when none could be stored.
         """
         body = await read_body(scope, receive, self._body_max)
-        records = split(body, _media_type(scope), self._most)
+        records = split(body, media_type(scope), self._most)
         batch = await self._sort(records)
         accepted, errors = await self._store(batch)
         self._count(batch, accepted)
@@ -228,101 +221,3 @@ class Batch:
             f"none of the {sent} heartbeats is valid; `refused` lists each with its reason",
             members=members,
         )
-
-
-async def read_body(scope: Scope, receive: Receive, most: int) -> bytes:
-    """The whole body, never more than `most` bytes of it in memory (and one read of the server).
-
-    Raises:
-        ProblemError: 413, as soon as it is known, by Content-Length or by what came so far.
-        ClientGoneError: the client went away before the end.
-    """
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body", False):
-        body: bytes = message.get("body", b"")
-        if len(body) > most:
-            _too_large(most)
-        return body
-    length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-    if length.isdigit() and int(length) > most:
-        _too_large(most)
-    parts = bytearray()
-    while True:
-        if message["type"] != "http.request":
-            raise ClientGoneError
-        parts += message.get("body", b"")
-        if len(parts) > most:
-            _too_large(most)
-        if not message.get("more_body", False):
-            return bytes(parts)
-        message = await receive()
-
-
-def _too_large(most: int) -> NoReturn:
-    raise ProblemError(
-        413,
-        "body-too-large",
-        "The request body is too large",
-        f"a body may have at most {most} bytes (HB_BODY_MAX_BYTES); "
-        "send the heartbeats in several requests",
-    )
-
-
-def _media_type(scope: Scope) -> bytes:
-    value: bytes = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
-    return value.partition(b";")[0].strip().lower()
-
-
-def split(body: bytes, media_type: bytes, most: int) -> list[tuple[int, bytes]]:
-    """The records of a batch, each with its index and JSON text.
-
-    An NDJSON media type, or a first character other than `[`, makes it NDJSON. The index is the
-    position in the array or the line number, both from 0. Blank lines are skipped, but counted,
-    so that an index is the line of the sender's file.
-
-    Raises:
-        ProblemError: 413, more than `most` records; 422, an array that is not well-formed JSON.
-    """
-    if media_type not in NDJSON_TYPES and body.lstrip()[:1] == b"[":
-        return list(enumerate(_elements(body, most)))
-    text = body.rstrip()
-    if text.count(b"\n") >= most:
-        _too_many(most)
-    return [(n, line) for n, line in enumerate(text.split(b"\n")) if line and not line.isspace()]
-
-
-def _elements(body: bytes, most: int) -> list[bytes]:
-    # Counted before it is decoded: a body of `1,1,1,` would take forty times its size in memory.
-    if body.count(b",") > most * COMMAS_PER_HEARTBEAT:
-        _too_many(most)
-    try:
-        raws = _Raws.decode(body)
-    except msgspec.DecodeError as error:
-        found = re.search(r"\(byte (\d+)\)", str(error))
-        where = int(found[1]) if found else len(body)
-        _not_json(f"the array is not well-formed JSON at byte {where}")
-    except RecursionError:
-        _not_json("the array is nested too deeply")
-    if len(raws) > most:
-        _too_many(most)
-    return [bytes(raw) for raw in raws]
-
-
-def _too_many(most: int) -> NoReturn:
-    raise ProblemError(
-        413,
-        "batch-too-large",
-        "The batch is too large",
-        f"a batch may have at most {most} heartbeats (HB_BATCH_MAX_HEARTBEATS); "
-        "send them in several requests",
-    )
-
-
-def _not_json(reason: str) -> NoReturn:
-    raise ProblemError(
-        422,
-        "not-json",
-        "The batch can't be read",
-        f"{reason}; nothing was stored. One heartbeat a line (NDJSON) keeps a bad one from "
-        "spoiling the others",
-    )

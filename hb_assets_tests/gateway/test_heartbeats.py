@@ -15,7 +15,7 @@ from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from hb_assets.buffer import keys
-from hb_assets.gateway.heartbeats import split
+from hb_assets.gateway.bodies import split
 from hb_assets.gateway.problems import MEDIA_TYPE, ProblemError
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
