@@ -1,22 +1,19 @@
-"""The application: which path leads to which handler.
+"""The application: which path and method lead to which handler.
 
 Belongs here: routes and how the parts are put together. Doesn't belong here: what a route does.
+A table of paths does instead of Starlette's router and middleware, which cost as much as all else
+that we do for a heartbeat.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route, request_response
+from starlette.routing import Router, request_response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hb_assets.gateway import problems
 from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.edge import Edge
 from hb_assets.gateway.health import Health
@@ -31,32 +28,36 @@ HEALTH = "/health"
 METRICS = "/metrics"
 
 
-class Methods:
-    """One path, a handler for each method; 405 names all of them."""
+class Gateway:
+    """The gateway as an ASGI application; its lifespan opens and closes the backend."""
 
-    def __init__(self, handlers: Mapping[str, ASGIApp]) -> None:
-        self._handlers = handlers
-        self._allow = {"allow": ", ".join(sorted(handlers))}
+    def __init__(self, settings: Settings) -> None:
+        self._backend = Backend(settings)
+        metrics = Metrics()
+        routes = _routes(settings, self._backend, metrics)
+        self._edge = Edge(_Table(routes), metrics, frozenset(routes))
+        self._events = Router(lifespan=lambda _app: self.opened())
+
+    def opened(self) -> AbstractAsyncContextManager[None]:
+        """Ready to serve for the time of the block.
+
+        Raises BufferUnavailableError, LakeMismatchError and SettingsError.
+        """
+        return self._backend.opened()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand the request to its method's handler."""
-        handler = self._handlers.get(scope["method"])
-        if handler is None:
-            raise HTTPException(405, headers=self._allow)
-        await handler(scope, receive, send)
+        """Serve one request, or the server's start and end."""
+        app = self._edge if scope["type"] == "http" else self._events
+        await app(scope, receive, send)
 
 
-def create_app(settings: Settings) -> Starlette:
-    """The gateway as an ASGI application; its lifespan opens and closes the backend.
-
-    The lifespan raises BufferUnavailableError, LakeMismatchError and SettingsError.
-    """
-    backend = Backend(settings)
-    metrics = Metrics()
+def _routes(
+    settings: Settings, backend: Backend, metrics: Metrics
+) -> dict[str, dict[str, ASGIApp]]:
     get_readings = request_response(Readings(settings, backend).get)
     get_health = request_response(Health(backend).get)
     get_metrics = request_response(Exposition(backend, metrics).get)
-    handlers: dict[str, dict[str, ASGIApp]] = {
+    return {
         HEART_RATE: {
             "POST": One(settings, backend, metrics),
             "GET": get_readings,
@@ -67,18 +68,18 @@ def create_app(settings: Settings) -> Starlette:
         METRICS: {"GET": get_metrics, "HEAD": get_metrics},
     }
 
-    @contextlib.asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        async with backend.opened():
-            yield
 
-    return Starlette(
-        routes=[Route(path, Methods(by_method)) for path, by_method in handlers.items()],
-        middleware=[Middleware(Edge, metrics=metrics, routes=frozenset(handlers))],
-        exception_handlers={HTTPException: _problem},
-        lifespan=lifespan,
-    )
+class _Table:
+    """Finds the handler by path and method: 404 without a path, 405 names its methods."""
 
+    def __init__(self, routes: Mapping[str, Mapping[str, ASGIApp]]) -> None:
+        self._routes = routes
 
-async def _problem(_request: Request, error: Exception) -> Response:
-    return problems.of(error).response()
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        handlers = self._routes.get(scope["path"])
+        if handlers is None:
+            raise HTTPException(404)
+        handler = handlers.get(scope["method"])
+        if handler is None:
+            raise HTTPException(405, headers={"allow": ", ".join(sorted(handlers))})
+        await handler(scope, receive, send)

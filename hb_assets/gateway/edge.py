@@ -1,7 +1,7 @@
 """The edge: the outermost layer, around every request.
 
 Belongs here: measuring a request, and making an answer out of whatever was raised below. Doesn't
-belong here: what any route does. A plain ASGI middleware: it adds two calls to a request.
+belong here: what any route does. Plain ASGI: it adds two calls to a request.
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ class Edge:
         self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request (other ASGI events pass through)."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        """Serve one HTTP request."""
         started = time.perf_counter()
         status = 0
 

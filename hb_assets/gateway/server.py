@@ -19,7 +19,7 @@ import uvicorn
 import uvloop
 
 from hb_assets.errors import AlreadyRunningError, SettingsError
-from hb_assets.gateway.app import create_app
+from hb_assets.gateway.app import Gateway
 from hb_assets.settings import Settings
 
 BACKLOG = 2048
@@ -44,7 +44,7 @@ def serve(settings: Settings, ready: Callable[[], None] | None = None) -> None:
         LakeMismatchError: the lake has another shard count or format.
     """
     with bound(settings.gateway_host, settings.gateway_port) as listener:
-        app = create_app(settings)
+        app = Gateway(settings)
         server = _Server(
             uvicorn.Config(
                 app,
@@ -65,7 +65,7 @@ def serve(settings: Settings, ready: Callable[[], None] | None = None) -> None:
         )
 
         async def serve_requests() -> None:
-            async with app.router.lifespan_context(app):
+            async with app.opened():
                 await server.serve(sockets=[listener])
 
         with (

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import uvicorn
 
-from hb_assets.gateway.app import create_app
+from hb_assets.gateway.app import Gateway
 from hb_assets.gateway.server import bound
 from hb_assets.settings import Settings
 from hb_assets_tests.servers import wait_for
@@ -36,7 +36,7 @@ def running(settings: Settings) -> Iterator[httpx.Client]:
     """A client of a gateway that serves these settings."""
     with bound("127.0.0.1", 0) as listener:
         config = uvicorn.Config(
-            create_app(settings), http="httptools", lifespan="on", log_config=None, access_log=False
+            Gateway(settings), http="httptools", lifespan="on", log_config=None, access_log=False
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
