@@ -76,8 +76,7 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
     Raises:
         BufferUnavailableError: Redis doesn't answer.
     """
-    receipts = Receipts(settings)
-    confirmed = {shard: receipts.of(shard) for shard in range(settings.shards)}
+    confirmed = dict(enumerate(Receipts(settings).known()))
     for attempt in range(_ATTEMPTS):
         before = depth.depths(client, settings)
         days = ledger.of_days(lake, settings, deep=deep)

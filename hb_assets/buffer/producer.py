@@ -63,22 +63,23 @@ class Producer:
             HB_REPLICAS asks for; sending again is harmless).
         """
         shards = [shard for shard, lines in lines_by_shard.items() if lines]
+        known = self._receipts.known()
         commands = [
-            self._bound.command(shard, lines_by_shard[shard], self._receipts.of(shard))
-            for shard in shards
+            self._bound.command(shard, lines_by_shard[shard], known[shard]) for shard in shards
         ]
         outcomes: Outcomes = dict.fromkeys(lines_by_shard)
         try:
             replies = exchange_confirmed(self._client, commands, self._bound.confirm)
         except (failures.RedisError, OSError) as error:
             replies = [(error, None)] * len(shards)
-        set_back: list[int] = []
+        confirmed: _Confirmed = []
         for shard, reply in zip(shards, replies, strict=True):
             added = len(lines_by_shard[shard])
             outcomes[shard] = self._bound.outcome(shard, added, reply, self._client)
             _hear(reply, self.clock)
-            if outcomes[shard] is None and _receive(shard, reply, self._receipts, self._client):
-                set_back.append(shard)
+            if outcomes[shard] is None:
+                confirmed.append((shard, reply))
+        set_back = _receive(confirmed, self._receipts, self._client)
         if set_back:
             try:
                 self._client.connection_pool.disconnect()
@@ -160,9 +161,9 @@ class AsyncProducer:
 
     async def _flush(self, batch: list[_Call]) -> None:
         sends = list(self._sends(batch))
+        known = self._receipts.known()
         commands = [
-            self._bound.command(send.shard, send.lines, self._receipts.of(send.shard))
-            for send in sends
+            self._bound.command(send.shard, send.lines, known[send.shard]) for send in sends
         ]
         replies: Sequence[tuple[Any, Any]]
         try:
@@ -170,16 +171,17 @@ class AsyncProducer:
         except (failures.RedisError, OSError) as error:
             replies = [(error, None)] * len(sends)
         failed: dict[tuple[int, int], HbError] = {}
-        set_back: list[_Send] = []
+        confirmed: _Confirmed = []
         for send, reply in zip(sends, replies, strict=True):
             outcome = self._bound.outcome(send.shard, len(send.lines), reply, self._client)
             _hear(reply, self.clock)
             if outcome is not None:
                 failed.update(((call, send.shard), outcome) for call in send.calls)
-            elif _receive(send.shard, reply, self._receipts, self._client):
-                set_back.append(send)
+            else:
+                confirmed.append((send.shard, reply))
+        set_back = _receive(confirmed, self._receipts, self._client)
         if set_back:
-            failed.update(await self._verify_anew(set_back))
+            failed.update(await self._verify_anew([s for s in sends if s.shard in set_back]))
         for number, (lines_by_shard, future) in enumerate(batch):
             if future.done():
                 continue
@@ -228,23 +230,30 @@ def _hear(replies: tuple[Any, Any], clock: ServerClock) -> None:
 
 
 def _receive(
-    shard: int, replies: tuple[Any, Any], receipts: Receipts, client: Client | AsyncClient
-) -> bool:
-    """Keep the receipt of a confirmed append; whether its ledger was below an earlier one.
+    confirmed: _Confirmed, receipts: Receipts, client: Client | AsyncClient
+) -> frozenset[int]:
+    """Keep the receipts of confirmed appends; the shards whose ledger was below an earlier one.
 
     What a server that was set back is worth has to be verified anew.
     """
-    (_, _, appended, gone), _ = replies
-    receipts.enter(shard, appended)
-    if gone:
-        _log.error(
-            "Redis at %s was set back: %d heartbeats that it had confirmed are no longer in shard "
-            "%02d; `hb audit` tells how many of them are missing in the lake",
-            *(address(client), gone, shard),
-        )
-    return bool(gone)
+    appended: dict[int, int] = {}
+    set_back = set()
+    for shard, ((_, _, count, gone), _) in confirmed:
+        appended[shard] = max(count, appended.get(shard, 0))
+        if gone:
+            set_back.add(shard)
+            _log.error(
+                "Redis at %s was set back: %d heartbeats that it had confirmed are no longer in "
+                "shard %02d; `hb audit` tells how many of them are missing in the lake",
+                *(address(client), gone, shard),
+            )
+    if appended:
+        receipts.enter(appended)
+    return frozenset(set_back)
 
 
+_Confirmed: TypeAlias = list[tuple[int, tuple[Any, Any]]]
+"""Shards with the replies to their appends."""
 _Call: TypeAlias = tuple[Lines, "asyncio.Future[Outcomes]"]
 
 

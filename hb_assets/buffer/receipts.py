@@ -23,6 +23,8 @@ import struct
 import threading
 import time
 import weakref
+from collections.abc import Mapping
+from itertools import zip_longest
 
 from hb_assets.errors import SettingsError
 from hb_assets.settings import Settings
@@ -58,23 +60,30 @@ class Receipts:
         self._lock = threading.Lock()
         self._behind = False
 
-    def of(self, shard: int) -> int:
-        """The most heartbeats that the shard's ledger was seen to have appended."""
+    def known(self) -> list[int]:
+        """For each shard the most heartbeats that its ledger was seen to have appended."""
         try:
-            found = os.pread(self._file, _COUNT.size, shard * _COUNT.size)
+            found = os.pread(self._file, _COUNT.size * len(self._highest), 0)
         except OSError:
             found = b""
-        entered: int = _COUNT.unpack(found)[0] if len(found) == _COUNT.size else 0
-        return max(entered, self._highest[shard])
+        entered = [
+            count
+            for (count,) in _COUNT.iter_unpack(found[: len(found) // _COUNT.size * _COUNT.size])
+        ]
+        return [max(pair) for pair in zip_longest(entered, self._highest, fillvalue=0)]
 
-    def enter(self, shard: int, appended: int) -> None:
-        """Remember a count that a confirmed append was answered with; never waits for long."""
+    def enter(self, appended: Mapping[int, int]) -> None:
+        """Remember the counts, by shard, that confirmed appends were answered with.
+
+        Never waits for long.
+        """
         with self._lock:
-            self._highest[shard] = max(self._highest[shard], appended)
+            for shard, count in appended.items():
+                self._highest[shard] = max(self._highest[shard], count)
             try:
                 self._lock_file()
                 try:
-                    os.pwrite(self._file, _COUNT.pack(self.of(shard)), shard * _COUNT.size)
+                    os.pwrite(self._file, b"".join(map(_COUNT.pack, self.known())), 0)
                 finally:
                     fcntl.flock(self._file, fcntl.LOCK_UN)
             except OSError as error:

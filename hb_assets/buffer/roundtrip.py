@@ -6,9 +6,12 @@ lost. Doesn't belong here: which commands (`producer`, `consumer`, `depth`).
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
+import hiredis
 import redis.exceptions as failures
 
 from hb_assets.buffer import scripts
@@ -114,17 +117,46 @@ def _send(client: Client, commands: Sequence[Command]) -> list[Any]:
 
 
 async def _send_async(client: AsyncClient, commands: Sequence[Command]) -> list[Any]:
-    async with client.pipeline(transaction=False) as pipeline:
-        pipeline.response_callbacks = {}  # replies as they come
-        for command in commands:
-            pipeline.execute_command(*command)
+    """As `_send`; by hand, since redis-py's pipeline takes 25 us of CPU time for each command."""
+    if not commands:
+        return []
+    pack: Any = hiredis.pack_command  # its stub knows tuples of one only
+    packed = b"".join([pack(tuple(command)) for command in commands])
+    pool: Any = client.connection_pool  # its methods have no types
+    seconds = pool.connection_kwargs["socket_timeout"]
+    connection: Any = None
+
+    async def attempt() -> list[Any]:
         try:
-            return await pipeline.execute(raise_on_error=False)
-        except RuntimeError as error:
-            # What uvloop says, and redis-py doesn't know, when the peer was faster to hang up.
-            if "closed" not in str(error):
-                raise
-            raise failures.ConnectionError("Connection closed while writing to it.") from None
+            async with asyncio.timeout(seconds):
+                await connection.send_packed_command(packed)
+                return [await _reply(connection) for _ in commands]
+        except TimeoutError:
+            raise failures.TimeoutError("Timeout reading from socket") from None
+
+    async def give_up(_error: Exception) -> None:
+        await connection.disconnect(nowait=True)  # replies may still be on their way
+
+    try:
+        connection = await pool.get_connection()
+        replies: list[Any] = await connection.retry.call_with_retry(attempt, give_up)
+    except RuntimeError as error:
+        # What uvloop says, and redis-py doesn't know, when the peer was faster to hang up.
+        if "closed" not in str(error):
+            raise
+        raise failures.ConnectionError("Connection closed while writing to it.") from None
+    finally:
+        if connection is not None:
+            await pool.release(connection)
+    return replies
+
+
+async def _reply(connection: Any) -> Any:
+    try:
+        # one timeout holds for all of them: redis-py's own, for each, takes longer than reading
+        return await connection.read_response(timeout=math.inf)
+    except failures.ResponseError as error:
+        return error
 
 
 def _missing_scripts(replies: Sequence[tuple[Any, Any]]) -> list[int]:

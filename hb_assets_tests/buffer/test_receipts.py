@@ -30,13 +30,13 @@ def test_every_append_gets_its_receipt(client: redis.Redis, settings: Settings) 
     producer = Producer(client, settings)
     producer.append({0: [line()] * 3, 2: [line()]})
     producer.append({0: [line()] * 2})
-    assert [Receipts(settings).of(shard) for shard in range(4)] == [5, 0, 1, 0]
+    assert Receipts(settings).known() == [5, 0, 1, 0]
 
 
 def test_a_refused_append_gets_none(client: redis.Redis, settings: Settings) -> None:
     tight = settings.model_copy(update={"buffer_max_heartbeats": 8})
     assert Producer(client, tight).append({0: [line()] * 3})[0] is not None
-    assert Receipts(settings).of(0) == 0
+    assert Receipts(settings).known()[0] == 0
 
 
 def test_a_ledger_that_was_set_back(
@@ -63,7 +63,7 @@ def test_many_at_once_keep_the_highest(settings: Settings) -> None:
         "from hb_assets.buffer.receipts import Receipts\n"
         "from hb_assets.settings import load\n"
         "receipts = Receipts(load(home=sys.argv[1], shards=4))\n"
-        "for count in range(int(sys.argv[2]), 4000, 3): receipts.enter(1, count)\n"
+        "for count in range(int(sys.argv[2]), 4000, 3): receipts.enter({1: count})\n"
     )
     own = Receipts(settings)
     processes = [
@@ -75,12 +75,12 @@ def test_many_at_once_keep_the_highest(settings: Settings) -> None:
     def enter(step: int) -> None:
         barrier.wait()
         for count in range(2 + step, 4000, 6):
-            own.enter(1, count)
+            own.enter({1: count})
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(enter, (0, 3)))
     assert [process.wait(timeout=60) for process in processes] == [0, 0]
-    assert [own.of(shard) for shard in range(4)] == [0, 3999, 0, 0]
+    assert own.known() == [0, 3999, 0, 0]
 
 
 def test_a_home_that_cannot_be_written(settings: Settings, tmp_path: Path) -> None:
@@ -96,12 +96,12 @@ def test_a_stopped_process_that_holds_the_lock_stops_nobody(
     with (settings.home_dir / "receipts").open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         for count in (3, 4):
-            receipts.enter(1, count)
-        assert receipts.of(1) == 4
-        assert Receipts(settings).of(1) == 0
+            receipts.enter({1: count})
+        assert receipts.known()[1] == 4
+        assert Receipts(settings).known()[1] == 0
         assert len(caplog.records) == 1
-    receipts.enter(1, 2)
-    assert Receipts(settings).of(1) == 4
+    receipts.enter({1: 2})
+    assert Receipts(settings).known()[1] == 4
 
 
 def test_a_full_disk_leaves_the_receipt_behind_and_ends_nobody(settings: Settings) -> None:
@@ -112,8 +112,8 @@ def test_a_full_disk_leaves_the_receipt_behind_and_ends_nobody(settings: Setting
         "receipts = Receipts(load(home=sys.argv[1], shards=4))\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))\n"
-        "receipts.enter(1, 7)\n"
-        "print(receipts.of(1))\n"
+        "receipts.enter({1: 7})\n"
+        "print(receipts.known()[1])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(settings.home_dir)],
@@ -124,4 +124,4 @@ def test_a_full_disk_leaves_the_receipt_behind_and_ends_nobody(settings: Setting
     )
     assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
     assert "receipts is behind" in done.stderr
-    assert Receipts(settings).of(1) == 0
+    assert Receipts(settings).known()[1] == 0
