@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -99,8 +100,8 @@ class TimeBounds:
         return cls(start_ms(start), max_future // dt.timedelta(milliseconds=1))
 
 
-class _Wire(msgspec.Struct, gc=False, forbid_unknown_fields=True):
-    """The common shape of a record on the wire; whatever differs is read by `_read_loosely`."""
+class Wire(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    """The common shape of a record on the wire; `judge` makes a heartbeat of it."""
 
     user_id: UserId
     device_id: DeviceId
@@ -109,10 +110,13 @@ class _Wire(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     timestamp_ms: int | UnsetType = UNSET
 
 
-WIRE_FIELDS = tuple(field.name for field in msgspec.structs.fields(_Wire))
-_wire_decoder = msgspec.json.Decoder(_Wire)
+WIRE_FIELDS = tuple(field.name for field in msgspec.structs.fields(Wire))
+_wire_decoder = msgspec.json.Decoder(Wire)
 _loose_decoder = msgspec.json.Decoder()
+_array_decoder = msgspec.json.Decoder(list[Wire])
 _encoder = msgspec.json.Encoder()
+_fromisoformat = dt.datetime.fromisoformat
+_DATE_LENGTH = len("2025-01-15")
 
 
 def parse(line: bytes, now_ms: int, bounds: TimeBounds) -> tuple[Heartbeat | Refusal, int]:
@@ -131,13 +135,36 @@ def parse(line: bytes, now_ms: int, bounds: TimeBounds) -> tuple[Heartbeat | Ref
         wire = _wire_decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _read_loosely(line, now_ms, bounds)
+    return judge(wire, now_ms, bounds), 0
+
+
+def read_array(text: bytes) -> list[Wire] | None:
+    """The elements of a JSON array, for `judge`; ten times as fast as one `parse` for each.
+
+    None unless every one has the common shape of a heartbeat: `parse` tells what each of them is.
+    """
+    try:
+        return _array_decoder.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def read_lines(text: bytes) -> list[Wire] | None:
+    """As `read_array`, of NDJSON."""
+    try:
+        return _wire_decoder.decode_lines(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def judge(wire: Wire, now_ms: int, bounds: TimeBounds) -> Heartbeat | Refusal:
+    """The heartbeat that a record of the common shape is, or its refusal."""
     instant = _instant(wire.timestamp, wire.timestamp_ms)
-    if isinstance(instant, int):
-        refused = _outside(instant, now_ms, bounds)
-        if refused is None:
-            return Heartbeat(wire.user_id, wire.device_id, instant, wire.heart_rate), 0
-        return refused, 0
-    return instant, 0
+    if isinstance(instant, Refusal):
+        return instant
+    if bounds.start_ms <= instant <= now_ms + bounds.future_ms and instant <= LAST_MS:
+        return Heartbeat(wire.user_id, wire.device_id, instant, wire.heart_rate)
+    return _outside(instant, bounds)
 
 
 def parse_object(fields: Any, now_ms: int, bounds: TimeBounds) -> tuple[Heartbeat | Refusal, int]:
@@ -153,6 +180,7 @@ def encode(heartbeat: Heartbeat) -> bytes:
     return _encoder.encode(heartbeat)
 
 
+@lru_cache(maxsize=2**16)
 def shard_of(user_id: str, shards: int) -> int:
     """Shard of a user: `md5_number_lower(user_id) % shards`, as DuckDB computes it."""
     digest = hashlib.md5(user_id.encode(), usedforsecurity=False).digest()
@@ -165,10 +193,14 @@ def parse_instant(text: str) -> int:
     Raises:
         ValueError: not an instant (a date without a time isn't one either).
     """
-    if len(text) <= len("2025-01-15"):
+    if len(text) <= _DATE_LENGTH:
         raise ValueError("a date without a time")
     try:
-        return ms_of(dt.datetime.fromisoformat(text.upper()))
+        moment = _fromisoformat(text)
+    except ValueError:
+        moment = _fromisoformat(text.upper())  # a small t, z or w
+    try:
+        return ms_of(moment)
     except OverflowError as error:
         raise ValueError(str(error)) from None
 
@@ -196,9 +228,8 @@ def _check(fields: dict[str, Any], now_ms: int, bounds: TimeBounds) -> Heartbeat
     instant = _instant(fields.get("timestamp"), fields.get("timestamp_ms"))
     if isinstance(instant, Refusal):
         return instant
-    refused = _outside(instant, now_ms, bounds)
-    if refused is not None:
-        return refused
+    if not bounds.start_ms <= instant <= min(now_ms + bounds.future_ms, LAST_MS):
+        return _outside(instant, bounds)
     bpm = fields.get("heart_rate")
     if bpm is None:
         return Refusal("heart_rate", "missing", "heart_rate is required")
@@ -232,14 +263,10 @@ def _instant(text: object, epoch_ms: object) -> int | Refusal:
         )
 
 
-def _outside(instant: int, now_ms: int, bounds: TimeBounds) -> Refusal | None:
+def _outside(instant: int, bounds: TimeBounds) -> Refusal:
     if instant < bounds.start_ms:
         return Refusal("timestamp", "too_old", "timestamp lies before HB_START_DATE")
-    if instant > min(now_ms + bounds.future_ms, LAST_MS):
-        return Refusal(
-            "timestamp", "in_the_future", "timestamp lies further ahead than HB_MAX_FUTURE"
-        )
-    return None
+    return Refusal("timestamp", "in_the_future", "timestamp lies further ahead than HB_MAX_FUTURE")
 
 
 def _whole_number(value: object) -> int | None:

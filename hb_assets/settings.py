@@ -7,10 +7,11 @@ here: opening anything (connections, files, lakes). docs/settings.md is generate
 from __future__ import annotations
 
 import datetime as dt
+import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import platformdirs
@@ -76,6 +77,32 @@ def _words(value: object) -> object:
     return value
 
 
+class Quota(NamedTuple):
+    """An amount, at once or in each window."""
+
+    amount: int
+    window: dt.timedelta
+
+
+def _quota(value: object) -> object:
+    """`100000/10m`: an amount and the time in which it is there again; `off` for no limit."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() == "off":
+        return None
+    amount, slash, window = value.partition("/")
+    if not slash or not amount.strip().isdecimal() or int(amount) < 1:
+        raise ValueError("not a limit like 100000/10m, nor off")
+    length = _duration(window if window.strip()[:1].isdigit() else f"1{window.strip()}")
+    if not isinstance(length, dt.timedelta) or length <= dt.timedelta(0):
+        raise ValueError("its time must be longer than 0")
+    return Quota(int(amount), length)
+
+
+def _quota_text(value: Quota | None) -> str:
+    return "off" if value is None else f"{value.amount}/{_duration_text(value.window)}"
+
+
 Duration = Annotated[
     dt.timedelta, BeforeValidator(_duration), PlainSerializer(_duration_text, return_type=str)
 ]
@@ -86,6 +113,12 @@ Words = Annotated[
     NoDecode,
     BeforeValidator(_words),
     PlainSerializer(",".join, return_type=str),
+]
+Limit = Annotated[
+    Quota | None,
+    NoDecode,
+    BeforeValidator(_quota),
+    PlainSerializer(_quota_text, return_type=str),
 ]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
@@ -312,6 +345,29 @@ class Settings(BaseSettings):
         "disk (under HB_HOME) while Redis is away. Above it heartbeats are refused (503 with "
         "Retry-After). 0: no spool.",
     )
+    limit_user: Limit = Field(
+        default=Quota(100_000, dt.timedelta(minutes=10)),
+        description="Most heartbeats of one user: this many at once, and then this many in that "
+        "time, on and on; above it 429 with Retry-After. A day at 1 Hz is 86,400. Holds over all "
+        "gateways of one Redis. `off`: no limit.",
+    )
+    limit_key: Limit = Field(
+        default=Quota(60_000_000, dt.timedelta(minutes=1)),
+        description="The same for what one API key sends, of whatever users.",
+    )
+    limit_ip: Limit = Field(
+        default=Quota(60_000_000, dt.timedelta(minutes=1)),
+        description="The same for what one address (IPv6: network of 64 bits) sends.",
+    )
+    limit_queries: Limit = Field(
+        default=Quota(6_000, dt.timedelta(minutes=1)),
+        description="Most questions (GET) of one API key, and of one address.",
+    )
+    trusted_proxies: Words = Field(
+        default=(),
+        description="Addresses or networks of reverse proxies, comma separated, whose "
+        "X-Forwarded-For is believed; from anywhere else it is ignored.",
+    )
     query_max_range: PositiveDuration = Field(
         default=dt.timedelta(days=31), description="Longest time range of one query."
     )
@@ -343,6 +399,16 @@ class Settings(BaseSettings):
         if separator and scheme != "file":
             raise ValueError("object stores can't be used yet; name a folder or a file:// URL")
         return lake
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for one in proxies:
+            try:
+                ipaddress.ip_network(one)
+            except ValueError:
+                raise ValueError(f"not an address or a network: {one}") from None
+        return proxies
 
     @field_validator("redis_url")
     @classmethod

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import PlainSerializer, SecretStr
 from pydantic.fields import FieldInfo
 
-from hb_assets.settings import Bytes, Settings
+from hb_assets.settings import Bytes, Quota, Settings
 
 _HEAD = """\
 # Settings
@@ -29,6 +29,7 @@ used ends a command with exit code 2 and one line that names the variable.
 
 - duration: `500ms`, `90s`, `15m`, `6h`, `7d`, or a number of seconds
 - size: a number of bytes, or `64KiB`, `64MiB`, `1GiB`, `1TiB` (`64m` means the same as `64MiB`)
+- limit: `100000/10m`, an amount and the time in which it is there again, or `off`
 - list: words separated by commas
 - day: `2025-01-15`
 """
@@ -63,6 +64,7 @@ def _groups() -> Iterator[tuple[str, list[str]]]:
 _KINDS: tuple[tuple[object, str], ...] = (
     (dt.timedelta, "duration"),
     (dt.date, "day"),
+    (Quota, "limit"),
     (Path, "path"),
     (SecretStr, "URL"),
     (tuple, "list"),

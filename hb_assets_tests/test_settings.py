@@ -63,6 +63,16 @@ def test_an_installed_package_uses_the_platforms_folder(
     assert not settings.default_home().is_relative_to(tmp_path / "site-packages")
 
 
+def test_limits_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HB_LIMIT_USER", "600/m")
+    monkeypatch.setenv("HB_LIMIT_IP", "off")
+    found = settings.load()
+    assert found.limit_user == (600, dt.timedelta(minutes=1))
+    assert found.limit_ip is None
+    stated = settings.environment(found)
+    assert (stated["HB_LIMIT_USER"], stated["HB_LIMIT_IP"]) == ("600/1m", "off")
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError):
         settings.load().shards = 3  # type: ignore[misc]  # what must fail
@@ -175,6 +185,11 @@ BAD = {
     "gateway_port": ["0", "65536", "http"],
     "body_max_bytes": ["1"],
     "batch_max_heartbeats": ["0"],
+    "limit_user": ["100", "0/1m", "many/1m", "5/0s", "5/later"],
+    "limit_key": ["100", "0/1m", "many/1m", "5/0s", "5/later"],
+    "limit_ip": ["100", "0/1m", "many/1m", "5/0s", "5/later"],
+    "limit_queries": ["100", "0/1m", "many/1m", "5/0s", "5/later"],
+    "trusted_proxies": ["proxy.example", "10.0.0.1,10.0.0.0/33"],
     "query_max_range": ["all"],
     "spool_max_bytes": ["-1", "much"],
     "dagster_port": ["0", "65536"],

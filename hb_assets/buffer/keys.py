@@ -6,6 +6,8 @@ here: commands on those keys (`producer`, `consumer`, `depth`).
     hb:{07}:stream   stream, one a shard; consumer group `hb`
     hb:{07}:ledger   hash, one a shard
     hb:{07}:lease:2025-01-15   string that expires: who consolidates that day (HB_LOCKS=redis)
+    hb:{07}:limit:user:<digest>   string that expires: theoretical arrival time of a rate limit,
+                                  epoch microseconds (see `limits`)
 
 The braces are part of the name: a cluster hash tag that keeps a shard's keys together, so that one
 script may touch both. Two digits, 00 to HB_SHARDS - 1.
@@ -60,6 +62,11 @@ GROUP = "hb"
 def lease(shard: int, day: dt.date) -> str:
     """Key of the lease on a (day, shard)."""
     return f"hb:{{{shard:02d}}}:lease:{day.isoformat()}"
+
+
+def limit(shard: int, policy: str, digest: str) -> str:
+    """Key of what a policy knows of one subject; `digest` is hexadecimal, never a clear name."""
+    return f"hb:{{{shard:02d}}}:limit:{policy}:{digest}"
 
 
 def stream(shard: int) -> str:

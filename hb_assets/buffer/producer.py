@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -20,6 +21,7 @@ from hb_assets.buffer import keys
 from hb_assets.buffer.clock import ServerClock
 from hb_assets.buffer.connection import AsyncClient, Client, address, unavailable
 from hb_assets.buffer.durability import Confirmation, verified, verified_async
+from hb_assets.buffer.limits import Limiter
 from hb_assets.buffer.receipts import Receipts
 from hb_assets.buffer.roundtrip import (
     Command,
@@ -37,6 +39,9 @@ Outcomes: TypeAlias = dict[int, HbError | None]
 
 _log = logging.getLogger(__name__)
 
+_APART_SECONDS = 0.002
+"""How far apart round trips begin while several calls share one: a command costs as much for one
+heartbeat as for fifty. A single caller never waits for it."""
 _ROUND_TRIP_HEARTBEATS = 50_000
 """About how many heartbeats a micro-batch takes along; what waits behind leaves with the next."""
 
@@ -92,14 +97,17 @@ class Producer:
 class AsyncProducer:
     """Appends from one event loop; concurrent calls share entries and round trips.
 
-    While one round trip is under way, calls queue up, and leave together in the next. `clock` as
-    `Producer` has it.
+    While one round trip is under way, calls queue up, and leave together in the next; what
+    `limiter` has to charge goes along. `clock` as `Producer` has it.
     """
 
-    def __init__(self, client: AsyncClient, settings: Settings) -> None:
+    def __init__(
+        self, client: AsyncClient, settings: Settings, limiter: Limiter | None = None
+    ) -> None:
         self._client = verified_async(client, settings)
         self._bound = Bound.of(settings)
         self._receipts = Receipts(settings)
+        self._limiter = limiter or Limiter()
         self.clock = ServerClock()
         self._waiting: list[_Call] = []
         self._wake: asyncio.Event = asyncio.Event()
@@ -135,10 +143,14 @@ class AsyncProducer:
         return await future
 
     async def _flush_for_ever(self) -> None:
+        pause = 0.0
         while True:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
+                if pause > 0:
+                    await asyncio.sleep(pause)
+                began = time.monotonic()
                 batch = self._take()
                 try:
                     await self._flush(batch)
@@ -146,6 +158,7 @@ class AsyncProducer:
                     for _, future in batch:
                         if not future.done():
                             future.set_exception(error)
+                pause = _APART_SECONDS - (time.monotonic() - began) if len(batch) > 1 else 0.0
             if self._closed:
                 return
 
@@ -162,14 +175,17 @@ class AsyncProducer:
     async def _flush(self, batch: list[_Call]) -> None:
         sends = list(self._sends(batch))
         known = self._receipts.known()
-        commands = [
+        charges, charged = self._limiter.charges()
+        commands = charges + [
             self._bound.command(send.shard, send.lines, known[send.shard]) for send in sends
         ]
         replies: Sequence[tuple[Any, Any]]
         try:
             replies = await exchange_confirmed_async(self._client, commands, self._bound.confirm)
         except (failures.RedisError, OSError) as error:
-            replies = [(error, None)] * len(sends)
+            replies = [(error, None)] * len(commands)
+        self._limiter.hear(charged, (reply for reply, _ in replies[: len(charges)]))
+        replies = replies[len(charges) :]
         failed: dict[tuple[int, int], HbError] = {}
         confirmed: _Confirmed = []
         for send, reply in zip(sends, replies, strict=True):

@@ -18,6 +18,7 @@ from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.edge import Edge
 from hb_assets.gateway.health import Health
 from hb_assets.gateway.heartbeats import Batch, One
+from hb_assets.gateway.limits import Asking, Limits
 from hb_assets.gateway.metrics import Exposition, Metrics
 from hb_assets.gateway.readings import Readings
 from hb_assets.settings import Settings
@@ -54,16 +55,17 @@ class Gateway:
 def _routes(
     settings: Settings, backend: Backend, metrics: Metrics
 ) -> dict[str, dict[str, ASGIApp]]:
-    get_readings = request_response(Readings(settings, backend).get)
+    limits = Limits(settings, backend.limiter, metrics.rate_limited)
+    get_readings = Asking(request_response(Readings(settings, backend).get), limits)
     get_health = request_response(Health(backend).get)
     get_metrics = request_response(Exposition(backend, metrics).get)
     return {
         HEART_RATE: {
-            "POST": One(settings, backend, metrics),
+            "POST": One(settings, backend, limits, metrics),
             "GET": get_readings,
             "HEAD": get_readings,
         },
-        BATCH: {"POST": Batch(settings, backend, metrics)},
+        BATCH: {"POST": Batch(settings, backend, limits, metrics)},
         HEALTH: {"GET": get_health, "HEAD": get_health},
         METRICS: {"GET": get_metrics, "HEAD": get_metrics},
     }

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from hb_assets.buffer import connection, depth, durability
+from hb_assets.buffer.limits import Limiter
 from hb_assets.buffer.producer import AsyncProducer
 from hb_assets.errors import BufferUnavailableError, HbError, SpoolUnavailableError
 from hb_assets.gateway.intake import Intake
@@ -38,6 +39,7 @@ class Backend:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.limiter = Limiter()
         self._spool: Spool | None = None
         self._intake: Intake | None = None
         self._away = False
@@ -73,7 +75,7 @@ class Backend:
             self._lake = await asyncio.to_thread(Lake.open, self.settings)
             client = connection.connect_async(self.settings)
             stack.push_async_callback(client.aclose)
-            self._producer = AsyncProducer(client, self.settings)
+            self._producer = AsyncProducer(client, self.settings, self.limiter)
             await self._producer.start()
             if self._spool is not None:
                 replayer.start()

@@ -7,16 +7,21 @@ record says (`record`), and answers (`heartbeats`).
 from __future__ import annotations
 
 import re
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import NoReturn, TypeAlias
 
 import msgspec
 from starlette.types import Receive, Scope
 
+from hb_assets import record
 from hb_assets.gateway.problems import ProblemError
 
 NDJSON_TYPES = frozenset({b"application/x-ndjson", b"application/ndjson", b"application/jsonl"})
 COMMAS_PER_HEARTBEAT = 32
 """More commas per heartbeat than this (4 fields need 3) mark an array too costly to take apart."""
+
+Records: TypeAlias = Sequence[tuple[int, record.Wire | bytes]]
+"""The records of a batch, each with its index: in the common shape, or as JSON text."""
 
 _Raws = msgspec.json.Decoder(list[msgspec.Raw])
 
@@ -69,8 +74,8 @@ def media_type(scope: Scope) -> bytes:
     return value.partition(b";")[0].strip().lower()
 
 
-def split(body: bytes, media_type: bytes, most: int) -> list[tuple[int, bytes]]:
-    """The records of a batch, each with its index and JSON text.
+def split(body: bytes, media_type: bytes, most: int) -> Records:
+    """The records of a batch with their indexes: in the common shape, or else as JSON text.
 
     An NDJSON media type, or a first character other than `[`, makes it NDJSON. The index is the
     position in the array or the line number, both from 0. Blank lines are skipped, but counted,
@@ -80,17 +85,25 @@ def split(body: bytes, media_type: bytes, most: int) -> list[tuple[int, bytes]]:
         ProblemError: 413, more than `most` records; 422, an array that is not well-formed JSON.
     """
     if media_type not in NDJSON_TYPES and body.lstrip()[:1] == b"[":
-        return list(enumerate(_elements(body, most)))
+        # Counted before it is decoded: a body of `1,1,1,` would take forty times its size.
+        if body.count(b",") > most * COMMAS_PER_HEARTBEAT:
+            _too_many(most)
+        wires = record.read_array(body)
+        if wires is None:
+            return list(enumerate(_elements(body, most)))
+        if len(wires) > most:
+            _too_many(most)
+        return list(enumerate(wires))
     text = body.rstrip()
     if text.count(b"\n") >= most:
         _too_many(most)
+    wires = record.read_lines(text)
+    if wires is not None and len(wires) == text.count(b"\n") + 1:
+        return list(enumerate(wires))
     return [(n, line) for n, line in enumerate(text.split(b"\n")) if line and not line.isspace()]
 
 
 def _elements(body: bytes, most: int) -> list[bytes]:
-    # Counted before it is decoded: a body of `1,1,1,` would take forty times its size in memory.
-    if body.count(b",") > most * COMMAS_PER_HEARTBEAT:
-        _too_many(most)
     try:
         raws = _Raws.decode(body)
     except msgspec.DecodeError as error:

@@ -18,9 +18,10 @@ from starlette.types import Receive, Scope, Send
 
 from hb_assets import record
 from hb_assets.errors import HbError
-from hb_assets.gateway import problems
+from hb_assets.gateway import limits, problems
 from hb_assets.gateway.backend import Backend
-from hb_assets.gateway.bodies import media_type, read_body, split
+from hb_assets.gateway.bodies import Records, media_type, read_body, split
+from hb_assets.gateway.limits import Limits
 from hb_assets.gateway.metrics import Metrics
 from hb_assets.gateway.problems import ProblemError
 from hb_assets.settings import Settings
@@ -44,8 +45,11 @@ class Refused(msgspec.Struct, frozen=True, gc=False):
 class One:
     """POST /metrics/heart-rate: one heartbeat."""
 
-    def __init__(self, settings: Settings, backend: Backend, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, backend: Backend, limits: Limits, metrics: Metrics
+    ) -> None:
         self._backend = backend
+        self._limits = limits
         self._metrics = metrics
         self._bounds = settings.time_bounds
         self._shards = settings.shards
@@ -57,23 +61,29 @@ class One:
         The field `record` means: not one JSON object.
 
         Raises:
-            ProblemError: 413, 422.
+            ProblemError: 413, 422, 429.
             HbError: neither buffer nor spool took it.
         """
+        limits = self._limits
+        sender = limits.sender(scope)
         body = await read_body(scope, receive, self._body_max)
         heartbeat, unknown = record.parse(body, self._backend.now_ms(), self._bounds)
         if unknown:
             self._metrics.unknown_fields.inc(unknown)
         if isinstance(heartbeat, record.Refusal):
+            limits.admit(sender)
             self._refuse(heartbeat)
-        shard = record.shard_of(heartbeat.user_id, self._shards)
+        user = heartbeat.user_id
+        limits.admit(sender, users={user: 1})
+        shard = record.shard_of(user, self._shards)
         outcome = await self._backend.append({shard: (record.encode(heartbeat),)})
         error = outcome[shard]
         if error is not None:
             self._metrics.refused(problems.storage_reason(error))
             raise error
         self._metrics.accepted.inc()
-        await send(_ACCEPTED_START)
+        headers = [*_ACCEPTED_HEADERS, *limits.headers(sender, user)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send(_ACCEPTED_BODY)
 
     def _refuse(self, refusal: record.Refusal) -> NoReturn:
@@ -89,31 +99,49 @@ class One:
 
 
 _ACCEPTED = b'{"status":"accepted"}'
-_ACCEPTED_START = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(_ACCEPTED)).encode()),
-    ],
-}
+_ACCEPTED_HEADERS = (
+    (b"content-type", b"application/json"),
+    (b"content-length", str(len(_ACCEPTED)).encode()),
+)
 _ACCEPTED_BODY = {"type": "http.response.body", "body": _ACCEPTED}
 
 
 @dataclass(slots=True)
 class _Sorted:
-    """A batch's records: the valid ones by shard, each with its index; the others refused."""
+    """A batch's records: the valid ones by user, each with its index; the others refused."""
 
-    lines: dict[int, list[bytes]] = field(default_factory=dict)
-    indexes: dict[int, list[int]] = field(default_factory=dict)
+    lines: dict[str, list[bytes]] = field(default_factory=dict)
+    indexes: dict[str, list[int]] = field(default_factory=dict)
     refused: list[Refused] = field(default_factory=list)
     unknown_fields: int = 0
+    retry_after: float = 0.0
+
+    def add(self, index: int, found: record.Heartbeat | record.Refusal) -> None:
+        """Put a record where it belongs."""
+        if isinstance(found, record.Refusal):
+            self.refused.append(Refused(index, found.field, found.reason, found.message, False))
+            return
+        lines = self.lines.get(found.user_id)
+        if lines is None:
+            self.lines[found.user_id] = [record.encode(found)]
+            self.indexes[found.user_id] = [index]
+        else:
+            lines.append(record.encode(found))
+            self.indexes[found.user_id].append(index)
+
+    def hold_back(self, user: str, reason: str, message: str, retry_after: float) -> None:
+        """Refuse what is valid of a user, for another reason than what it says."""
+        del self.lines[user]
+        self.refused += [
+            Refused(index, None, reason, message, True) for index in self.indexes.pop(user)
+        ]
+        self.retry_after = max(self.retry_after, retry_after)
 
     def members(self, accepted: int) -> dict[str, object]:
         """What every answer to a batch says, whatever its status."""
         return {
             "accepted": accepted,
-            "refused": self.refused,
+            "refused": sorted(self.refused, key=lambda refused: refused.index),
             "unknown_fields": self.unknown_fields,
         }
 
@@ -121,8 +149,11 @@ class _Sorted:
 class Batch:
     """POST /metrics/heart-rate/batch: a JSON array, or NDJSON."""
 
-    def __init__(self, settings: Settings, backend: Backend, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, backend: Backend, limits: Limits, metrics: Metrics
+    ) -> None:
         self._backend = backend
+        self._limits = limits
         self._metrics = metrics
         self._bounds = settings.time_bounds
         self._shards = settings.shards
@@ -133,11 +164,15 @@ class Batch:
         """200 when any heartbeat was taken; the others are listed with index and reason.
 
         Raises:
-            ProblemError: 413; 422 when none is valid; 503 when none could be stored.
+            ProblemError: 413; 422 when none is valid; 429 when all have to wait; 503 when none
+                could be stored.
         """
+        sender = self._limits.sender(scope)
         body = await read_body(scope, receive, self._body_max)
         records = split(body, media_type(scope), self._most)
+        self._limits.admit(sender, cost=len(records))
         batch = await self._sort(records)
+        self._hold_back(batch)
         accepted, errors = await self._store(batch)
         self._count(batch, accepted)
         if not accepted:
@@ -146,53 +181,57 @@ class Batch:
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(answer)).encode()),
+            *self._limits.headers(sender),
         ]
-        if errors:
-            wait = max(problems.retry_after(error) for error in errors)
-            headers.append((b"retry-after", problems.seconds(wait).encode()))
+        if batch.retry_after:
+            headers.append((b"retry-after", problems.seconds(batch.retry_after).encode()))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
 
-    async def _sort(self, records: list[tuple[int, bytes]]) -> _Sorted:
+    async def _sort(self, records: Records) -> _Sorted:
         batch = _Sorted()
-        now_ms = self._backend.now_ms()
+        now_ms, bounds = self._backend.now_ms(), self._bounds
         for start in range(0, len(records), SLICE):
             if start:
                 await asyncio.sleep(0)
-            for index, text in records[start : start + SLICE]:
-                heartbeat, unknown = record.parse(text, now_ms, self._bounds)
-                batch.unknown_fields += unknown
-                if isinstance(heartbeat, record.Refusal):
-                    batch.refused.append(
-                        Refused(
-                            index, heartbeat.field, heartbeat.reason, heartbeat.message, retry=False
-                        )
-                    )
-                    continue
-                shard = record.shard_of(heartbeat.user_id, self._shards)
-                batch.lines.setdefault(shard, []).append(record.encode(heartbeat))
-                batch.indexes.setdefault(shard, []).append(index)
+            for index, found in records[start : start + SLICE]:
+                if isinstance(found, record.Wire):
+                    batch.add(index, record.judge(found, now_ms, bounds))
+                else:
+                    heartbeat, unknown = record.parse(found, now_ms, bounds)
+                    batch.unknown_fields += unknown
+                    batch.add(index, heartbeat)
         return batch
+
+    def _hold_back(self, batch: _Sorted) -> None:
+        """Leave out whoever sends more than a user may."""
+        users = {user: len(lines) for user, lines in batch.lines.items()}
+        for user, denial in self._limits.over(users).items():
+            batch.hold_back(user, "rate_limited", limits.denied(denial), denial.seconds)
 
     async def _store(self, batch: _Sorted) -> tuple[int, list[HbError]]:
         """Append what is valid: how much was stored, and the errors of shards that were not."""
-        if not batch.lines:
-            return 0, []
-        outcome = await self._backend.append(batch.lines)
+        by_shard: dict[int, list[bytes]] = {}
+        users: dict[int, list[str]] = {}
+        for user, lines in batch.lines.items():
+            shard = record.shard_of(user, self._shards)
+            if shard in by_shard:
+                by_shard[shard] += lines
+                users[shard].append(user)
+            else:
+                by_shard[shard], users[shard] = [*lines], [user]
+        outcome = await self._backend.append(by_shard) if by_shard else {}
         accepted = 0
         errors: list[HbError] = []
-        for shard, indexes in batch.indexes.items():
+        for shard, lines in by_shard.items():
             error = outcome[shard]
             if error is None:
-                accepted += len(indexes)
+                accepted += len(lines)
                 continue
             errors.append(error)
             reason, message = problems.storage_reason(error), problems.storage_message(error)
-            batch.refused.extend(
-                Refused(index, None, reason, message, retry=True) for index in indexes
-            )
-        if errors:
-            batch.refused.sort(key=lambda refused: refused.index)
+            for user in users[shard]:
+                batch.hold_back(user, reason, message, problems.retry_after(error))
         return accepted, errors
 
     def _count(self, batch: _Sorted, accepted: int) -> None:
@@ -205,6 +244,8 @@ class Batch:
         members = batch.members(0)
         if errors:
             raise problems.of_storage(max(errors, key=problems.retry_after), members)
+        if batch.retry_after:
+            raise limits.all_denied(batch.retry_after, members)
         sent = len(batch.refused)
         if not sent:
             raise ProblemError(

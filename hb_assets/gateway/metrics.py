@@ -58,6 +58,12 @@ class Metrics:
             ("reason",),
             registry=registry,
         )
+        self._rate_limited = Counter(
+            "hb_rate_limited",
+            "Heartbeats (or questions) that a rate limit refused, by its policy.",
+            ("policy",),
+            registry=registry,
+        )
         self.unknown_fields = Counter(
             "hb_unknown_fields", "Fields of heartbeats that were ignored.", registry=registry
         )
@@ -122,6 +128,10 @@ class Metrics:
     def refused(self, reason: str, count: int = 1) -> None:
         """Count refused heartbeats by reason code."""
         self._refused.labels(reason).inc(count)
+
+    def rate_limited(self, policy: str, cost: int) -> None:
+        """Count what a limit refused: `cost` heartbeats, or questions."""
+        self._rate_limited.labels(policy).inc(cost)
 
     def depths(self, depths: Sequence[ShardDepth]) -> None:
         """Set the buffer's gauges."""

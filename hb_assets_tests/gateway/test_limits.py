@@ -1,0 +1,143 @@
+"""Limits over HTTP: who is limited, what a client is told, and that a flood is nobody else's."""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from statistics import quantiles
+from typing import Any
+
+import httpx
+import pytest
+
+from hb_assets.gateway.limits import _network
+from hb_assets.settings import Quota, Settings
+from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
+from hb_assets_tests.gateway.test_heartbeats import problem, stored
+
+Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
+HOUR = dt.timedelta(hours=1)
+
+
+def limited(settings: Settings, **quotas: Any) -> Settings:
+    return settings.model_copy(update={f"limit_{name}": quota for name, quota in quotas.items()})
+
+
+def test_a_user_over_his_limit(serving: Serving, settings: Settings, client: Any) -> None:
+    with serving(limited(settings, user=Quota(2, HOUR))) as http:
+        first = http.post(PATH, json=heartbeat())
+        assert '"user";r=1;t=1800' in first.headers["ratelimit"]
+        assert '"user";q=2;w=3600' in first.headers["ratelimit-policy"]
+        http.post(PATH, json=heartbeat(heart_rate=76))
+        refused = http.post(PATH, json=heartbeat(heart_rate=77))
+        body = problem(refused, 429, "rate-limited")
+        assert body["policy"] == "user"
+        assert 1790 <= int(refused.headers["retry-after"]) <= 1800
+        assert refused.headers["ratelimit"].startswith('"user";r=0;t=')
+        assert http.post(PATH, json=heartbeat(user_id="u2")).status_code == 200
+        assert 'hb_rate_limited_total{policy="user"} 1.0' in http.get("/metrics").text
+    assert len(stored(client, settings.shards)) == 3
+
+
+def test_a_batch_is_taken_but_for_who_is_over_his_limit(
+    serving: Serving, settings: Settings, client: Any
+) -> None:
+    """What is valid of the others is stored; a user's heartbeats are taken all or none."""
+    with serving(limited(settings, user=Quota(2, HOUR))) as http:
+        http.post(PATH, json=heartbeat())
+        batch = [heartbeat(heart_rate=50), heartbeat(user_id="u2"), heartbeat(heart_rate=51)]
+        answer = http.post(BATCH, json=batch)
+        assert answer.status_code == 200
+        assert answer.json()["accepted"] == 1
+        told = [(one["index"], one["reason"], one["retry"]) for one in answer.json()["refused"]]
+        assert told == [(0, "rate_limited", True), (2, "rate_limited", True)]
+        assert int(answer.headers["retry-after"]) > 1
+        nothing = http.post(BATCH, json=[heartbeat(heart_rate=50), heartbeat(heart_rate=51)])
+        assert len(problem(nothing, 429, "rate-limited")["refused"]) == 2
+    assert len(stored(client, settings.shards)) == 2
+
+
+def test_an_address_pays_for_all_that_it_sends(serving: Serving, settings: Settings) -> None:
+    """Heartbeats that aren't valid count as well: they cost us as much."""
+    with serving(limited(settings, ip=Quota(5, HOUR))) as http:
+        batch = [heartbeat(user_id=f"u{n}", heart_rate=n) for n in (1, 60, 61, 62)]
+        assert http.post(BATCH, json=batch).json()["accepted"] == 3
+        assert http.post(PATH, content=b"{").status_code == 422
+        assert problem(http.post(PATH, json=heartbeat()), 429, "rate-limited")["policy"] == "ip"
+        whole = http.post(BATCH, json=batch)
+        assert "refused" not in problem(whole, 429, "rate-limited")
+
+
+def test_more_at_once_than_the_quota_has_to_be_worked_off(
+    serving: Serving, settings: Settings
+) -> None:
+    with serving(limited(settings, ip=Quota(10, HOUR))) as http:
+        batch = [heartbeat(user_id=f"u{n}") for n in range(30)]
+        assert http.post(BATCH, json=batch).json()["accepted"] == 30
+        waiting = http.post(PATH, json=heartbeat())
+        assert 2 * 3600 < int(waiting.headers["retry-after"]) <= 2.1 * 3600
+
+
+def test_questions_have_a_limit_of_their_own(serving: Serving, settings: Settings) -> None:
+    query = {"user_id": "u1", "start": "2025-01-15T10:00:00Z", "end": "2025-01-15T11:00:00Z"}
+    with serving(limited(settings, queries=Quota(1, HOUR))) as http:
+        assert http.get(PATH, params=query).headers["ratelimit"].startswith('"ip-queries";r=0')
+        problem(http.get(PATH, params=query), 429, "rate-limited")
+        assert http.post(PATH, json=heartbeat()).status_code == 200
+        assert http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "meant"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("nonsense", "nonsense"),
+    ],
+)
+def test_what_counts_as_one_address(host: str, meant: str) -> None:
+    assert _network(host) == meant
+
+
+def test_no_limit_no_header(serving: Serving, settings: Settings) -> None:
+    with serving(limited(settings, user=None, ip=None, key=None)) as http:
+        assert "ratelimit" not in http.post(PATH, json=heartbeat()).headers
+
+
+def test_a_flood_of_one_user_does_not_slow_another(serving: Serving, settings: Settings) -> None:
+    """A quiet client's p99 while somebody sends as fast as he can, against that client's median."""
+    over = threading.Event()
+
+    def flood(url: httpx.URL) -> None:
+        with httpx.Client(base_url=url) as noisy:
+            while not over.is_set():
+                noisy.post(PATH, json=heartbeat(user_id="noisy"))
+
+    def quiet(http: httpx.Client, count: int) -> list[float]:
+        times = []
+        for number in range(count):
+            began = time.perf_counter()
+            response = http.post(PATH, json=heartbeat(user_id=f"quiet {number % 10}"))
+            assert response.status_code == 200
+            times.append(time.perf_counter() - began)
+        return times
+
+    with serving(limited(settings, user=Quota(100, HOUR))) as http:
+        alone = quiet(http, 100)
+        noise = [threading.Thread(target=flood, args=(http.base_url,)) for _ in range(4)]
+        for thread in noise:
+            thread.start()
+        try:
+            during = quiet(http, 200)
+        finally:
+            over.set()
+            for thread in noise:
+                thread.join()
+        assert 'hb_rate_limited_total{policy="user"}' in http.get("/metrics").text
+    # all of it shares this process and its interpreter's lock, clients included
+    assert quantiles(during, n=100)[98] < 50 * quantiles(alone, n=2)[0]
