@@ -21,10 +21,10 @@ else
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup run test lint types check bench chaos docs constraints clean
+.PHONY: help setup run test lint types check bench bench-gateway chaos docs constraints clean
 
 help: ## these lines
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
 
 setup: $(READY) ## .venv with everything, from constraints.txt
 	@echo 'ready: $(BIN)/hb'
@@ -45,6 +45,9 @@ check: lint types test ## all that CI asks for
 
 bench: $(READY) ## drain and consolidation against the floor and the alternative
 	@exec $(BIN)/python bench/engines.py $(ARGS)
+
+bench-gateway: $(READY) ## the gateway against FastAPI and its own targets, half an hour (ARGS=--quick: shorter)
+	@exec $(BIN)/python -m bench.gateway $(ARGS)
 
 chaos: $(READY) ## kill everything for a quarter of an hour, lose nothing (ARGS=--short: under 2 minutes)
 	@exec $(BIN)/python -m chaos $(ARGS)

@@ -1,0 +1,226 @@
+"""The gateway's speed, held against references in one run: `make bench-gateway`.
+
+    make bench-gateway                           medians of 5, 25 minutes
+    make bench-gateway ARGS="--runs 3 --quick"   shorter, without the lake of 100 million rows
+    make bench-gateway ARGS="--only post"        some of the rows
+
+Belongs here: which figures make up the table, and what they must reach. Ours and the reference
+take turns (ours, reference, ours, ...), since a machine has better and worse minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import load, servers, table
+from bench.servers import Buffer, Served
+from bench.table import Report, Row
+
+HOME = servers.ROOT / ".hb-bench"
+ONE = "/metrics/heart-rate"
+BATCH = "/metrics/heart-rate/batch"
+BATCH_SIZE = 500
+USERS = 1000
+NOTES = [
+    (
+        "nothing is pinned: load, servers and Redis share the cores; wrk has one thread, and sends on "
+        "each connection as soon as it has the answer"
+    ),
+    "Redis: the embedded Valkey, appendfsync always, ours and the reference's each their own",
+    (
+        "the reference has no access control, limits, ledger or shards, and puts a whole micro-batch "
+        "into one entry of one stream"
+    ),
+    (
+        "nobody drains: the bench empties the streams after each run, and each second while it watches "
+        "the memory; the ledgers prove that all that was answered was appended"
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One run of the bench: how often and how long to measure, and where."""
+
+    folder: Path
+    runs: int
+    seconds: float
+    quick: bool
+    say: Callable[[str], None]
+
+
+def post(bench: Bench) -> Iterator[Row]:
+    """Single POST against FastAPI and against the no-op app."""
+    bodies = load.write_bodies(bench.folder / "one", load.heartbeats(5 * USERS, USERS))
+    with contextlib.ExitStack() as stack:
+        mine = stack.enter_context(servers.buffer(bench.folder / "a"))
+        theirs = stack.enter_context(servers.buffer(bench.folder / "b"))
+        served = {
+            "ours": stack.enter_context(servers.gateway(bench.folder / "ours", mine)),
+            "FastAPI": stack.enter_context(
+                servers.app(
+                    "fastapi_reference", bench.folder / "ref", REFERENCE_REDIS_URL=theirs.url
+                )
+            ),
+            "no-op": stack.enter_context(servers.app("noop", bench.folder / "noop")),
+        }
+        for one in served.values():
+            load.post(one.url + ONE, bodies, 1)
+        found: dict[str, list[load.Posts]] = {name: [] for name in served}
+        for run in range(bench.runs):
+            for name, one in served.items():
+                bench.say(f"single POST, run {run + 1} of {bench.runs}: {name}")
+                before = mine.appended()
+                posts = load.post(one.url + ONE, bodies, bench.seconds)
+                if name == "ours":
+                    _prove(mine, before, posts.requests)
+                found[name].append(posts)
+                mine.clear()
+                theirs.clear()
+    rate = {name: [one.per_second for one in posts] for name, posts in found.items()}
+    p99 = {name: [one.p99_ms for one in posts] for name, posts in found.items()}
+    yield Row(
+        "single POST against FastAPI + pydantic", "requests/s", rate["ours"], rate["FastAPI"], 2.5
+    )
+    yield Row("its p99", "ms", p99["ours"], p99["FastAPI"], 1.0, at_most=True)
+    yield Row(
+        "single POST against a no-op ASGI app", "requests/s", rate["ours"], rate["no-op"], 0.6
+    )
+    yield Row("its p99", "ms", p99["ours"], p99["no-op"])
+
+
+def batch(bench: Bench) -> Iterator[Row]:
+    """Batches of 500, and the gateway's memory while they keep coming."""
+    texts = load.heartbeats(100 * BATCH_SIZE, USERS)
+    kinds = {
+        kind: load.write_bodies(bench.folder / name, load.batches(texts, BATCH_SIZE, kind))
+        for name, kind in (("batch.json", load.JSON), ("batch.ndjson", load.NDJSON))
+    }
+    found: dict[str, list[load.Posts]] = {kind: [] for kind in kinds}
+    with (
+        servers.buffer(bench.folder / "a") as mine,
+        servers.gateway(bench.folder / "ours", mine) as served,
+    ):
+
+        def run(kind: str, seconds: float) -> load.Posts:
+            before = mine.appended()
+            posts = load.post(
+                served.url + BATCH, kinds[kind], seconds, connections=8, content_type=kind
+            )
+            _prove(mine, before, posts.requests * BATCH_SIZE)
+            return posts
+
+        for kind in kinds:
+            run(kind, 1)
+        for number in range(bench.runs):
+            for kind in kinds:
+                bench.say(f"batches of {BATCH_SIZE}, run {number + 1} of {bench.runs}: {kind}")
+                found[kind].append(run(kind, bench.seconds))
+                mine.clear()
+        seconds = 20 if bench.quick else 60
+        bench.say(f"batches of {BATCH_SIZE} for {seconds} s: memory")
+        with _memory(served, mine) as resident:
+            steady = run(load.JSON, seconds)
+    for name, kind in (("JSON array", load.JSON), ("NDJSON", load.NDJSON)):
+        rates = [one.per_second * BATCH_SIZE for one in found[kind]]
+        target = 300_000 if kind == load.JSON else None
+        yield Row(f"batch of {BATCH_SIZE}, {name}", "heartbeats/s", rates, target=target)
+    yield Row(f"the same for {seconds} s", "heartbeats/s", [steady.per_second * BATCH_SIZE])
+    early, late = max(resident[8:14]), max(resident[-6:])
+    yield Row(
+        "memory of the gateway at its end, against that after 10 s",
+        "MB",
+        [late],
+        [early],
+        1.05,
+        at_most=True,
+    )
+
+
+@contextlib.contextmanager
+def _memory(served: Served, buffer: Buffer) -> Iterator[list[float]]:
+    """Resident MB of each second of the block; the streams are emptied meanwhile."""
+    found: list[float] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1):
+            found.append(served.resident_mb())
+            buffer.clear()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _prove(buffer: Buffer, before: int, answered: int) -> None:
+    """What was answered with 2xx was appended (a few more: the end of wrk cuts answers off)."""
+    appended = buffer.appended() - before
+    if appended < answered:
+        raise load.FailedLoadError(
+            f"{answered:,} heartbeats were answered with 200, {appended:,} were appended"
+        )
+
+
+PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {"post": post, "batch": batch}
+
+
+def main() -> int:
+    """Measure and print the table; 1 with --strict when a target wasn't reached."""
+    arguments = argparse.ArgumentParser(
+        prog="bench.gateway", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    arguments.add_argument("--runs", type=int, default=5, help="measurements of each figure (5)")
+    arguments.add_argument("--seconds", type=float, default=5, help="of each load of wrk (5)")
+    arguments.add_argument("--only", nargs="+", choices=PARTS, help="some parts of the table")
+    arguments.add_argument("--quick", action="store_true", help="no lake of 100 M rows, less time")
+    arguments.add_argument("--json", action="store_true", help="print JSON, every run in it")
+    arguments.add_argument("--strict", action="store_true", help="fail when a target isn't reached")
+    chosen = arguments.parse_args()
+    if problem := load.missing():
+        print(problem, file=sys.stderr)
+        return 2
+    HOME.mkdir(exist_ok=True)
+    if table.file_system(HOME) == "tmpfs":
+        print(f"bench: {HOME} lies in memory, where fsync costs nothing", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    console = Console(stderr=True)
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir=HOME))
+    report = Report(table.machine(HOME), NOTES)
+    try:
+        with console.status("") as status:
+            bench = Bench(folder, chosen.runs, chosen.seconds, chosen.quick, status.update)
+            for name in chosen.only or PARTS:
+                report.rows += PARTS[name](bench)
+    except KeyboardInterrupt:
+        return 130
+    except load.FailedLoadError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if chosen.json:
+        print(report.json())
+    else:
+        report.show(Console(width=None if sys.stdout.isatty() else 200))
+    return int(chosen.strict and not report.good)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

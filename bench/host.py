@@ -1,0 +1,38 @@
+"""Serve a bench app as the gateway is served: `python -m bench.host MODULE PORT`.
+
+Belongs here: uvicorn's settings, the same as in hb_assets/gateway/server.py. Doesn't belong here:
+the apps.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import uvicorn
+
+from hb_assets.gateway.server import BACKLOG, GRACE_SECONDS, KEEP_ALIVE_SECONDS
+
+
+def main() -> None:
+    """Serve `bench.MODULE`'s app on 127.0.0.1, in one process, until SIGTERM."""
+    module, port = sys.argv[1:]
+    uvicorn.run(
+        importlib.import_module(f"bench.{module}").app,
+        host="127.0.0.1",
+        port=int(port),
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        backlog=BACKLOG,
+    )
+
+
+if __name__ == "__main__":
+    main()
