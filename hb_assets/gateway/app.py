@@ -1,24 +1,27 @@
 """The application: which path and method lead to which handler.
 
-Belongs here: routes and how the parts are put together. Doesn't belong here: what a route does.
-A table of paths does instead of Starlette's router and middleware, which cost as much as all else
-that we do for a heartbeat.
+Belongs here: routes, the scope that each needs, and how the parts are put together. Doesn't belong
+here: what a route does. A table of paths does instead of Starlette's router and middleware, which
+cost as much as all else that we do for a heartbeat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
+from typing import NamedTuple
 
 from starlette.exceptions import HTTPException
 from starlette.routing import Router, request_response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hb_assets.gateway.access import Access
 from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.edge import Edge
 from hb_assets.gateway.health import Health
 from hb_assets.gateway.heartbeats import Batch, One
 from hb_assets.gateway.limits import Asking, Limits
+from hb_assets.gateway.keyring import ADMIN, INGEST, READ, ScopeName
 from hb_assets.gateway.metrics import Exposition, Metrics
 from hb_assets.gateway.readings import Readings
 from hb_assets.settings import Settings
@@ -36,7 +39,7 @@ class Gateway:
         self._backend = Backend(settings)
         metrics = Metrics()
         routes = _routes(settings, self._backend, metrics)
-        self._edge = Edge(_Table(routes), metrics, frozenset(routes))
+        self._edge = Edge(_Table(routes, self._backend.access), metrics, frozenset(routes))
         self._events = Router(lifespan=lambda _app: self.opened())
 
     def opened(self) -> AbstractAsyncContextManager[None]:
@@ -52,36 +55,48 @@ class Gateway:
         await app(scope, receive, send)
 
 
-def _routes(
-    settings: Settings, backend: Backend, metrics: Metrics
-) -> dict[str, dict[str, ASGIApp]]:
+class Route(NamedTuple):
+    """One handler, and the scope that a key needs for it; None: no key is asked for."""
+
+    needed: ScopeName | None
+    handler: ASGIApp
+
+
+def _routes(settings: Settings, backend: Backend, metrics: Metrics) -> dict[str, dict[str, Route]]:
     limits = Limits(settings, backend.limiter, metrics.rate_limited)
-    get_readings = Asking(request_response(Readings(settings, backend).get), limits)
-    get_health = request_response(Health(backend).get)
-    get_metrics = request_response(Exposition(backend, metrics).get)
+    readings = Route(READ, Asking(request_response(Readings(settings, backend).get), limits))
+    # Orchestrators and load balancers ask without a key.
+    health = Route(None, request_response(Health(backend).get))
+    exposition = Route(ADMIN, request_response(Exposition(backend, metrics).get))
     return {
         HEART_RATE: {
-            "POST": One(settings, backend, limits, metrics),
-            "GET": get_readings,
-            "HEAD": get_readings,
+            "POST": Route(INGEST, One(settings, backend, limits, metrics)),
+            "GET": readings,
+            "HEAD": readings,
         },
-        BATCH: {"POST": Batch(settings, backend, limits, metrics)},
-        HEALTH: {"GET": get_health, "HEAD": get_health},
-        METRICS: {"GET": get_metrics, "HEAD": get_metrics},
+        BATCH: {"POST": Route(INGEST, Batch(settings, backend, limits, metrics))},
+        HEALTH: {"GET": health, "HEAD": health},
+        METRICS: {"GET": exposition, "HEAD": exposition},
     }
 
 
 class _Table:
-    """Finds the handler by path and method: 404 without a path, 405 names its methods."""
+    """Finds the handler by path and method, and lets those in who may.
 
-    def __init__(self, routes: Mapping[str, Mapping[str, ASGIApp]]) -> None:
+    404 without a path, 405 names its methods, 401 and 403 as `access` has it.
+    """
+
+    def __init__(self, routes: Mapping[str, Mapping[str, Route]], access: Access) -> None:
         self._routes = routes
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        handlers = self._routes.get(scope["path"])
-        if handlers is None:
+        methods = self._routes.get(scope["path"])
+        if methods is None:
             raise HTTPException(404)
-        handler = handlers.get(scope["method"])
-        if handler is None:
-            raise HTTPException(405, headers={"allow": ", ".join(sorted(handlers))})
-        await handler(scope, receive, send)
+        route = methods.get(scope["method"])
+        if route is None:
+            raise HTTPException(405, headers={"allow": ", ".join(sorted(methods))})
+        if route.needed is not None:
+            self._access.check(scope, route.needed)
+        await route.handler(scope, receive, send)

@@ -1,7 +1,7 @@
 """The backend: what the gateway's handlers work with, opened and closed together.
 
-Belongs here: the producer, the spool, the client that depth and health are read by, the lake, and
-the limits on threads that wait for them. Doesn't belong here: HTTP.
+Belongs here: the producer, the spool, the API keys, the client that depth and health are read by,
+the lake, and the limits on threads that wait for them. Doesn't belong here: HTTP.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from hb_assets.buffer import connection, depth, durability
 from hb_assets.buffer.limits import Limiter
 from hb_assets.buffer.producer import AsyncProducer
 from hb_assets.errors import BufferUnavailableError, HbError, SpoolUnavailableError
+from hb_assets.gateway.access import Access
 from hb_assets.gateway.intake import Intake
 from hb_assets.gateway.replay import Replayer
 from hb_assets.gateway.spool import Holdings, Spool
@@ -40,6 +41,7 @@ class Backend:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.limiter = Limiter()
+        self.access = Access(settings)
         self._spool: Spool | None = None
         self._intake: Intake | None = None
         self._away = False
@@ -54,7 +56,7 @@ class Backend:
         Raises:
             BufferUnavailableError: Redis doesn't answer, or isn't as durable as HB_DURABILITY.
             LakeMismatchError: the lake has another shard count or format.
-            SettingsError: the spool has another shard count or format.
+            SettingsError: the spool has another shard count or format; the API keys can't be read.
         """
         # More readers than cores only queue inside DuckDB, where they would slow down the posts.
         self._readers = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "readers")
@@ -62,6 +64,7 @@ class Backend:
         async with contextlib.AsyncExitStack() as stack:
             for pool in (self._readers, self._probes):
                 stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            await stack.enter_async_context(self.access.watched())
             self._client = connection.connect(self.settings)
             stack.callback(self._client.close)
             if self.settings.spool_max_bytes:

@@ -39,7 +39,7 @@ class Health:
             "status": "ok" if ok else "failing",
             "parts": parts,
             "durability": self._backend.settings.durability,
-            "alarms": [*redis.alarms, *spool.alarms],
+            "alarms": [*redis.alarms, *spool.alarms, *self._backend.access.alarms()],
         }
         return Response(
             msgspec.json.encode(body),

@@ -17,13 +17,13 @@ from typing import TypeAlias
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hb_assets.buffer.limits import Denial, Limiter, Policy, Subject
+from hb_assets.gateway.access import PRINCIPAL
 from hb_assets.gateway.problems import ProblemError
 from hb_assets.record import shard_of
 from hb_assets.settings import Quota, Settings
 
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
-PRINCIPAL = "hb.principal"
 _SUBJECTS = 2**16
 """Subjects whose digests are kept, not made anew for each request."""
 _NETWORK_BITS = 64

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from hb_assets import record
 from hb_assets.days import EPOCH
+from hb_assets.gateway.access import check_user
 from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.problems import ProblemError
 from hb_assets.lake.query import Point
@@ -51,11 +52,13 @@ class Readings:
         """Minutes that [start, end) touches: of every device, as its priority says, or of one.
 
         Raises:
-            ProblemError: 400, a parameter is missing or can't be used.
+            ProblemError: 400, a parameter is missing or can't be used; 403, the key is for another
+                user.
             DamagedFileError: a file of the lake can't be read.
         """
         given = request.query_params
         user_id = _identifier("user_id", given.get("user_id"))
+        check_user(request.scope, user_id)
         # An empty device_id is what a form with nothing chosen sends: no device asked for.
         device = given.get("device_id")
         device_id = _identifier("device_id", device) if device else None
