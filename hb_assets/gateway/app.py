@@ -25,6 +25,8 @@ from hb_assets.settings import Settings
 HEART_RATE = "/metrics/heart-rate"
 BATCH = "/metrics/heart-rate/batch"
 HEALTH = "/health"
+LIVE = "/health/live"
+READY = "/health/ready"
 METRICS = "/metrics"
 
 
@@ -55,7 +57,8 @@ def _routes(
     settings: Settings, backend: Backend, metrics: Metrics
 ) -> dict[str, dict[str, ASGIApp]]:
     get_readings = request_response(Readings(settings, backend).get)
-    get_health = request_response(Health(backend).get)
+    health = Health(backend)
+    get_live, get_ready = request_response(health.live), request_response(health.ready)
     get_metrics = request_response(Exposition(backend, metrics).get)
     return {
         HEART_RATE: {
@@ -64,7 +67,9 @@ def _routes(
             "HEAD": get_readings,
         },
         BATCH: {"POST": Batch(settings, backend, metrics)},
-        HEALTH: {"GET": get_health, "HEAD": get_health},
+        HEALTH: {"GET": get_ready, "HEAD": get_ready},
+        READY: {"GET": get_ready, "HEAD": get_ready},
+        LIVE: {"GET": get_live, "HEAD": get_live},
         METRICS: {"GET": get_metrics, "HEAD": get_metrics},
     }
 
