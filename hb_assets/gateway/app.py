@@ -7,8 +7,8 @@ that we do for a heartbeat.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
 from starlette.exceptions import HTTPException
 from starlette.routing import Router, request_response
@@ -35,17 +35,20 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self._backend = Backend(settings)
-        metrics = Metrics()
-        routes = _routes(settings, self._backend, metrics)
-        self._edge = Edge(_Table(routes), metrics, frozenset(routes))
+        self._metrics = Metrics(settings)
+        routes = _routes(settings, self._backend, self._metrics)
+        self._edge = Edge(_Table(routes), self._metrics, frozenset(routes))
         self._events = Router(lifespan=lambda _app: self.opened())
 
-    def opened(self) -> AbstractAsyncContextManager[None]:
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
         """Ready to serve for the time of the block.
 
         Raises BufferUnavailableError, LakeMismatchError and SettingsError.
         """
-        return self._backend.opened()
+        async with self._backend.opened():
+            with self._metrics.kept():
+                yield
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the server's start and end."""
@@ -59,7 +62,7 @@ def _routes(
     get_readings = request_response(Readings(settings, backend).get)
     health = Health(backend)
     get_live, get_ready = request_response(health.live), request_response(health.ready)
-    get_metrics = request_response(Exposition(backend, metrics).get)
+    get_metrics = request_response(Exposition(backend, metrics, health).get)
     return {
         HEART_RATE: {
             "POST": One(settings, backend, metrics),
