@@ -1,23 +1,27 @@
 """Coordination: what a consolidation and a pruning know of the buffer and of each other.
 
 Belongs here: the watermarks and the locks that `lake.consolidation` and `lake.pruning` receive as
-arguments. Doesn't belong here: their work. Neither is needed for safety: without a watermark raw is
-only kept longer, without a lock work may be done twice.
+arguments, and counting what was done, for metrics. Doesn't belong here: their work. None of it is
+needed for safety: without a watermark raw is only kept longer, without a lock work may be done
+twice.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from hb_assets.buffer import connection, server
+from hb_assets.buffer import beats, connection, server
 from hb_assets.buffer.connection import Client
 from hb_assets.buffer.lease import Leases
 from hb_assets.buffer.watermark import watermarks
 from hb_assets.errors import HbError
-from hb_assets.lake.consolidation import Lock, Watermarks, no_lock
+from hb_assets.lake import consolidation
+from hb_assets.lake.consolidation import Consolidated, Lock, Progress, Watermarks, no_lock
 from hb_assets.lake.locks import FileLocks
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
@@ -27,10 +31,56 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Coordination:
-    """Watermarks read from the buffer, and the lock to hold around a (day, shard)."""
+    """Watermarks read from the buffer, and the lock to hold around a (day, shard).
+
+    `client` is None when the buffer can't be reached: nothing is counted then.
+    """
 
     watermarks: Watermarks
     lock: Lock
+    client: Client | None = None
+
+    def consolidate(
+        self,
+        lake: Lake,
+        day: dt.date,
+        settings: Settings,
+        *,
+        rebuild: bool = False,
+        rewrite: bool = False,
+        shards: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Consolidated:
+        """As `lake.consolidation.consolidate`, with what is known here; it is counted."""
+        began = time.monotonic()
+        written, outcome = 0, "failed"
+        try:
+            done = consolidation.consolidate(
+                lake,
+                day,
+                settings,
+                rebuild=rebuild,
+                rewrite=rewrite,
+                shards=shards,
+                watermarks=self.watermarks,
+                lock=self.lock,
+                progress=progress,
+            )
+            written, outcome = done.written, "done"
+        finally:
+            self._count(time.monotonic() - began, outcome, written)
+        return done
+
+    def _count(self, seconds: float, outcome: str, written: int) -> None:
+        if self.client is None:
+            return
+        counts = beats.timed("consolidation", seconds)
+        counts[beats.label("consolidations", outcome)] = 1
+        counts["consolidated_rows"] = written
+        try:
+            beats.beat(self.client, (), counts)
+        except HbError as error:
+            _log.debug("not counted: %s", error)
 
 
 @contextmanager
@@ -53,7 +103,7 @@ def coordinated(lake: Lake, settings: Settings, *, start_server: bool) -> Iterat
             marks = watermarks(client, settings)
         except HbError as error:
             _log.warning("the buffer's watermark isn't known, so that raw is kept: %s", error)
-        yield Coordination(marks, _lock(lake, settings, client))
+        yield Coordination(marks, _lock(lake, settings, client), client)
 
 
 def _lock(lake: Lake, settings: Settings, client: Client | None) -> Lock:

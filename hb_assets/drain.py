@@ -9,9 +9,11 @@ Doesn't belong here: how entries are claimed (`buffer.consumer`) and how files a
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from hb_assets.buffer import beats
 from hb_assets.buffer.consumer import Consumer, Entry
 from hb_assets.lake import erased, fragments, isolation, quarantine, tombstones
 from hb_assets.lake.decode import Decoded, pieces
@@ -77,15 +79,31 @@ def drain_cycle(consumer: Consumer, lake: Lake, settings: Settings) -> Drained:
     began = time.monotonic()
     entries = consumer.claim(settings.drain_max_rows, settings.drain_max_bytes)
     if not entries:
+        consumer.beat()
         return Drained(empty=True, seconds=time.monotonic() - began)
     suspects = [entry for entry in entries if entry.deliveries > settings.poison_deliveries]
     others = [entry for entry in entries if entry.deliveries <= settings.poison_deliveries]
-    done = Drained()
+    done, reasons = Drained(), Counter[str]()
     if others:
-        done = _bring(consumer, lake, settings, others, pieces(others, settings))
+        done = _bring(consumer, lake, settings, others, pieces(others, settings), reasons)
     for suspect, decoded in isolation.examine(suspects, settings):
-        done = done.plus(_bring(consumer, lake, settings, [suspect], decoded))
-    return replace(done, cycles=1, seconds=time.monotonic() - began)
+        done = done.plus(_bring(consumer, lake, settings, [suspect], decoded, reasons))
+    done = replace(done, cycles=1, seconds=time.monotonic() - began)
+    consumer.beat(_counts(done, consumer.ended, reasons))
+    return done
+
+
+def _counts(done: Drained, ended: str, reasons: Counter[str]) -> Counter[str]:
+    """What others see of a cycle that drained anything."""
+    counts = beats.timed("drain", done.seconds)
+    counts["drained_rows"] = done.rows
+    counts["drained_entries"] = done.entries
+    counts["drained_fragments"] = done.fragments
+    counts["drained_unknown_fields"] = done.unknown_fields
+    counts[beats.label("drain_flushes", ended)] = 1
+    for reason, records in reasons.items():
+        counts[beats.label("quarantined", reason)] = records
+    return counts
 
 
 def _bring(
@@ -94,6 +112,7 @@ def _bring(
     settings: Settings,
     entries: Sequence[Entry],
     decoded: Iterable[Decoded],
+    reasons: Counter[str],
 ) -> Drained:
     rows = quarantined = published = unknown_fields = 0
     counts = []
@@ -106,6 +125,7 @@ def _bring(
         counts.append(part.counts)
         rows += kept.num_rows
         quarantined += rejected.num_rows
+        reasons.update(rejected["reason"].to_pylist())
         unknown_fields += part.unknown_fields
     totals = map(sum, zip(*counts, strict=True))
     # Everything is durable now; a crash before this line means that the entries come again.

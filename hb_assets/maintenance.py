@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from hb_assets.coordination import Coordination
 from hb_assets.errors import HbError
 from hb_assets.lake import minutes, pruning
-from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.pruning import Pruned
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
@@ -67,15 +66,7 @@ def _renew(
     lake: Lake, day: dt.date, shards: list[int], settings: Settings, known: Coordination
 ) -> Pruned:
     try:
-        consolidate(
-            lake,
-            day,
-            settings,
-            rewrite=True,
-            shards=shards,
-            watermarks=known.watermarks,
-            lock=known.lock,
-        )
+        known.consolidate(lake, day, settings, rewrite=True, shards=shards)
         minutes.build(lake, day, settings)
     except (HbError, OSError) as error:
         return Pruned(faults=(str(error),))

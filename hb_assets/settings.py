@@ -372,6 +372,36 @@ class Settings(BaseSettings):
         default=dt.timedelta(days=31), description="Longest time range of one query."
     )
 
+    # -- health
+    health_drain_age: Duration = Field(
+        default=dt.timedelta(minutes=2),
+        description="/health/ready fails, and an alarm is raised, when entries of a shard wait and no "
+        "drain has looked for them for so long. 0, here and below: not watched.",
+    )
+    health_entry_age: Duration = Field(
+        default=dt.timedelta(minutes=10),
+        description="The same when the oldest entry of a shard isn't acknowledged for so long.",
+    )
+    health_consumer_idle: Duration = Field(
+        default=dt.timedelta(minutes=2),
+        description="The same when a drainer that has claimed entries isn't heard of for so long "
+        "beyond HB_CLAIM_MIN_IDLE, and nobody takes them over.",
+    )
+    health_consolidation_delay: Duration = Field(
+        default=dt.timedelta(hours=1),
+        description="The same when a day isn't consolidated so long after its oldest pending "
+        "fragment reached HB_CONSOLIDATE_MAX_AGE (or ..._TODAY).",
+    )
+    health_dagster_age: Duration = Field(
+        default=dt.timedelta(minutes=2),
+        description="The same when Dagster's daemon was there once, and no tick of its buffer "
+        "sensor was seen for so long.",
+    )
+    health_free_space: Annotated[Bytes, Field(ge=0)] = Field(
+        default=512 * 2**20,
+        description="The same when the lake's disk has less free space.",
+    )
+
     # -- the control room
     dagster_port: Port = Field(default=3000, description="Port of the Dagster UI, on 127.0.0.1.")
     drain_sensor_interval: int = Field(

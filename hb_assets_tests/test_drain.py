@@ -24,7 +24,7 @@ import redis
 from hb_assets import days
 from hb_assets import drain as drain_module
 from hb_assets.audit import audit
-from hb_assets.buffer import depth, keys
+from hb_assets.buffer import beats, depth, keys
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
@@ -594,3 +594,22 @@ def test_totals_add_up() -> None:
     one = Drained(1, 2, 3, 4, 5, 6, 7.0, empty=True)
     assert one.plus(one) == Drained(2, 4, 6, 8, 10, 12, 14.0, empty=True)
     assert not one.plus(Drained()).empty
+
+
+def test_a_drain_leaves_beats_and_counts(
+    client: redis.Redis, lake: Lake, settings: Settings
+) -> None:
+    small = settings.model_copy(update={"drain_max_rows": 24})
+    append(client, settings, [*users(20), b"bad", beat("u1", bpm=5)], shard=2)
+    append(client, settings, users(3), shard=1)
+    with consuming(small) as consumer:
+        done = drain(consumer, lake, small, until_empty=True)
+    signs = beats.look(client)
+    assert signs.beats.keys() == {beats.drained(shard) for shard in range(settings.shards)}
+    assert signs.counts["drained_rows"] == done.rows == 23
+    assert signs.counts["drained_entries"] == done.entries == 2
+    assert signs.counts["drained_fragments"] == done.fragments
+    assert signs.counts["drain_us"] > 0
+    assert sum(signs.labelled("drain_le").values()) == 2
+    assert signs.labelled("quarantined") == {"record_not_json": 1, "heart_rate_out_of_range": 1}
+    assert signs.labelled("drain_flushes") == {"rows": 1, "all": 1}

@@ -11,19 +11,20 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from weakref import WeakValueDictionary
 
 import psutil
 import redis.exceptions as failures
 
-from hb_assets.buffer import keys
+from hb_assets.buffer import beats, keys
 from hb_assets.buffer.connection import Client, is_wrong_type, unavailable
 from hb_assets.buffer.roundtrip import Command, exchange, script
+from hb_assets.errors import BufferUnavailableError
 from hb_assets.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ _ENTRY_BYTES = 64 * 1024
 """What an entry of 500 heartbeats weighs, about: the first step's guess."""
 _PAGE = 100
 _ACKNOWLEDGE_ENTRIES = 2000
+_BEAT_SECONDS = 5.0
+"""An idle drain beats this often at least, and four times within HB_HEALTH_DRAIN_AGE."""
 _CLOCK_SECONDS = 5.0
 """Start times of one process, where they are reckoned from the clock, may differ by this much."""
 
@@ -87,11 +90,16 @@ class Consumer:
         """Entries that somebody deleted while they were pending: data loss."""
         self.unusable: dict[int, str] = {}
         """Shards that are left out, and why: something else lies at one of their keys."""
+        self.ended: Literal["rows", "bytes", "all"] = "all"
+        """What ended the last claim: one of its bounds, or all there was is claimed."""
         self._client = client
         self._shards = range(settings.shards)
         self._min_idle_ms = int(settings.claim_min_idle.total_seconds() * 1000)
         self._entry_rows = settings.entry_max_heartbeats
         self._next_sweep = 0.0
+        watched = settings.health_drain_age.total_seconds()
+        self._beat_seconds = min(_BEAT_SECONDS, watched / 4 or _BEAT_SECONDS)
+        self._next_beat = 0.0
         self._first_shard = 0
         _open[self.name] = self
 
@@ -132,7 +140,10 @@ class Consumer:
         def claim(turns: Sequence[int]) -> list[Entry]:
             budget = _Budget(max_rows, max_bytes, self._entry_rows)
             left = self._inherit(turns)
-            return [*self._read(left, budget, left=True), *self._read(turns, budget, left=False)]
+            claimed = self._read(left, budget, left=True)
+            claimed += self._read(turns, budget, left=False)
+            self.ended = budget.ended
+            return claimed
 
         return self._without_unusable(turns, claim)
 
@@ -165,6 +176,20 @@ class Consumer:
             return sum(self._exchange(calls))
         except _UnusableError as error:
             return sum(reply for reply in error.replies if isinstance(reply, int))
+
+    def beat(self, counts: Mapping[str, int] | None = None) -> None:
+        """Let others know that what was claimed of all shards is done with, and count it.
+
+        Without counts at most once in a while. Never raises: work doesn't wait for being seen.
+        """
+        if not counts and time.monotonic() < self._next_beat:
+            return
+        self._next_beat = time.monotonic() + self._beat_seconds
+        seen = [beats.drained(shard) for shard in self._shards if shard not in self.unusable]
+        try:
+            beats.beat(self._client, seen, counts or {})
+        except BufferUnavailableError as error:
+            _log.debug("no beat: %s", error)
 
     def empty(self) -> bool:
         """Whether nothing is undelivered and nothing is pending, in any shard that can be used."""
@@ -383,6 +408,7 @@ class _Budget:
 
     def __init__(self, max_rows: int, max_bytes: int, entry_rows: int) -> None:
         self.open = True
+        self.ended: Literal["rows", "bytes", "all"] = "all"
         self._rows, self._bytes = max_rows, max_bytes
         self._any = False
         # Until entries were seen they are taken to be full ones of our own.
@@ -406,8 +432,8 @@ class _Budget:
         """Those that fit; the rest stays pending, and is what the next claim begins with."""
         taken = []
         for entry in entries:
-            if self._any and (entry.rows > self._rows or entry.size > self._bytes):
-                self.open = False
+            if self._any:
+                self._close(entry.rows > self._rows, entry.size > self._bytes)
             if not self.open:
                 break
             self._any = True
@@ -415,9 +441,14 @@ class _Budget:
             self._bytes -= entry.size
             self._largest_rows = max(self._largest_rows, entry.rows)
             self._largest_bytes = max(self._largest_bytes, entry.size)
-            self.open = self._rows > 0 and self._bytes > 0
+            self._close(self._rows <= 0, self._bytes <= 0)
             taken.append(entry)
         return taken
+
+    def _close(self, rows: bool, size: bool) -> None:
+        if self.open and (rows or size):
+            self.open = False
+            self.ended = "rows" if rows else "bytes"
 
 
 def _names(shard: int) -> tuple[str, str]:

@@ -26,7 +26,8 @@ class ShardDepth:
     `undelivered` are not; `heartbeats` and `bytes` are what the ledger says is buffered (foreign
     entries come into it when they are acknowledged); `oldest_ms` is when the oldest entry arrived;
     `foreign` entries are more than the ledger explains, and `foreign_bytes` about the memory that
-    they take; `lost` entries, at least, were deleted before they were drained.
+    they take; `lost` entries, at least, were deleted before they were drained. `idle_ms` has, for
+    each consumer that has entries claimed, how long it wasn't heard of.
     """
 
     shard: int
@@ -42,6 +43,7 @@ class ShardDepth:
     foreign: int
     foreign_bytes: int
     lost: int
+    idle_ms: tuple[int, ...] = ()
 
 
 def depths(client: Client, settings: Settings) -> list[ShardDepth]:
@@ -147,6 +149,7 @@ def _depth(
     consumers: int,
     undelivered: int,
     memory: int,
+    idle: list[int],
     appended: int,
     acknowledged: int,
     appended_bytes: int,
@@ -171,4 +174,5 @@ def _depth(
         foreign_bytes=max(0, memory - (appended_bytes - acknowledged_bytes)),
         # Those that were pending were counted one by one; the others are missed in the stream.
         lost=max(lost, own - entries),
+        idle_ms=tuple(idle),
     )

@@ -8,6 +8,8 @@ here: commands on those keys (`producer`, `consumer`, `depth`).
     hb:{07}:lease:2025-01-15   string that expires: who consolidates that day (HB_LOCKS=redis)
     hb:{07}:limit:user:<digest>   string that expires: theoretical arrival time of a rate limit,
                                   epoch microseconds (see `limits`)
+    hb:{all}:beats    hash: signs of life
+    hb:{all}:counts   hash: counters of work
 
 The braces are part of the name: a cluster hash tag that keeps a shard's keys together, so that one
 script may touch both. Two digits, 00 to HB_SHARDS - 1.
@@ -47,6 +49,15 @@ lost stays an alarm until an operator writes it off, when it has been looked int
 
 The last line makes room in the buffer's bound again; `hb audit` goes on missing the heartbeats.
 
+Fields of the beats, epoch milliseconds by Redis' clock, each when something was last alive:
+
+    drain:07   a drain that has looked for entries of the shard, and is done with those it found
+    dagster    a tick of the buffer sensor
+
+Fields of the counts, that metrics show and nothing else relies on: rows, entries and fragments
+of drains, quarantined records by reason, what ended their claims, consolidations by outcome and the
+rows that they wrote, and how long each took (`beats`). Both hashes may be deleted at any time.
+
 An append raises a ledger that was set back (see `receipts`) by what it lacks, in appended and in
 acknowledged.
 """
@@ -57,6 +68,10 @@ import datetime as dt
 
 GROUP = "hb"
 """The consumer group that drains each stream."""
+BEATS = "hb:{all}:beats"
+"""Key of the signs of life."""
+COUNTS = "hb:{all}:counts"
+"""Key of the counters of work."""
 
 
 def lease(shard: int, day: dt.date) -> str:

@@ -19,7 +19,7 @@ from hb_assets.cli import output
 from hb_assets.cli.app import FAILED, AsJson, app, day_of, settings_of
 from hb_assets.coordination import coordinated
 from hb_assets.errors import HbError
-from hb_assets.lake import consolidation, inventory, minutes, query
+from hb_assets.lake import inventory, minutes, query
 from hb_assets.lake.consolidation import Consolidated
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
@@ -60,16 +60,7 @@ def consolidate(
         for day in chosen:
             progress.update(task, description=f"consolidate {day}")
             try:
-                results.append(
-                    consolidation.consolidate(
-                        lake,
-                        day,
-                        settings,
-                        rebuild=rebuild,
-                        watermarks=known.watermarks,
-                        lock=known.lock,
-                    )
-                )
+                results.append(known.consolidate(lake, day, settings, rebuild=rebuild))
                 minutes.build(lake, day, settings)
             except (HbError, OSError) as error:
                 failed[day] = output.line(error)

@@ -6,6 +6,7 @@ of its own. It works when nothing runs, and starts nothing.
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from hb_assets.buffer import connection, depth, durability, server
+from hb_assets import vitals
+from hb_assets.buffer import beats, connection, depth, durability, server
 from hb_assets.buffer.clock import ServerClock
 from hb_assets.buffer.depth import ShardDepth
 from hb_assets.cli import output, state
@@ -105,13 +107,21 @@ def _look_at_buffer(found: Status, settings: Settings, up: UpState | None) -> No
         with closing(connection.connect(settings)) as client:
             found.buffer = depth.depths(client, settings)
             standing = durability.standing(client, settings)
+            signs = beats.look(client)
             clock = ServerClock()
             clock.ask(client)
     except BufferUnavailableError as error:
         found.alarms.append(str(error))
     else:
         found.alarms += depth.high_water(found.buffer, settings) + depth.losses(found.buffer)
-        found.alarms += [standing.fault] if standing.fault else []
+        late = (
+            standing.fault,
+            vitals.drain(found.buffer, signs, settings),
+            vitals.backlog(found.buffer, signs, settings),
+            vitals.consumers(found.buffer, settings),
+            vitals.dagster(signs, settings),
+        )
+        found.alarms += [line for line in late if line]
         found.warnings += [*standing.warnings, *clock.warnings()]
 
 
@@ -129,13 +139,16 @@ def _look_at_spool(found: Status, settings: Settings) -> None:
 def _look_at_lake(found: Status, settings: Settings, latest: int) -> None:
     if not (settings.lake_dir / "lake.json").exists():
         return  # nothing was ever stored; a look doesn't make a lake
-    from hb_assets.lake import inventory
+    from hb_assets.lake import inventory, survey
 
     lake = Lake.open(settings)
     every = inventory.days(lake)
     found.days_in_lake = len(every)
     found.days = [inventory.day_state(lake, day, settings) for day in every[-latest:]]
     found.last_drain = _last_drain(lake)
+    late = vitals.consolidation(survey.summed(found.days, settings), settings)
+    space = vitals.space(shutil.disk_usage(lake.root).free, settings)
+    found.alarms += [line for line in (late, space) if line]
 
 
 def _last_drain(lake: Lake) -> float | None:

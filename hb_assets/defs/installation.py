@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from hb_assets.buffer import connection, server
 from hb_assets.buffer.connection import Client
 from hb_assets.buffer.consumer import Consumer
-from hb_assets.defs.folders import Folders
 from hb_assets.errors import BufferUnavailableError
+from hb_assets.lake.folders import Folders
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 import msgspec
 
 from hb_assets.alarms import Raised
-from hb_assets.defs.folders import Folders
 from hb_assets.drain import LONGEST_PAUSE, pause_after
 from hb_assets.lake import inventory, layout
+from hb_assets.lake.folders import Folders
 from hb_assets.lake.layout import RAW
 from hb_assets.lake.store import Lake
 

@@ -7,8 +7,8 @@ cost as much as all else that we do for a heartbeat.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from starlette.exceptions import HTTPException
@@ -20,8 +20,8 @@ from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.edge import Edge
 from hb_assets.gateway.health import Health
 from hb_assets.gateway.heartbeats import Batch, One
-from hb_assets.gateway.limits import Asking, Limits
 from hb_assets.gateway.keyring import ADMIN, INGEST, READ, ScopeName
+from hb_assets.gateway.limits import Asking, Limits
 from hb_assets.gateway.metrics import Exposition, Metrics
 from hb_assets.gateway.readings import Readings
 from hb_assets.settings import Settings
@@ -29,6 +29,8 @@ from hb_assets.settings import Settings
 HEART_RATE = "/metrics/heart-rate"
 BATCH = "/metrics/heart-rate/batch"
 HEALTH = "/health"
+LIVE = "/health/live"
+READY = "/health/ready"
 METRICS = "/metrics"
 
 
@@ -37,17 +39,21 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self._backend = Backend(settings)
-        metrics = Metrics()
-        routes = _routes(settings, self._backend, metrics)
-        self._edge = Edge(_Table(routes, self._backend.access), metrics, frozenset(routes))
+        self._metrics = Metrics(settings)
+        routes = _routes(settings, self._backend, self._metrics)
+        table = _Table(routes, self._backend.access)
+        self._edge = Edge(table, self._metrics, frozenset(routes))
         self._events = Router(lifespan=lambda _app: self.opened())
 
-    def opened(self) -> AbstractAsyncContextManager[None]:
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
         """Ready to serve for the time of the block.
 
         Raises BufferUnavailableError, LakeMismatchError and SettingsError.
         """
-        return self._backend.opened()
+        async with self._backend.opened():
+            with self._metrics.kept():
+                yield
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the server's start and end."""
@@ -65,9 +71,11 @@ class Route(NamedTuple):
 def _routes(settings: Settings, backend: Backend, metrics: Metrics) -> dict[str, dict[str, Route]]:
     limits = Limits(settings, backend.limiter, metrics.rate_limited)
     readings = Route(READ, Asking(request_response(Readings(settings, backend).get), limits))
+    health = Health(backend)
     # Orchestrators and load balancers ask without a key.
-    health = Route(None, request_response(Health(backend).get))
-    exposition = Route(ADMIN, request_response(Exposition(backend, metrics).get))
+    live = Route(None, request_response(health.live))
+    ready = Route(None, request_response(health.ready))
+    exposition = Route(ADMIN, request_response(Exposition(backend, metrics, health).get))
     return {
         HEART_RATE: {
             "POST": Route(INGEST, One(settings, backend, limits, metrics)),
@@ -75,7 +83,9 @@ def _routes(settings: Settings, backend: Backend, metrics: Metrics) -> dict[str,
             "HEAD": readings,
         },
         BATCH: {"POST": Route(INGEST, Batch(settings, backend, limits, metrics))},
-        HEALTH: {"GET": health, "HEAD": health},
+        HEALTH: {"GET": ready, "HEAD": ready},
+        READY: {"GET": ready, "HEAD": ready},
+        LIVE: {"GET": live, "HEAD": live},
         METRICS: {"GET": exposition, "HEAD": exposition},
     }
 

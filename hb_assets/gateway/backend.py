@@ -10,25 +10,30 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from hb_assets.buffer import connection, depth, durability
+from hb_assets.buffer import beats, connection, depth, durability
+from hb_assets.buffer.beats import Signs
 from hb_assets.buffer.limits import Limiter
 from hb_assets.buffer.producer import AsyncProducer
 from hb_assets.errors import BufferUnavailableError, HbError, SpoolUnavailableError
 from hb_assets.gateway.access import Access
 from hb_assets.gateway.intake import Intake
+from hb_assets.gateway.probes import LIMIT_SECONDS, Probe
 from hb_assets.gateway.replay import Replayer
 from hb_assets.gateway.spool import Holdings, Spool
 from hb_assets.lake import query
 from hb_assets.lake.store import Lake
+from hb_assets.lake.survey import Survey, Surveyor
 from hb_assets.settings import Settings
 
-PROBE_SECONDS = 3.0
-"""How long health and metrics wait for Redis or the lake before they call it failing."""
+SURVEY_SECONDS = 15.0
+"""How long a survey of the lake counts, and longer where it would take more of a core than this:"""
+SURVEY_SHARE = 0.02
 
 T = TypeVar("T")
 
@@ -43,6 +48,7 @@ class Backend:
         self.limiter = Limiter()
         self.access = Access(settings)
         self._spool: Spool | None = None
+        self._survey: Survey | None = None
         self._intake: Intake | None = None
         self._away = False
 
@@ -60,7 +66,7 @@ class Backend:
         """
         # More readers than cores only queue inside DuckDB, where they would slow down the posts.
         self._readers = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "readers")
-        self._probes = ThreadPoolExecutor(4, "probes")
+        self._probes = ThreadPoolExecutor(8, "probes")  # a thread each: one that hangs is alone
         async with contextlib.AsyncExitStack() as stack:
             for pool in (self._readers, self._probes):
                 stack.callback(pool.shutdown, wait=False, cancel_futures=True)
@@ -76,6 +82,7 @@ class Backend:
                 await asyncio.to_thread(connection.ping, self._client)
                 await asyncio.to_thread(durability.require, self._client, self.settings)
             self._lake = await asyncio.to_thread(Lake.open, self.settings)
+            self._make_probes()
             client = connection.connect_async(self.settings)
             stack.push_async_callback(client.aclose)
             self._producer = AsyncProducer(client, self.settings, self.limiter)
@@ -107,16 +114,24 @@ class Backend:
         """What the spool holds; None when there is none.
 
         Raises:
-            SpoolUnavailableError: it can't be used, or doesn't answer within PROBE_SECONDS.
+            SpoolUnavailableError: it can't be used, or doesn't answer in time.
         """
         if self._spool is None:
             return None
         try:
-            return await self._probe(self._spool.holdings)
+            return await self._ask_spool.answer(self._probes)
         except TimeoutError:
             raise SpoolUnavailableError(
-                f"spool: its disk didn't answer within {PROBE_SECONDS:g} s"
+                f"spool: its disk didn't answer within {LIMIT_SECONDS:g} s"
             ) from None
+
+    async def ask(self, probe: Probe[T]) -> T:
+        """The answer of a probe of others, out of the threads that are there for it.
+
+        Raises:
+            TimeoutError: none in time.
+        """
+        return await probe.answer(self._probes)
 
     def now_ms(self) -> int:
         """The clock that timestamps are judged by: Redis', as the drain will see it."""
@@ -145,39 +160,59 @@ class Backend:
         """Depth of each shard.
 
         Raises:
-            BufferUnavailableError: Redis doesn't answer, or not within PROBE_SECONDS.
+            BufferUnavailableError: Redis doesn't answer, or not in time.
         """
-        try:
-            return await self._probe(lambda: depth.depths(self._client, self.settings))
-        except TimeoutError:
-            raise BufferUnavailableError(
-                f"Redis didn't answer within {PROBE_SECONDS:g} s"
-            ) from None
+        return await self._of_redis(self._ask_depths)
 
     async def standing(self) -> durability.Standing:
         """What HB_DURABILITY is worth now. Raises BufferUnavailableError as `depths` does."""
-        try:
-            return await self._probe(lambda: durability.standing(self._client, self.settings))
-        except TimeoutError:
-            raise BufferUnavailableError(
-                f"Redis didn't answer within {PROBE_SECONDS:g} s"
-            ) from None
+        return await self._of_redis(self._ask_standing)
 
-    async def probe_lake(self) -> None:
-        """Write a byte to the lake's folder, where nobody sees it.
+    async def signs(self) -> Signs:
+        """Beats and counts of other processes. Raises BufferUnavailableError as `depths` does."""
+        return await self._of_redis(self._ask_signs)
+
+    async def free_space(self) -> int:
+        """Write a byte to the lake's folder, where nobody sees it; free bytes of its disk.
 
         Raises:
             OSError: the folder can't be written.
-            TimeoutError: not within PROBE_SECONDS.
+            TimeoutError: not in time.
         """
-        await self._probe(lambda: _write_probe(self._lake))
+        return await self._ask_lake.answer(self._probes)
 
-    async def _probe(self, ask: Callable[[], T]) -> T:
-        """Ask in a thread; one that hangs is left behind when the time is over."""
-        async with asyncio.timeout(PROBE_SECONDS):
-            return await asyncio.get_running_loop().run_in_executor(self._probes, ask)
+    async def survey(self) -> Survey | None:
+        """The lake as it was seen last; None until it was seen at all.
+
+        Raises:
+            OSError: its folders can't be read.
+        """
+        with contextlib.suppress(TimeoutError):
+            self._survey = await self._ask_survey.answer(self._probes)
+        return self._survey
+
+    def _make_probes(self) -> None:
+        client, lake, settings = self._client, self._lake, self.settings
+        self._ask_depths = Probe(lambda: depth.depths(client, settings))
+        self._ask_standing = Probe(lambda: durability.standing(client, settings))
+        self._ask_signs = Probe(lambda: beats.look(client))
+        self._ask_lake = Probe(lambda: _free_space(lake))
+        self._ask_survey = Probe(
+            Surveyor(lake, settings).look, fresh=SURVEY_SECONDS, limit=1.0, share=SURVEY_SHARE
+        )
+        if self._spool is not None:
+            self._ask_spool = Probe(self._spool.holdings)
+
+    async def _of_redis(self, probe: Probe[T]) -> T:
+        try:
+            return await probe.answer(self._probes)
+        except TimeoutError:
+            raise BufferUnavailableError(
+                f"Redis didn't answer within {LIMIT_SECONDS:g} s"
+            ) from None
 
 
-def _write_probe(lake: Lake) -> None:
+def _free_space(lake: Lake) -> int:
     with tempfile.TemporaryFile(dir=lake.root) as file:
         file.write(b"\0")
+    return shutil.disk_usage(lake.root).free

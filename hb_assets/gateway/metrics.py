@@ -1,25 +1,48 @@
 """Metrics: what the gateway tells Prometheus.
 
-Belongs here: names, labels and buckets, and the GET /metrics answer. Doesn't belong here: the
-places that count. Every label has few values: nothing out of a request becomes one unchecked.
-One registry per application, counted in this process.
+Belongs here: names, labels and buckets, counting what this worker does, and the GET /metrics
+answer. Doesn't belong here: the places that count, and how workers know of each other (`tallies`).
+Every label has few values: nothing out of a request becomes one unchecked.
+
+A request counts in plain numbers, which costs it a microsecond; they become Prometheus' format when
+somebody reads them. Figures of other processes come from where those leave them: Redis' ledgers and
+beats, the lake's footers, the spool's file.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
+from hb_assets import vitals
+from hb_assets.buffer import beats
+from hb_assets.buffer.beats import DAGSTER, Signs
 from hb_assets.buffer.depth import ShardDepth
 from hb_assets.errors import HbError
 from hb_assets.gateway.backend import Backend
+from hb_assets.gateway.health import Health
+from hb_assets.gateway.probes import Probe
 from hb_assets.gateway.spool import Holdings
+from hb_assets.gateway.tallies import Counts, Tallies
+from hb_assets.lake.survey import Survey
+from hb_assets.settings import Settings
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Bounds of the latency histogram, seconds."""
@@ -27,152 +50,409 @@ BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 _log = logging.getLogger(__name__)
 
 
-class Metrics:
-    """All metrics of one application."""
+@dataclass(frozen=True, slots=True)
+class Described:
+    """One metric as docs/http.md lists it."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    text: str
+
+
+def _table(*rows: tuple[str, str, str]) -> dict[str, Described]:
+    """By name: a counter's ends in _total, a histogram's in :histogram, which is cut off."""
+    table = {}
+    for name, labels, text in rows:
+        kind: Literal["counter", "gauge", "histogram"] = "gauge"
+        if name.endswith("_total"):
+            kind = "counter"
+        name, separator, _ = name.partition(":")
+        if separator:
+            kind = "histogram"
+        table[name] = Described(name, kind, tuple(labels.split()), text)
+    return table
+
+
+TABLE = _table(
+    # -- this gateway, all of its workers
+    (
+        "hb_http_requests_total",
+        "route method status",
+        "Requests by route, method and status (499: the client went away).",
+    ),
+    (
+        "hb_http_request_seconds:histogram",
+        "route method",
+        "Time from a request's head to the end of its answer.",
+    ),
+    ("hb_heartbeats_accepted_total", "", "Heartbeats that the buffer or the spool took."),
+    ("hb_heartbeats_refused_total", "reason", "Heartbeats refused, by reason."),
+    ("hb_rate_limited_total", "policy", "Heartbeats (or questions) that a rate limit refused."),
+    ("hb_unknown_fields_total", "", "Fields of heartbeats that were ignored."),
+    ("hb_gateway_workers", "", "Workers of this gateway."),
+    ("process_cpu_seconds_total", "", "CPU time of all workers of this gateway."),
+    ("process_resident_memory_bytes", "", "Resident memory of all workers, summed up."),
+    ("process_open_fds", "", "Open file descriptors of all workers."),
+    # -- health
+    ("hb_healthy", "part", "Whether a part of /health/ready doesn't fail."),
+    # -- the buffer
+    ("hb_buffer_up", "", "Whether Redis answered when these metrics were read."),
+    ("hb_buffer_entries", "shard", "Entries in the buffer."),
+    ("hb_buffer_heartbeats", "shard", "Heartbeats in the buffer."),
+    ("hb_buffer_bytes", "shard", "Bytes of NDJSON in the buffer."),
+    ("hb_buffer_pending", "shard", "Entries that were handed out and not acknowledged."),
+    ("hb_buffer_foreign", "shard", "Entries of other producers, which the bound doesn't hold off."),
+    ("hb_buffer_lost", "shard", "Entries that were deleted before they were drained: data loss."),
+    ("hb_buffer_oldest_seconds", "shard", "Age of the oldest entry; 0 where there is none."),
+    ("hb_buffer_consumers", "shard", "Drainers that the consumer group knows."),
+    ("hb_buffer_dead_consumers", "shard", "Those with claimed entries that are gone."),
+    ("hb_buffer_appended_total", "shard", "Heartbeats that were ever appended, by the ledger."),
+    ("hb_drained_total", "shard", "Heartbeats that were ever acknowledged, by the ledger."),
+    # -- drains, anywhere
+    ("hb_drain_age_seconds", "shard", "Time since a drain looked for entries of the shard."),
+    (
+        "hb_drain_neglected_seconds",
+        "shard",
+        "How long entries have waited without a drain that looked for them.",
+    ),
+    ("hb_drain_seconds:histogram", "", "Time of drain cycles that drained anything."),
+    (
+        "hb_drain_flushes_total",
+        "reason",
+        "Such cycles by what ended their claim: its bound of rows, of bytes, or all was claimed.",
+    ),
+    ("hb_drain_rows_total", "", "Rows that drains wrote into fragments."),
+    ("hb_drain_entries_total", "", "Entries that drains acknowledged."),
+    ("hb_drain_fragments_total", "", "Fragments that drains published."),
+    ("hb_drain_unknown_fields_total", "", "Fields of foreign entries that drains ignored."),
+    ("hb_quarantined_total", "reason", "Records that drains put into the quarantine, by reason."),
+    # -- consolidations, anywhere
+    ("hb_consolidation_seconds:histogram", "", "Time of consolidations of a day."),
+    ("hb_consolidations_total", "outcome", "Consolidations of a day: done or failed."),
+    ("hb_consolidation_rows_total", "", "Rows that consolidations wrote."),
+    (
+        "hb_consolidation_overdue_seconds",
+        "",
+        "How far the oldest pending fragment is beyond its HB_CONSOLIDATE_MAX_AGE.",
+    ),
+    ("hb_dagster_age_seconds", "", "Time since the last tick of Dagster's buffer sensor."),
+    # -- the lake
+    ("hb_lake_up", "", "Whether the lake's folder could be written when these metrics were read."),
+    ("hb_lake_free_bytes", "", "Free space of its disk."),
+    ("hb_lake_partitions", "", "Days that the lake holds anything of."),
+    ("hb_lake_damaged_partitions", "", "Days of which a file can't be read."),
+    ("hb_lake_fragments", "", "Raw fragments."),
+    ("hb_lake_pending_fragments", "", "Raw fragments that aren't consolidated."),
+    ("hb_lake_pending_rows", "", "Rows in them."),
+    ("hb_lake_rows", "", "Distinct rows that were ever consolidated."),
+    ("hb_lake_unique_rows", "", "Those of them that are in the consolidated files."),
+    (
+        "hb_lake_duplicate_rows",
+        "kind",
+        "Those that aren't: repeats and corrections; and replays, which aren't counted as rows.",
+    ),
+    ("hb_lake_bytes", "", "Bytes of the consolidated files."),
+    (
+        "hb_lake_write_amplification_ratio",
+        "",
+        "Rows that publications of the consolidated files wrote, for each row that came in.",
+    ),
+    # -- the spool
+    ("hb_spool_up", "", "Whether the spool could be used when these metrics were read."),
+    ("hb_spool_heartbeats", "", "Heartbeats that wait in the spool for Redis."),
+    ("hb_spool_bytes", "", "Bytes of NDJSON in the spool."),
+    ("hb_spool_most_bytes", "", "Bytes of NDJSON that the spool may hold."),
+    ("hb_spool_damaged_records", "", "Records of the spool that were set aside as damaged."),
+    ("hb_spool_damaged_files", "", "Databases of the spool that can't be read."),
+    ("hb_spool_replayed_total", "", "Heartbeats that Redis took over from the spool."),
+)
+
+_DEPTH = ("entries", "heartbeats", "bytes", "pending", "foreign", "lost", "consumers")
+_SPOOL = ("heartbeats", "bytes", "most_bytes", "damaged_records", "damaged_files")
+_LAKE = ("fragments", "pending_fragments", "pending_rows", "rows", "bytes")
+_DRAIN = ("rows", "entries", "fragments", "unknown_fields")
+_LEVELS = ("process_resident_memory_bytes", "process_open_fds")
+_CPU = "process_cpu_seconds_total"
+
+
+class Cell:
+    """One number that grows."""
+
+    __slots__ = ("count",)
 
     def __init__(self) -> None:
-        registry = CollectorRegistry()
-        self.registry = registry
-        ProcessCollector(registry=registry)
-        self._requests = Counter(
-            "hb_http_requests",
-            "Requests by route, method and status (499: the client went away).",
-            ("route", "method", "status"),
-            registry=registry,
-        )
-        self._latency = Histogram(
-            "hb_http_request_seconds",
-            "Time from a request's head to the end of its answer.",
-            ("route", "method"),
-            buckets=BUCKETS,
-            registry=registry,
-        )
-        self.accepted = Counter(
-            "hb_heartbeats_accepted",
-            "Heartbeats that the buffer or the spool took.",
-            registry=registry,
-        )
-        self._refused = Counter(
-            "hb_heartbeats_refused",
-            "Heartbeats refused, by reason.",
-            ("reason",),
-            registry=registry,
-        )
-        self._rate_limited = Counter(
-            "hb_rate_limited",
-            "Heartbeats (or questions) that a rate limit refused, by its policy.",
-            ("policy",),
-            registry=registry,
-        )
-        self.unknown_fields = Counter(
-            "hb_unknown_fields", "Fields of heartbeats that were ignored.", registry=registry
-        )
-        self.buffer_up = Gauge(
-            "hb_buffer_up",
-            "Whether Redis answered when these metrics were read.",
-            registry=registry,
-        )
-        shard = ("shard",)
-        self._depth = {
-            name: Gauge(f"hb_buffer_{name}", text, shard, registry=registry)
-            for name, text in (
-                ("entries", "Entries in the buffer."),
-                ("heartbeats", "Heartbeats in the buffer."),
-                ("bytes", "Bytes of NDJSON in the buffer."),
-                ("pending", "Entries that were handed out and not acknowledged."),
-                ("foreign", "Entries of other producers, which the bound doesn't hold off."),
-                ("lost", "Entries that were deleted before they were drained: data loss."),
-            )
-        }
-        self._oldest = Gauge(
-            "hb_buffer_oldest_seconds", "Age of the oldest entry.", shard, registry=registry
-        )
-        self._spool = {
-            name: Gauge(f"hb_spool_{name}", text, registry=registry)
-            for name, text in (
-                ("heartbeats", "Heartbeats that wait in the spool for Redis."),
-                ("bytes", "Bytes of NDJSON in the spool."),
-                ("most_bytes", "Bytes of NDJSON that the spool may hold."),
-                ("damaged_records", "Records of the spool that were set aside as damaged."),
-                ("damaged_files", "Databases of the spool that can't be read."),
-            )
-        }
-        self.spool_up = Gauge(
-            "hb_spool_up",
-            "Whether the spool could be used when these metrics were read.",
-            registry=registry,
-        )
-        self._replayed = Counter(
-            "hb_spool_replayed",
-            "Heartbeats that Redis took over from the spool.",
-            registry=registry,
-        )
-        self._replayed_before = 0
-        # labels() takes a lock and builds a key of texts; a hot path does that once per label set.
-        self._request_cells: dict[tuple[str, str, int], Counter] = {}
-        self._latency_cells: dict[tuple[str, str], Histogram] = {}
+        self.count = 0
+
+    def inc(self, count: int = 1) -> None:
+        """Add to it."""
+        self.count += count
+
+
+class Metrics:
+    """What this worker counts; for its event loop. Other threads may read."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.accepted = Cell()
+        self.unknown_fields = Cell()
+        self._refused: dict[str, Cell] = {}
+        self._limited: dict[str, Cell] = {}
+        self._requests: dict[tuple[str, str, int], list[float]] = {}
+        self._process = ProcessCollector(registry=None)
+        self.tallies = Tallies(settings, self.counts)
 
     def request(self, route: str, method: str, status: int, elapsed: float) -> None:
         """Count one answered request; `elapsed` in seconds."""
-        counted = self._request_cells.get((route, method, status))
-        if counted is None:
-            counted = self._requests.labels(route, method, str(status))
-            self._request_cells[route, method, status] = counted
-        counted.inc()
-        timed = self._latency_cells.get((route, method))
-        if timed is None:
-            timed = self._latency.labels(route, method)
-            self._latency_cells[route, method] = timed
-        timed.observe(elapsed)
+        cells = self._requests.get((route, method, status))
+        if cells is None:
+            cells = self._requests[route, method, status] = [0.0] * (len(BUCKETS) + 2)
+        cells[0] += elapsed
+        cells[bisect_left(BUCKETS, elapsed) + 1] += 1
 
     def refused(self, reason: str, count: int = 1) -> None:
         """Count refused heartbeats by reason code."""
-        self._refused.labels(reason).inc(count)
+        _inc(self._refused, reason, count)
 
     def rate_limited(self, policy: str, cost: int) -> None:
         """Count what a limit refused: `cost` heartbeats, or questions."""
-        self._rate_limited.labels(policy).inc(cost)
+        _inc(self._limited, policy, cost)
 
-    def depths(self, depths: Sequence[ShardDepth]) -> None:
-        """Set the buffer's gauges."""
-        now = time.time()
-        for depth in depths:
-            shard = f"{depth.shard:02d}"
-            for name, gauge in self._depth.items():
-                gauge.labels(shard).set(getattr(depth, name))
-            oldest = 0.0 if depth.oldest_ms is None else max(0.0, now - depth.oldest_ms / 1000)
-            self._oldest.labels(shard).set(oldest)
+    def kept(self) -> AbstractContextManager[None]:
+        """Let other workers of this gateway know what is counted, for the time of the block."""
+        return self.tallies.kept()
 
-    def spool(self, held: Holdings) -> None:
-        """Set the spool's gauges and counter: those of its file, whichever process counts."""
-        for name, gauge in self._spool.items():
-            gauge.set(getattr(held, name))
-        # a spool that was begun anew counts from 0 again
-        self._replayed.inc(max(0, held.replayed - self._replayed_before))
-        self._replayed_before = held.replayed
+    def counts(self) -> Counts:
+        """What was counted up to now."""
+        process = {
+            sample.name: sample.value
+            for found in self._process.collect()
+            for sample in found.samples
+        }
+        # list(): in one step, while the event loop goes on counting
+        labelled = {
+            f"{name}\t{label}": float(cell.count)
+            for name, cells in (
+                ("hb_heartbeats_refused_total", self._refused),
+                ("hb_rate_limited_total", self._limited),
+            )
+            for label, cell in list(cells.items())
+        }
+        return Counts(
+            totals=labelled
+            | {
+                "hb_heartbeats_accepted_total": float(self.accepted.count),
+                "hb_unknown_fields_total": float(self.unknown_fields.count),
+                _CPU: process.get(_CPU, 0.0),
+            },
+            requests={
+                f"{route}\t{method}\t{status}": list(cells)
+                for (route, method, status), cells in list(self._requests.items())
+            },
+            levels={name: process.get(name, 0.0) for name in _LEVELS},
+        )
+
+
+def _inc(cells: dict[str, Cell], label: str, count: int) -> None:
+    cell = cells.get(label)
+    if cell is None:
+        cell = cells[label] = Cell()
+    cell.count += count
+
+
+class Families(Collector):
+    """Metric families, filled sample by sample, in the order of TABLE."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Metric] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        """Those that have samples."""
+        return iter([self._found[name] for name in TABLE if name in self._found])
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing that a registry would have to check."""
+        return ()
+
+    def set(self, name: str, value: float, *labels: str) -> None:
+        """A sample of a counter or a gauge."""
+        about = TABLE[name]
+        kind = CounterMetricFamily if about.kind == "counter" else GaugeMetricFamily
+        family = self._found.setdefault(name, kind(name, about.text, labels=about.labels))
+        assert isinstance(family, CounterMetricFamily | GaugeMetricFamily)
+        family.add_metric(labels, value)
+
+    def observe(
+        self,
+        name: str,
+        bounds: Sequence[float],
+        numbers: Sequence[float],
+        seconds: float,
+        *labels: str,
+    ) -> None:
+        """A histogram: how many fell into each bucket and, as the last number, above them."""
+        about = TABLE[name]
+        family = self._found.setdefault(
+            name, HistogramMetricFamily(name, about.text, labels=about.labels)
+        )
+        assert isinstance(family, HistogramMetricFamily)
+        names = [*(str(float(bound)) for bound in bounds), "+Inf"]
+        buckets = list(zip(names, accumulate(numbers), strict=True))
+        family.add_metric(labels, buckets, seconds)
+
+    def text(self) -> bytes:
+        """Prometheus' text format."""
+        registry = CollectorRegistry()
+        registry.register(self)
+        return generate_latest(registry)
+
+
+def show_counts(families: Families, counts: Counts, workers: int) -> None:
+    """What the workers of this gateway counted, all together."""
+    for key, total in sorted(counts.totals.items()):
+        name, *labels = key.split("\t")
+        families.set(name, total, *labels)
+    latency: dict[tuple[str, str], list[float]] = {}
+    for key, cells in sorted(counts.requests.items()):
+        route, method, status = key.split("\t")
+        families.set("hb_http_requests_total", sum(cells[1:]), route, method, status)
+        before = latency.get((route, method), [0.0] * len(cells))
+        latency[route, method] = [a + b for a, b in zip(before, cells, strict=True)]
+    for (route, method), cells in latency.items():
+        families.observe("hb_http_request_seconds", BUCKETS, cells[1:], cells[0], route, method)
+    families.set("hb_gateway_workers", workers)
+    for name, level in counts.levels.items():
+        families.set(name, level)
+
+
+def show_buffer(
+    families: Families, depths: Sequence[ShardDepth], signs: Signs, settings: Settings
+) -> None:
+    """The buffer, and who drains it."""
+    for depth in depths:
+        shard = f"{depth.shard:02d}"
+        for name in _DEPTH:
+            families.set(f"hb_buffer_{name}", getattr(depth, name), shard)
+        oldest = 0.0 if depth.oldest_ms is None else (signs.now_ms - depth.oldest_ms) / 1000
+        families.set("hb_buffer_oldest_seconds", max(0.0, oldest), shard)
+        dead = vitals.dead_consumers(depth, settings)
+        families.set("hb_buffer_dead_consumers", dead, shard)
+        families.set("hb_buffer_appended_total", depth.appended, shard)
+        families.set("hb_drained_total", depth.acknowledged, shard)
+        age = signs.age(beats.drained(depth.shard))
+        if age is not None:
+            families.set("hb_drain_age_seconds", age, shard)
+        neglected = vitals.neglected_seconds(depth, signs)
+        families.set("hb_drain_neglected_seconds", neglected, shard)
+
+
+def show_work(families: Families, signs: Signs) -> None:
+    """What drains and consolidations did, wherever they ran."""
+    for work in ("drain", "consolidation"):
+        found = signs.labelled(f"{work}_le")
+        names = [*(f"{bound:g}" for bound in beats.BOUNDS), beats.BEYOND]
+        seconds = signs.counts.get(f"{work}_us", 0) / 1_000_000
+        numbers = [found.get(name, 0) for name in names]
+        families.observe(f"hb_{work}_seconds", beats.BOUNDS, numbers, seconds)
+    for name in _DRAIN:
+        families.set(f"hb_drain_{name}_total", signs.counts.get(f"drained_{name}", 0))
+    families.set("hb_consolidation_rows_total", signs.counts.get("consolidated_rows", 0))
+    for name, count in (
+        ("hb_drain_flushes_total", "drain_flushes"),
+        ("hb_quarantined_total", "quarantined"),
+        ("hb_consolidations_total", "consolidations"),
+    ):
+        for label, number in sorted(signs.labelled(count).items()):
+            families.set(name, number, label)
+    age = signs.age(DAGSTER)
+    if age is not None:
+        families.set("hb_dagster_age_seconds", age)
+
+
+def show_lake(families: Families, survey: Survey) -> None:
+    """The lake, out of names and footers."""
+    for name in _LAKE:
+        families.set(f"hb_lake_{name}", getattr(survey, name))
+    families.set("hb_lake_unique_rows", survey.unique)
+    families.set("hb_lake_partitions", survey.days)
+    families.set("hb_lake_damaged_partitions", len(survey.damaged))
+    kinds = {
+        "repeat": survey.repeats,
+        "correction": survey.corrections,
+        "replay": survey.replayed,
+    }
+    for kind, rows in kinds.items():
+        families.set("hb_lake_duplicate_rows", rows, kind)
+    families.set("hb_lake_write_amplification_ratio", survey.write_amplification)
+    families.set("hb_consolidation_overdue_seconds", survey.overdue_seconds)
+
+
+def show_spool(families: Families, held: Holdings) -> None:
+    """The spool: figures of its file, whichever process counts."""
+    for name in _SPOOL:
+        families.set(f"hb_spool_{name}", getattr(held, name))
+    families.set("hb_spool_replayed_total", held.replayed)
 
 
 class Exposition:
     """GET /metrics."""
 
-    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+    def __init__(self, backend: Backend, metrics: Metrics, health: Health) -> None:
         self._backend = backend
         self._metrics = metrics
+        self._health = health
+        self._ask_others = Probe(metrics.tallies.others)
+        self._others = (Counts(), 0)
 
     async def get(self, _request: Request) -> Response:
-        """Prometheus' text format; the gauges are read now, or keep their last values."""
+        """Prometheus' text format. What can't be read now is left out: the gauges `..._up` tell."""
+        families = Families()
+        await self._show_workers(families)
+        for name, part in (await self._health.look()).items():
+            families.set("hb_healthy", not part.failing, name)
+        await self._show_buffer(families)
+        await self._show_lake(families)
+        await self._show_spool(families)
+        return Response(families.text(), media_type=CONTENT_TYPE_LATEST)
+
+    async def _show_workers(self, families: Families) -> None:
         try:
-            self._metrics.depths(await self._backend.depths())
-            self._metrics.buffer_up.set(1)
+            self._others = await self._backend.ask(self._ask_others)
+        except TimeoutError:
+            _log.debug("metrics of other workers are those of before: their disk hangs")
+        counts, alive = self._others
+        together = self._metrics.counts()
+        together.add(counts)
+        show_counts(families, together, alive + 1)
+
+    async def _show_buffer(self, families: Families) -> None:
+        try:
+            depths, signs = await self._backend.depths(), await self._backend.signs()
         except HbError as error:
-            _log.debug("metrics without the buffer's depth: %s", error)
-            self._metrics.buffer_up.set(0)
+            _log.debug("metrics without the buffer: %s", error)
+            families.set("hb_buffer_up", 0)
+            return
+        families.set("hb_buffer_up", 1)
+        show_buffer(families, depths, signs, self._backend.settings)
+        show_work(families, signs)
+
+    async def _show_lake(self, families: Families) -> None:
+        try:
+            families.set("hb_lake_free_bytes", await self._backend.free_space())
+            families.set("hb_lake_up", 1)
+            survey = await self._backend.survey()
+        except (OSError, TimeoutError) as error:
+            _log.debug("metrics without the lake: %s", error)
+            families.set("hb_lake_up", 0)
+            return
+        if survey is not None:
+            show_lake(families, survey)
+
+    async def _show_spool(self, families: Families) -> None:
         try:
             held = await self._backend.holdings()
-            self._metrics.spool_up.set(held is not None)
-            if held is not None:
-                self._metrics.spool(held)
         except HbError as error:
             _log.debug("metrics without the spool: %s", error)
-            self._metrics.spool_up.set(0)
-        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+            held = None
+        families.set("hb_spool_up", held is not None)
+        if held is not None:
+            show_spool(families, held)

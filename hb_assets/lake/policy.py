@@ -29,10 +29,16 @@ def due(state: DayState, now_ms: int, settings: Settings) -> str | None:
         return f"{state.pending_rows} rows are pending"
     if state.most_pending > settings.max_pending_fragments:
         return f"{state.most_pending} fragments of one shard are pending"
-    past = state.day < day_of(now_ms)
-    oldest = settings.consolidate_max_age if past else settings.consolidate_max_age_today
-    if state.oldest_pending_ms is not None:
+    if overdue_seconds(state, now_ms, settings) > 0 and state.oldest_pending_ms is not None:
         age_ms = now_ms - state.oldest_pending_ms
-        if age_ms > oldest.total_seconds() * 1000:
-            return f"the oldest pending fragment is {age_ms // 60_000} min old"
+        return f"the oldest pending fragment is {age_ms // 60_000} min old"
     return None
+
+
+def overdue_seconds(state: DayState, now_ms: int, settings: Settings) -> float:
+    """How far the oldest pending fragment is beyond its CONSOLIDATE_MAX_AGE; 0 when it isn't."""
+    if state.oldest_pending_ms is None:
+        return 0.0
+    past = state.day < day_of(now_ms)
+    most = settings.consolidate_max_age if past else settings.consolidate_max_age_today
+    return max(0.0, (now_ms - state.oldest_pending_ms) / 1000 - most.total_seconds())

@@ -271,3 +271,13 @@ def test_an_unreadable_file_stops_no_other(outside: None, file: Path, tmp_path: 
     assert "some file.ndjson" in result.stdout
     assert "missing.csv" in result.stderr.splitlines()[-1]
     assert told("drain")["rows"] == 2
+
+
+def test_status_misses_a_drain(outside: None, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HB_HEALTH_DRAIN_AGE", "1ms")
+    assert told("status")["alarms"] == []
+    hb("import", file)
+    (alarm,) = told("status", code=1)["alarms"]
+    assert "no drain for" in alarm
+    hb("drain")
+    assert told("status")["alarms"] == []

@@ -12,6 +12,7 @@ from hb_assets.errors import CheckFailedError, DamagedFileError, HbError
 from hb_assets.gateway.edge import Edge
 from hb_assets.gateway.metrics import Metrics
 from hb_assets.gateway.problems import MEDIA_TYPE
+from hb_assets.settings import Settings
 from hb_assets_tests.gateway.conftest import BATCH, PATH
 
 
@@ -20,7 +21,7 @@ def answered(error: Exception) -> httpx.Response:
         raise error
 
     async def ask() -> httpx.Response:
-        transport: Any = httpx.ASGITransport(app=Edge(app, Metrics(), frozenset({"/x"})))
+        transport: Any = httpx.ASGITransport(app=Edge(app, Metrics(Settings()), frozenset({"/x"})))
         async with httpx.AsyncClient(transport=transport, base_url="http://hb") as client:
             return await client.get("/x", params={"user_id": "secret"})
 

@@ -1,42 +1,103 @@
+"""Health: each part that fails is named, and time counts from when something waits."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import datetime as dt
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import httpx
 import pytest
 import redis
 
+from hb_assets import drain
+from hb_assets.buffer import beats
+from hb_assets.buffer.connection import connect
+from hb_assets.buffer.consumer import Consumer
+from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 from hb_assets_tests.gateway.conftest import PATH, heartbeat
+from hb_assets_tests.lake.deliveries import DAY, deliver, entry, line
+from hb_assets_tests.servers import wait_for
 
 Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
+PARTS = (
+    *("redis", "drain", "backlog", "consumers", "dagster"),
+    *("aof", "lake", "space", "spool", "consolidation"),
+)
+
+
+@pytest.fixture
+def redis_url(server_urls: Callable[[str], str]) -> str:
+    """One kind of server: the buffer's own tests run on both."""
+    url = server_urls("valkey")
+    with contextlib.closing(redis.Redis.from_url(url)) as client:
+        client.flushall()
+    return url
+
+
+def failing(http: httpx.Client) -> list[str]:
+    """Names of the parts that fail; the status code agrees."""
+    response = http.get("/health/ready")
+    body = response.json()
+    assert (response.status_code, body["status"]) == (
+        (503, "failing") if body["failing"] else (200, "ok")
+    )
+    assert all(body["parts"][name] != "ok" for name in body["failing"])
+    return list(body["failing"])
+
+
+@contextlib.contextmanager
+def draining(settings: Settings, lake: Lake) -> Iterator[None]:
+    """`hb drain --follow` in a thread, for the time of the block."""
+    stop = threading.Event()
+
+    def follow() -> None:
+        with contextlib.closing(connect(settings)) as client:
+            consumer = Consumer(client, settings)
+            consumer.open()
+            drain.drain(consumer, lake, settings, follow=True, stop=stop.is_set)
+            consumer.close()
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=30)
 
 
 def test_healthy(http: httpx.Client) -> None:
-    response = http.get("/health")
-    assert response.status_code == 200
-    assert response.json() == {
-        "status": "ok",
-        "parts": {"redis": "ok", "lake": "ok", "spool": "ok"},
-        "durability": "fsync",
-        "alarms": [],
-    }
+    """With nothing in the buffer nobody misses a drain or Dagster that never ran."""
+    for path in ("/health", "/health/ready"):
+        response = http.get(path)
+        assert response.status_code == 200
+        assert response.json() == {
+            "status": "ok",
+            "failing": [],
+            "parts": dict.fromkeys(PARTS, "ok") | {"dagster": "not seen yet"},
+            "durability": "fsync",
+            "alarms": [],
+        }
+    assert http.get("/health/live").json() == {"status": "ok"}
 
 
 def test_a_lake_that_is_gone_is_named(http: httpx.Client, settings: Settings) -> None:
     settings.lake_dir.rename(settings.lake_dir.with_name("elsewhere"))
-    response = http.get("/health")
-    assert response.status_code == 503
-    assert response.json()["status"] == "failing"
-    assert "can't be written" in response.json()["parts"]["lake"]
-    assert response.json()["parts"]["redis"] == "ok"
+    assert failing(http) == ["lake"]
+    parts = http.get("/health").json()["parts"]
+    assert "can't be written" in parts["lake"]
+    assert parts["redis"] == "ok"
 
 
 def test_a_buffer_above_its_mark_is_an_alarm(serving: Serving, settings: Settings) -> None:
     bounded = settings.model_copy(update={"buffer_max_heartbeats": settings.shards})
     with serving(bounded) as http:
-        assert http.get("/health").json()["alarms"] == []
         assert http.post(PATH, json=heartbeat()).status_code == 200
         response = http.get("/health")
     assert response.status_code == 200
@@ -49,16 +110,100 @@ def test_the_mode_is_named_and_held_against_the_server(
     serving: Serving, settings: Settings, client: redis.Redis, mode: str
 ) -> None:
     with serving(settings.model_copy(update={"durability": mode})) as http:
-        assert http.get("/health").json()["durability"] == mode
         client.config_set("appendonly", "no")
         try:
             response = http.get("/health")
         finally:
             client.config_set("appendonly", "yes")
+    assert response.json()["durability"] == mode
     if mode == "memory":
         assert response.status_code == 200
         (alarm,) = response.json()["alarms"]
         assert "append-only file off: when it ends, what isn't drained is lost" in alarm
     else:
-        assert response.status_code == 503
-        assert "has appendonly=no" in response.json()["parts"]["redis"]
+        assert response.json()["failing"] == ["aof"]
+        assert "has appendonly=no" in response.json()["parts"]["aof"]
+
+
+def test_stopping_the_drainer_turns_it_red_within_its_threshold(
+    serving: Serving, settings: Settings, lake: Lake
+) -> None:
+    threshold = dt.timedelta(seconds=1)
+    settings = settings.model_copy(update={"health_drain_age": threshold})
+    with serving(settings) as http:
+        with draining(settings, lake):
+            assert http.post(PATH, json=heartbeat()).status_code == 200
+            began = time.monotonic()
+            while time.monotonic() - began < 2 * threshold.total_seconds():
+                assert failing(http) == []  # it has nothing to do, and beats all the same
+                http.post(PATH, json=heartbeat())
+        stopped = time.monotonic()
+        http.post(PATH, json=heartbeat())
+        wait_for(lambda: failing(http) == ["drain"], "health to turn red", 10)
+        assert threshold.total_seconds() * 0.7 < time.monotonic() - stopped < 4
+        assert "no drain for" in http.get("/health").json()["parts"]["drain"]
+        assert http.get("/health/live").status_code == 200
+        with draining(settings, lake):
+            wait_for(lambda: failing(http) == [], "health to turn green")
+
+
+def test_entries_that_nobody_finishes(
+    serving: Serving, settings: Settings, client: redis.Redis
+) -> None:
+    """A drainer claims and dies; others look at the shard, and can't get it done."""
+    short = dt.timedelta(milliseconds=100)
+    changes = {"health_entry_age": short, "health_consumer_idle": short, "claim_min_idle": short}
+    settings = settings.model_copy(update=changes)
+    with serving(settings) as http:
+        assert http.post(PATH, json=heartbeat()).status_code == 200
+        consumer = Consumer(client, settings)
+        consumer.open()
+        assert consumer.claim(10, 10_000)
+        wait_for(lambda: failing(http) == ["backlog", "consumers"], "both to be seen")
+        consumer.beat()
+        assert "drainers are gone" in http.get("/health").json()["parts"]["consumers"]
+        consumer.acknowledge([(one, 1) for one in consumer.claim(10, 10_000)])
+        wait_for(lambda: failing(http) == [], "health")
+
+
+def test_dagster_is_missed_once_it_was_seen(
+    serving: Serving, settings: Settings, client: redis.Redis
+) -> None:
+    settings = settings.model_copy(update={"health_dagster_age": dt.timedelta(seconds=1)})
+    with serving(settings) as http:
+        beats.beat(client, [beats.DAGSTER], {})
+        assert http.get("/health").json()["parts"]["dagster"] == "ok"
+        wait_for(lambda: failing(http) == ["dagster"], "Dagster to be missed")
+
+
+def test_a_full_disk_and_a_day_that_nobody_consolidates(
+    serving: Serving, settings: Settings, lake: Lake
+) -> None:
+    settings = settings.model_copy(update={"health_free_space": 2**62})
+    late = time.time() - 3 * 3600
+    for fragment in deliver(lake, settings, entry([line()])):
+        os.utime(fragment.path, (late, late))
+    with serving(settings) as http:
+        assert failing(http) == ["space", "consolidation"]
+        parts = http.get("/health").json()["parts"]
+    assert f"day {DAY} should have been consolidated 3 h ago" in parts["consolidation"]
+    assert "HB_HEALTH_FREE_SPACE" in parts["space"]
+
+
+def test_nothing_is_watched_where_the_thresholds_are_0(
+    serving: Serving, settings: Settings, lake: Lake, client: redis.Redis
+) -> None:
+    watched = [name for name in Settings.model_fields if name.startswith("health_")]
+    nothing = settings.model_copy(update={name: dt.timedelta(0) for name in watched})
+    nothing = nothing.model_copy(update={"health_free_space": 0})
+    late = time.time() - 7 * 86400
+    for fragment in deliver(lake, settings, entry([line()])):
+        os.utime(fragment.path, (late, late))
+    client.xadd("hb:{00}:stream", {"data": b"{}"}, id="1-1")
+    client.hset("hb:{all}:beats", "dagster", 1)
+    with serving(nothing) as http:
+        assert failing(http) == []
+        parts = http.get("/health").json()["parts"]
+    assert {name for name, text in parts.items() if text == "off"} == {
+        *("drain", "backlog", "consumers", "dagster", "space", "consolidation"),
+    }

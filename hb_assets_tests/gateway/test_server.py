@@ -187,7 +187,7 @@ def test_redis_that_goes_away_and_comes_back_without_a_spool(
         assert "hb_buffer_up 0.0" in metrics.text
         redis.start()
         assert http.post(PATH, json=heartbeat()).status_code == 200
-        assert http.get("/health").status_code == 200
+        wait_for(lambda: http.get("/health").status_code == 200, "health")
     warnings = [r for r in caplog.records if r.levelname == "WARNING" and "Redis at" in r.message]
     assert len(warnings) == 1
     assert not away.spool_dir.exists()

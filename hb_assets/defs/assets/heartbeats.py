@@ -15,7 +15,6 @@ from hb_assets.defs.installation import Installation
 from hb_assets.defs.sensors import now_ms
 from hb_assets.errors import CheckFailedError
 from hb_assets.lake.checks import HEARTBEAT_CHECKS
-from hb_assets.lake.consolidation import consolidate
 
 _DESCRIPTION = """\
 The day's heartbeats, deduplicated by (user_id, device_id, timestamp), the latest arrival surviving;
@@ -63,13 +62,11 @@ def _heartbeats(
         lake = installation.lake()
         try:
             with coordinated(lake, settings, start_server=False) as known:
-                done = consolidate(
+                done = known.consolidate(
                     lake,
                     day,
                     settings,
                     rebuild=config.rebuild,
-                    watermarks=known.watermarks,
-                    lock=known.lock,
                     progress=outcomes.progress(context.log),
                 )
         except CheckFailedError as error:

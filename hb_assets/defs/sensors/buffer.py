@@ -1,8 +1,8 @@
-"""The buffer sensor: alarms when buffer or spool fill up, or the buffer lacks what it should have.
+"""The buffer sensor: alarms when buffer or spool fill up, entries wait too long, or some are lost.
 
-Belongs here: looking, and remembering what stands. Doesn't belong here: the marks (`buffer.depth`,
-`gateway.spool`), telling (`alarms`), and a Redis that is away, for which the drain sensor raises
-the alarm.
+Belongs here: looking, and remembering what stands; and the beat by which others see that Dagster is
+alive. Doesn't belong here: the marks (`buffer.depth`, `gateway.spool`, `vitals`), telling
+(`alarms`), and a Redis that is away, for which the drain sensor raises the alarm.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from hb_assets import alarms
-from hb_assets.buffer import depth
+from hb_assets import alarms, vitals
+from hb_assets.buffer import beats, depth
+from hb_assets.buffer.beats import DAGSTER, Signs
 from hb_assets.buffer.depth import ShardDepth
 from hb_assets.defs.installation import Installation
 from hb_assets.defs.sensors import now_ms
@@ -20,7 +21,7 @@ from hb_assets.errors import HbError
 from hb_assets.gateway import spool
 from hb_assets.settings import Settings
 
-BUFFER_ALARMS = ("buffer_high_water", "entries_lost")
+BUFFER_ALARMS = ("buffer_high_water", "entries_lost", "drain_late", "backlog", "dead_consumers")
 
 
 def buffer_sensor() -> dg.SensorDefinition:
@@ -29,8 +30,9 @@ def buffer_sensor() -> dg.SensorDefinition:
         name="buffer",
         minimum_interval_seconds=15,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Raises an alarm when the buffer is nearly full or has lost entries, and when the "
-        "gateway's spool holds heartbeats or is damaged.",
+        description="Raises an alarm when the buffer is nearly full, has lost entries or isn't drained, "
+        "and when the gateway's spool holds heartbeats or is damaged. Its ticks are the sign of life "
+        "of Dagster that the gateway's health looks at.",
     )(_tick)
 
 
@@ -43,13 +45,15 @@ def _tick(
     said = "all well"
     try:
         with installation.client() as client:
+            beats.beat(client, [DAGSTER], {})
             states = depth.depths(client, settings)
+            signs = beats.look(client)
     except HbError as error:
         said = str(error)
         # nothing is known, so that what was wrong isn't over
         found |= {name: before[name].message for name in BUFFER_ALARMS if name in before}
     else:
-        found |= faults(states, settings)
+        found |= faults(states, signs, settings)
         said = f"{sum(state.heartbeats for state in states):,} heartbeats are buffered: all well"
     notices, standing = alarms.changes(before, found, now_ms())
     alarms.tell(notices, settings)
@@ -66,7 +70,7 @@ def _spool_faults(settings: Settings) -> dict[str, str]:
     return {"spool": "; ".join(lines)} if lines else {}
 
 
-def faults(states: Sequence[ShardDepth], settings: Settings) -> dict[str, str]:
+def faults(states: Sequence[ShardDepth], signs: Signs, settings: Settings) -> dict[str, str]:
     """Messages of what is wrong, by the name of the alarm."""
     found = {}
     full = depth.high_water(states, settings)
@@ -75,6 +79,12 @@ def faults(states: Sequence[ShardDepth], settings: Settings) -> dict[str, str]:
     lost = depth.losses(states)
     if lost:
         found[BUFFER_ALARMS[1]] = lost[0] + _others(lost)
+    late = (
+        vitals.drain(states, signs, settings),
+        vitals.backlog(states, signs, settings),
+        vitals.consumers(states, settings),
+    )
+    found |= {name: line for name, line in zip(BUFFER_ALARMS[2:], late, strict=True) if line}
     return found
 
 

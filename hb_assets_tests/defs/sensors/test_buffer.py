@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 
 import pytest
 
-from hb_assets.buffer import keys
+from hb_assets.buffer import beats, keys
 from hb_assets.defs.sensors import buffer
 from hb_assets.gateway.spool import Spool
 from hb_assets_tests.defs.conftest import Ticks
+from hb_assets_tests.servers import wait_for
 
 DAY = "2025-01-15"
 
@@ -99,3 +101,13 @@ def test_heartbeats_in_the_spool_are_an_alarm_though_redis_is_away(
     during.tick()
     assert told(webhook) == [("buffer_high_water", "error"), ("spool", "error")]
     assert "1 heartbeats" in webhook.received[1]["message"]
+
+
+def test_a_tick_beats_and_misses_a_drain(append, settings, instance, webhook, client) -> None:
+    eager = {"health_drain_age": dt.timedelta(milliseconds=1), **webhook.setting}
+    sensor = Ticks(settings.model_copy(update=eager), instance, "buffer")
+    sensor.tick()
+    assert beats.look(client).age(beats.DAGSTER) is not None
+    append(DAY, users=2, readings=2)
+    wait_for(lambda: "no drain for" in sensor.tick().skip_message, "the drain to be missed")
+    assert told(webhook) == [("drain_late", "error")]

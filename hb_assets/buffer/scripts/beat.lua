@@ -1,0 +1,14 @@
+#!lua flags=allow-oom
+-- Note by this server's clock that something was alive just now, and count what it did. Has to work
+-- when Redis is full: a drain that makes it emptier is not dead.
+-- KEYS: beats, counts.  ARGV: number of names, the names, then of each count: field, increment.
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local beats, names = {}, tonumber(ARGV[1])
+for i = 2, names + 1 do
+    beats[#beats + 1] = ARGV[i]
+    beats[#beats + 1] = now
+end
+if #beats > 0 then redis.call('HSET', KEYS[1], unpack(beats)) end
+for i = names + 2, #ARGV, 2 do redis.call('HINCRBY', KEYS[2], ARGV[i], ARGV[i + 1]) end
+return now

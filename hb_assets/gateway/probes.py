@@ -1,0 +1,81 @@
+"""Probes: questions to Redis and disks, that no request waits long for and no flood multiplies.
+
+Belongs here: asking in a thread, once at a time, and how long an answer counts. Doesn't belong
+here: which questions (`backend`), and what an answer means (`health`, `metrics`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Generic, TypeVar
+
+FRESH_SECONDS = 1.0
+"""How long an answer counts: many who ask within it share one question."""
+LIMIT_SECONDS = 3.0
+"""How long a question may take before whoever asks is told that there is no answer."""
+
+T = TypeVar("T")
+
+
+class Probe(Generic[T]):
+    """One question. While it is open nobody asks it again, be it that its thread hangs for ever.
+
+    Args:
+        ask: runs in a thread.
+        fresh: seconds that an answer, or an error, counts.
+        limit: seconds from its beginning that a question is waited for.
+        share: the question takes at most this share of the time, by counting longer.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[], T],
+        *,
+        fresh: float = FRESH_SECONDS,
+        limit: float = LIMIT_SECONDS,
+        share: float = 1.0,
+    ) -> None:
+        self._ask = ask
+        self._fresh = fresh
+        self._limit = limit
+        self._share = share
+        self._asked: asyncio.Future[T] | None = None
+        self._began = 0.0
+        self._counts_until = 0.0
+
+    async def answer(self, threads: Executor) -> T:
+        """The answer, at most `fresh` seconds old.
+
+        Raises:
+            TimeoutError: none within the limit.
+            Exception: what the question raised.
+        """
+        asked = self._asked
+        if asked is None or (asked.done() and time.monotonic() >= self._counts_until):
+            self._began = time.monotonic()
+            asked = asyncio.get_running_loop().run_in_executor(threads, self._work)
+            asked.add_done_callback(_looked_at)
+            self._asked = asked
+        if not asked.done():
+            left = self._began + self._limit - time.monotonic()
+            await asyncio.wait((asked,), timeout=max(0.0, left))
+        if not asked.done():
+            raise TimeoutError
+        return asked.result()
+
+    def _work(self) -> T:
+        try:
+            return self._ask()
+        finally:
+            # in the thread: the answer must not be there before it is known how long it counts
+            took = time.monotonic() - self._began
+            self._counts_until = time.monotonic() + max(self._fresh, took / self._share - took)
+
+
+def _looked_at(asked: asyncio.Future[T]) -> None:
+    """An error isn't called "never retrieved", even when nobody waits for it any more."""
+    if not asked.cancelled():
+        asked.exception()

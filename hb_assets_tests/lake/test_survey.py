@@ -1,0 +1,86 @@
+"""The survey: sums over all days, that cost nothing where nothing changed."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from hb_assets.lake import inventory, layout
+from hb_assets.lake.consolidation import consolidate
+from hb_assets.lake.inventory import DayState
+from hb_assets.lake.store import Lake
+from hb_assets.lake.survey import Survey, Surveyor
+from hb_assets.settings import Settings
+from hb_assets_tests.lake.deliveries import DAY, NOON, deliver, entry, line
+
+DAY_MS = 86_400_000
+
+
+def settle(root: Path) -> None:
+    """Make every change old enough to be trusted."""
+    before = time.time() - 3600
+    for path in root.rglob("*"):
+        os.utime(path, (before, before))
+
+
+def test_sums(lake: Lake, settings: Settings) -> None:
+    surveyor = Surveyor(lake, settings)
+    assert surveyor.look() == Survey()
+    deliver(lake, settings, entry([line(), line(), line(bpm=80)], 0))
+    consolidate(lake, DAY, settings)
+    deliver(lake, settings, entry([line(at=NOON + 1)], 1))
+    consolidate(lake, DAY, settings)
+    deliver(lake, settings, entry([line(at=NOON - DAY_MS)], 2))
+    found = surveyor.look()
+    assert (found.days, found.fragments, found.pending_fragments, found.pending_rows) == (
+        2,
+        3,
+        1,
+        1,
+    )
+    assert (found.rows, found.unique, found.repeats, found.corrections) == (4, 2, 1, 1)
+    assert (found.rows_written, found.write_amplification) == (3, 0.75)
+    assert found.overdue is None
+
+
+def test_only_days_that_changed_are_read_again(
+    lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    real = inventory.day_state
+
+    def counted(lake: Lake, day: object, settings: Settings) -> DayState:
+        read.append(str(day))
+        return real(lake, day, settings)  # type: ignore[arg-type]  # a date
+
+    monkeypatch.setattr(inventory, "day_state", counted)
+    for days_back in range(5):
+        deliver(lake, settings, entry([line(at=NOON - days_back * DAY_MS)], days_back))
+    settle(lake.root)
+    surveyor = Surveyor(lake, settings)
+    surveyor.look()
+    assert len(read) == 5
+    read.clear()
+    surveyor.look()
+    assert read == []
+    deliver(lake, settings, entry([line(at=NOON + 1)], 9))
+    assert surveyor.look().fragments == 6
+    assert read == [str(DAY)]
+
+
+def test_what_is_overdue_and_what_is_damaged(lake: Lake, settings: Settings) -> None:
+    deliver(lake, settings, entry([line()], 0))
+    deliver(lake, settings, entry([line(at=NOON - DAY_MS)], 1))
+    settle(lake.root)
+    found = Surveyor(lake, settings).look()
+    assert found.overdue == DAY  # both are as late; the later day is named
+    assert 2600 < found.overdue_seconds < 2900  # an hour, less HB_CONSOLIDATE_MAX_AGE
+    consolidate(lake, DAY, settings)
+    (file,) = (lake.root / layout.HEARTBEATS).rglob("*.parquet")
+    file.write_bytes(b"no parquet")
+    found = Surveyor(lake, settings).look()
+    assert found.days == 2
+    assert str(file) in found.damaged[0]
