@@ -110,34 +110,35 @@ def test_no_limit_no_header(serving: Serving, settings: Settings) -> None:
 
 
 def test_a_flood_of_one_user_does_not_slow_another(serving: Serving, settings: Settings) -> None:
-    """A quiet client's p99 while somebody sends as fast as he can, against that client's median."""
-    over = threading.Event()
+    """A quiet client's p99 beside a flood that is refused, against one that asks for nothing."""
 
-    def flood(url: httpx.URL) -> None:
-        with httpx.Client(base_url=url) as noisy:
-            while not over.is_set():
-                noisy.post(PATH, json=heartbeat(user_id="noisy"))
+    def beside(http: httpx.Client, noise: Callable[[httpx.Client], object]) -> float:
+        over = threading.Event()
 
-    def quiet(http: httpx.Client, count: int) -> list[float]:
-        times = []
-        for number in range(count):
-            began = time.perf_counter()
-            response = http.post(PATH, json=heartbeat(user_id=f"quiet {number % 10}"))
-            assert response.status_code == 200
-            times.append(time.perf_counter() - began)
-        return times
+        def flood() -> None:
+            with httpx.Client(base_url=http.base_url) as noisy:
+                while not over.is_set():
+                    noise(noisy)
 
-    with serving(limited(settings, user=Quota(100, HOUR))) as http:
-        alone = quiet(http, 100)
-        noise = [threading.Thread(target=flood, args=(http.base_url,)) for _ in range(4)]
-        for thread in noise:
+        threads = [threading.Thread(target=flood) for _ in range(4)]
+        for thread in threads:
             thread.start()
+        times = []
         try:
-            during = quiet(http, 200)
+            for number in range(200):
+                began = time.perf_counter()
+                response = http.post(PATH, json=heartbeat(user_id=f"quiet {number % 10}"))
+                assert response.status_code == 200
+                times.append(time.perf_counter() - began)
         finally:
             over.set()
-            for thread in noise:
+            for thread in threads:
                 thread.join()
+        return quantiles(times, n=100)[98]
+
+    with serving(limited(settings, user=Quota(100, HOUR))) as http:
+        empty = beside(http, lambda noisy: noisy.get("/health/live"))
+        refused = beside(http, lambda noisy: noisy.post(PATH, json=heartbeat(user_id="noisy")))
         assert 'hb_rate_limited_total{policy="user"}' in http.get("/metrics").text
-    # all of it shares this process and its interpreter's lock, clients included
-    assert quantiles(during, n=100)[98] < 50 * quantiles(alone, n=2)[0]
+    # clients share this process with the gateway, so that the tails are rough
+    assert refused < 10 * empty
