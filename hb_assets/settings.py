@@ -331,8 +331,19 @@ class Settings(BaseSettings):
     )
 
     # -- the gateway
-    gateway_host: str = Field(default="127.0.0.1", description="Address the gateway binds to.")
+    gateway_host: str = Field(
+        default="127.0.0.1",
+        description="Address the gateway binds to. Any other than loopback needs an API key "
+        "(`hb keys create`).",
+    )
     gateway_port: Port = Field(default=8000, description="Port of the gateway.")
+    gateway_cert: Path | None = Field(
+        default=None,
+        description="Certificate chain (PEM) of the gateway: with it, it serves TLS, and TLS alone.",
+    )
+    gateway_key: Path | None = Field(
+        default=None, description="Private key (PEM, not encrypted) of that certificate."
+    )
     body_max_bytes: Annotated[Bytes, Field(ge=1024)] = Field(
         default=16 * 2**20, description="Largest request body."
     )
@@ -465,6 +476,8 @@ class Settings(BaseSettings):
             )
         if (self.redis_cert is None) != (self.redis_key is None):
             raise ValueError("HB_REDIS_CERT and HB_REDIS_KEY go together: set both or neither")
+        if (self.gateway_cert is None) != (self.gateway_key is None):
+            raise ValueError("HB_GATEWAY_CERT and HB_GATEWAY_KEY go together: set both or neither")
         return self
 
     @property

@@ -183,6 +183,8 @@ BAD = {
     "duckdb_memory": ["1MiB"],
     "duckdb_threads": ["-1"],
     "gateway_port": ["0", "65536", "http"],
+    "gateway_cert": ["/etc/cert.pem"],
+    "gateway_key": ["/etc/key.pem"],
     "body_max_bytes": ["1"],
     "batch_max_heartbeats": ["0"],
     "limit_user": ["100", "0/1m", "many/1m", "5/0s", "5/later"],

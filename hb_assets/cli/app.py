@@ -34,7 +34,17 @@ from hb_assets.days import parse_day
 from hb_assets.errors import HbError, SettingsError
 from hb_assets.settings import Settings
 
-COMMANDS = ("up", "serve", "draining", "lake", "quarantine", "maintenance", "status", "backfill")
+COMMANDS = (
+    "up",
+    "serve",
+    "keys",
+    "draining",
+    "lake",
+    "quarantine",
+    "maintenance",
+    "status",
+    "backfill",
+)
 """Modules of this package that register commands, in the order of `hb --help`."""
 
 FAILED = 1

@@ -23,6 +23,7 @@ from hb_assets.buffer import connection, server
 from hb_assets.cli import supervision
 from hb_assets.cli.control_room import ControlRoom
 from hb_assets.errors import HbError
+from hb_assets.gateway import tls
 from hb_assets.settings import PACKAGE, SOCKET_PATH_BYTES, Settings, environment
 
 
@@ -52,7 +53,7 @@ def stages(settings: Settings, room: ControlRoom) -> list[list[Member]]:
             Member(
                 "gateway",
                 _module("hb_assets", "serve"),
-                lambda: _healthy(gateway_url(settings)),
+                lambda: _healthy(settings),
             ),
             code_server,
         ],
@@ -91,7 +92,8 @@ def gateway_url(settings: Settings) -> str:
     everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # compared, not bound to
     host = everywhere.get(host, host)
     host = f"[{host}]" if ":" in host else host
-    return f"http://{host}:{settings.gateway_port}"
+    scheme = "https" if settings.gateway_cert else "http"
+    return f"{scheme}://{host}:{settings.gateway_port}"
 
 
 def _code_server(settings: Settings) -> tuple[Member, Path]:
@@ -132,10 +134,11 @@ def _redis_answers(settings: Settings) -> bool:
     return True
 
 
-def _healthy(url: str) -> bool:
+def _healthy(settings: Settings) -> bool:
     """Whether the gateway reaches Redis and the lake; a full spool may be waiting for the drain."""
     try:
-        parts = httpx.get(f"{url}/health", timeout=2, trust_env=False).json()["parts"]
+        url, verify = f"{gateway_url(settings)}/health", tls.client_context(settings)
+        parts = httpx.get(url, timeout=2, trust_env=False, verify=verify).json()["parts"]
         return bool(parts["redis"] == parts["lake"] == "ok")
     except (httpx.HTTPError, ValueError, LookupError, TypeError):
         return False

@@ -15,6 +15,8 @@ from contextlib import closing, contextmanager
 from hb_assets.buffer import connection, durability, server
 from hb_assets.cli import state, supervision
 from hb_assets.errors import AlreadyRunningError, SettingsError
+from hb_assets.gateway import tls
+from hb_assets.gateway.access import Access
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 
@@ -62,6 +64,12 @@ def only_one(settings: Settings) -> Iterator[None]:
         supervision.kill(left.processes, patience=_LEFTOVERS_SECONDS)
     with server.exclusive(settings, _BORROWERS_SECONDS):
         yield
+
+
+def check_access(settings: Settings) -> None:
+    """Raises SettingsError when API keys or the certificate keep the gateway from serving."""
+    Access(settings).load()
+    tls.server_context(settings)
 
 
 def check_ports(settings: Settings) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from hb_assets.cli.backfill import follow
 from hb_assets.cli.control_room import ControlRoom, Run
 from hb_assets.errors import HbError
 from hb_assets.fleet import Figures, Fleet, Line
+from hb_assets.gateway import keyring, tls
 from hb_assets.lake import layout
 from hb_assets.lake.store import Lake
 from hb_assets.schema import ARRIVAL, KEY
@@ -36,6 +37,7 @@ from hb_assets.settings import Settings
 
 _NDJSON = {"content-type": "application/x-ndjson"}
 _SEND_SECONDS = 120.0
+_KEY_SECONDS = 20.0
 _DRAIN_SECONDS = 180.0
 """How long the buffer may stay as it is before we say that nobody drains it."""
 _POLL_SECONDS = 0.3
@@ -134,7 +136,7 @@ def _send(made: Fleet, settings: Settings, gateway: str, client: Client) -> dict
     total = sum(figures.sent for figures in made.expected.values())
     with (
         output.progress() as progress,
-        httpx.Client(base_url=gateway, timeout=30, trust_env=False) as http,
+        _connected(settings, gateway) as http,
     ):
         task = progress.add_task("sending the sample", total=total)
         for post in made.posts:
@@ -155,6 +157,24 @@ def _send(made: Fleet, settings: Settings, gateway: str, client: Client) -> dict
             progress.advance(task, len(entry.lines))
     output.note(f"sent {total:,} heartbeats")
     return found
+
+
+@contextmanager
+def _connected(settings: Settings, gateway: str) -> Iterator[httpx.Client]:
+    """A client of the gateway, with a key of its own where the gateway asks for one."""
+    verify = tls.client_context(settings)
+    with (
+        keyring.borrowed(settings, "sample of hb up", [keyring.INGEST]) as token,
+        httpx.Client(base_url=gateway, timeout=30, trust_env=False, verify=verify) as http,
+    ):
+        if token is not None:
+            http.headers["authorization"] = f"Bearer {token}"
+            deadline = time.monotonic() + _KEY_SECONDS
+            while _post(http, "/metrics/heart-rate", b"").status_code == httpx.codes.UNAUTHORIZED:
+                if time.monotonic() > deadline:
+                    raise HbError("the gateway doesn't take a new API key; see its log")
+                time.sleep(_POLL_SECONDS)
+        yield http
 
 
 def _post_batch(http: httpx.Client, post: list[Line], found: dict[dt.date, Figures]) -> None:

@@ -19,7 +19,8 @@ def serve(context: typer.Context, as_json: AsJson = False) -> None:
     )
     from hb_assets.gateway import server
 
-    url = f"http://{settings.gateway_host}:{settings.gateway_port}"
+    scheme = "https" if settings.gateway_cert else "http"
+    url = f"{scheme}://{settings.gateway_host}:{settings.gateway_port}"
 
     def ready() -> None:
         if as_json:

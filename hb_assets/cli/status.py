@@ -22,7 +22,8 @@ from hb_assets.buffer.depth import ShardDepth
 from hb_assets.cli import output, state
 from hb_assets.cli.app import FAILED, AsJson, app, settings_of
 from hb_assets.cli.state import MemberState, UpState
-from hb_assets.errors import BufferUnavailableError, SpoolUnavailableError
+from hb_assets.errors import BufferUnavailableError, SettingsError, SpoolUnavailableError
+from hb_assets.gateway import keyring
 from hb_assets.lake import layout
 from hb_assets.lake.layout import RAW
 from hb_assets.lake.store import Lake
@@ -84,6 +85,7 @@ def look(settings: Settings, *, latest: int = 14) -> Status:
         _look_at_members(found, up)
     _look_at_buffer(found, settings, up)
     _look_at_spool(found, settings)
+    _look_at_keys(found, settings)
     _look_at_lake(found, settings, latest)
     return found
 
@@ -134,6 +136,13 @@ def _look_at_spool(found: Status, settings: Settings) -> None:
         found.alarms.append(str(error))
     if found.spool is not None:
         found.alarms += found.spool.alarms()
+
+
+def _look_at_keys(found: Status, settings: Settings) -> None:
+    try:
+        keyring.read(keyring.path(settings))
+    except SettingsError as error:
+        found.alarms.append(str(error))
 
 
 def _look_at_lake(found: Status, settings: Settings, latest: int) -> None:

@@ -101,6 +101,7 @@ def _everything(
     preflight.make_home(settings)
     with ExitStack() as stack:
         stack.enter_context(preflight.only_one(settings))
+        preflight.check_access(settings)
         preflight.check_ports(settings)
         preflight.check_redis(settings)
         preflight.check_lake(settings)

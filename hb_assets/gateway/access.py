@@ -179,7 +179,7 @@ class Access:
         for name, value in scope["headers"]:
             if name == b"authorization":
                 if value[:7].lower() == b"bearer ":
-                    token = value[7:]
+                    token = value[7:].lstrip()
                     break
             elif name == b"x-api-key":
                 token = value

@@ -36,6 +36,7 @@ READ: ScopeName = "read"
 """May read readings: everybody's, or those of the one user that the key is for."""
 ADMIN: ScopeName = "admin"
 """May do everything, and see the metrics."""
+SCOPES = (INGEST, READ, ADMIN)
 
 ID_BYTES, SECRET_BYTES = 6, 32
 TOKEN = re.compile(rf"hb_[0-9a-f]{{{2 * ID_BYTES}}}_[0-9a-f]{{{2 * SECRET_BYTES}}}")
@@ -172,6 +173,22 @@ def revoke(settings: Settings, identifier: str) -> Key:
             raise HbError("there is no key with this id: `hb keys list` shows all")
         _write(file, tuple(key for key in keys if key is not found))
     return found
+
+
+@contextlib.contextmanager
+def borrowed(settings: Settings, name: str, scopes: Sequence[ScopeName]) -> Iterator[str | None]:
+    """The token of a key for the time of the block; None where no key is asked for.
+
+    What a killed process leaves of it expires within the hour. Raises as `create` does.
+    """
+    if read(path(settings)) is None:
+        yield None
+        return
+    key, token = create(settings, name, scopes, lifetime=dt.timedelta(hours=1))
+    try:
+        yield token
+    finally:
+        revoke(settings, key.id)
 
 
 @contextlib.contextmanager

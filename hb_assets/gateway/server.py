@@ -19,6 +19,8 @@ import uvicorn
 import uvloop
 
 from hb_assets.errors import AlreadyRunningError, SettingsError
+from hb_assets.gateway import tls
+from hb_assets.gateway.access import Access
 from hb_assets.gateway.app import Gateway
 from hb_assets.settings import Settings
 
@@ -39,10 +41,13 @@ def serve(settings: Settings, ready: Callable[[], None] | None = None) -> None:
 
     Raises:
         AlreadyRunningError: the port is taken.
-        SettingsError: the address can't be bound, or the lake can't be used.
+        SettingsError: the address can't be bound or needs an API key, a certificate or the keys
+            can't be read, or the lake can't be used.
         BufferUnavailableError: Redis doesn't answer, and the spool doesn't know it.
         LakeMismatchError: the lake has another shard count or format.
     """
+    Access(settings).load()
+    context = tls.server_context(settings)
     with bound(settings.gateway_host, settings.gateway_port) as listener:
         app = Gateway(settings)
         server = _Server(
@@ -60,6 +65,7 @@ def serve(settings: Settings, ready: Callable[[], None] | None = None) -> None:
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=GRACE_SECONDS,
                 backlog=BACKLOG,
+                ssl_context_factory=None if context is None else lambda *_: context,
             ),
             ready,
         )
