@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.routing import Router, request_response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -93,12 +94,16 @@ def _routes(settings: Settings, backend: Backend, metrics: Metrics) -> dict[str,
 class _Table:
     """Finds the handler by path and method, and lets those in who may.
 
-    404 without a path, 405 names its methods, 401 and 403 as `access` has it.
+    404 without a path, 405 names its methods, and so does OPTIONS (RFC 9110, 9.3.7); 401 and 403
+    as `access` has it.
     """
 
     def __init__(self, routes: Mapping[str, Mapping[str, Route]], access: Access) -> None:
         self._routes = routes
         self._access = access
+        self._methods = {
+            path: ", ".join(sorted([*methods, "OPTIONS"])) for path, methods in routes.items()
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         methods = self._routes.get(scope["path"])
@@ -106,7 +111,10 @@ class _Table:
             raise HTTPException(404)
         route = methods.get(scope["method"])
         if route is None:
-            raise HTTPException(405, headers={"allow": ", ".join(sorted(methods))})
+            allow = {"allow": self._methods[scope["path"]]}
+            if scope["method"] != "OPTIONS":
+                raise HTTPException(405, headers=allow)
+            route = Route(None, Response(status_code=204, headers=allow))
         if route.needed is not None:
             self._access.check(scope, route.needed)
         await route.handler(scope, receive, send)

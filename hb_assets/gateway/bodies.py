@@ -1,22 +1,51 @@
 """Bodies: what a request carries, read within bounds.
 
-Belongs here: reading a body, and telling a batch's records apart. Doesn't belong here: what a
-record says (`record`), and answers (`heartbeats`).
+Belongs here: which media types and content codings are taken, reading and expanding a body, and
+telling a batch's records apart. Doesn't belong here: what a record says (`record`), and answers
+(`heartbeats`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Sequence
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
 from typing import NoReturn, TypeAlias
 
 import msgspec
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
 from hb_assets import record
 from hb_assets.gateway.problems import ProblemError
 
-NDJSON_TYPES = frozenset({b"application/x-ndjson", b"application/ndjson", b"application/jsonl"})
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+JSON = "application/json"
+NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl")
+JSON_TYPES = frozenset({JSON.encode()})
+NDJSON_TYPES = frozenset(name.encode() for name in NDJSON)
+BATCH_TYPES = JSON_TYPES | NDJSON_TYPES
+CODINGS = ("gzip", "zstd")
+"""Content codings that are taken, besides none; x-gzip is gzip (RFC 9110, 8.4.1.3)."""
+FORM = b"application/x-www-form-urlencoded"
+"""What curl calls a body that nobody named."""
+CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii"})
+
+STEP_BYTES = 256 * 2**10
+"""Bytes that are expanded in one go: about a millisecond."""
+TURN_SECONDS = 0.002
+"""How long expanding may go on before other requests get their turn."""
+ZSTD_WINDOW_LOG = 23
+"""Largest window of a zstd frame, 8 MiB: what RFC 8878 (3.1.1.1.2) asks of every decoder."""
+GZIP_BITS = 16 + zlib.MAX_WBITS
+"""A gzip header and trailer are required (and checked), whatever the window."""
+
 COMMAS_PER_HEARTBEAT = 32
 """More commas per heartbeat than this (4 fields need 3) mark an array too costly to take apart."""
 
@@ -30,22 +59,49 @@ class ClientGoneError(Exception):
     """The client went away before its request was whole; there is nobody to answer."""
 
 
-async def read_body(scope: Scope, receive: Receive, most: int) -> bytes:
-    """The whole body, never more than `most` bytes of it in memory (and one read of the server).
+async def read_body(
+    scope: Scope, receive: Receive, most: int, types: frozenset[bytes] = JSON_TYPES
+) -> bytes:
+    """The whole body, expanded if it was compressed.
+
+    Never more than `most` bytes of it (before and after) and one step are in memory.
+
+    Args:
+        scope: the request.
+        receive: as ASGI has it.
+        most: bytes, of the body as it came and as it is expanded.
+        types: the media types that are taken; a body without Content-Type counts as JSON.
 
     Raises:
-        ProblemError: 413, as soon as it is known, by Content-Length or by what came so far.
+        ProblemError: 413, as soon as it is known, by Content-Length or by what came so far; 415,
+            a media type, charset or content coding that isn't taken; 400, a compressed body that
+            is damaged.
         ClientGoneError: the client went away before the end.
     """
+    kind = coding = length = b""
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            kind = value
+        elif name == b"content-length":
+            length = value
+        elif name == b"content-encoding":
+            coding = coding + b"," + value if coding else value
+    if kind not in types:
+        _check_type(scope, kind, types)
+    if length.isdigit() and int(length) > most:
+        _too_large(most)
+    if coding and (coding := _checked_coding(coding)):
+        return await _read_expanding(receive, _Expansion(coding), most)
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
         body: bytes = message.get("body", b"")
         if len(body) > most:
             _too_large(most)
         return body
-    length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-    if length.isdigit() and int(length) > most:
-        _too_large(most)
+    return await _read_on(receive, message, most)
+
+
+async def _read_on(receive: Receive, message: Message, most: int) -> bytes:
     parts = bytearray()
     while True:
         if message["type"] != "http.request":
@@ -58,12 +114,167 @@ async def read_body(scope: Scope, receive: Receive, most: int) -> bytes:
         message = await receive()
 
 
+async def _read_expanding(receive: Receive, expansion: _Expansion, most: int) -> bytes:
+    expanded = bytearray()
+    came = 0
+    turn_ends = time.monotonic() + TURN_SECONDS
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientGoneError
+        compressed = message.get("body", b"")
+        came += len(compressed)
+        for piece in expansion.pieces(compressed):
+            expanded += piece
+            if len(expanded) > most:
+                _too_large(most)
+            if time.monotonic() > turn_ends:
+                await asyncio.sleep(0)
+                turn_ends = time.monotonic() + TURN_SECONDS
+        # what expands to nothing (empty members, skippable frames) is bounded by what came
+        if came > most:
+            _too_large(most)
+        if not message.get("more_body", False):
+            expansion.end()
+            return bytes(expanded)
+
+
+class _Gzip:
+    """One gzip member (RFC 1952, 2.2)."""
+
+    def __init__(self) -> None:
+        self._inflater = zlib.decompressobj(wbits=GZIP_BITS)
+        self.ended = False
+        self.more = False
+
+    def step(self, data: bytes) -> tuple[bytes, bytes]:
+        inflater = self._inflater
+        piece = inflater.decompress(data, STEP_BYTES)
+        self.ended = inflater.eof
+        # A full step may have left something inside, even where all of the data is used.
+        self.more = not self.ended and len(piece) == STEP_BYTES
+        return piece, inflater.unused_data if self.ended else inflater.unconsumed_tail
+
+
+class _Zstd:
+    """One zstd frame, skippable ones included (RFC 8878, 3.1)."""
+
+    def __init__(self) -> None:
+        self._decompressor = zstd.ZstdDecompressor(options=_ZSTD_OPTIONS)
+        self.ended = False
+        self.more = False
+
+    def step(self, data: bytes) -> tuple[bytes, bytes]:
+        decompressor = self._decompressor
+        piece = decompressor.decompress(data, STEP_BYTES)
+        self.ended = decompressor.eof
+        self.more = not self.ended and not decompressor.needs_input
+        return piece, decompressor.unused_data if self.ended else b""
+
+
+_ZSTD_OPTIONS = {int(zstd.DecompressionParameter.window_log_max): ZSTD_WINDOW_LOG}
+_CODINGS: dict[bytes, type[_Gzip | _Zstd]] = {b"gzip": _Gzip, b"x-gzip": _Gzip, b"zstd": _Zstd}
+
+
+class _Expansion:
+    """Expands a stream of gzip members, or of zstd frames: one after the other, as both allow."""
+
+    def __init__(self, coding: bytes) -> None:
+        self._coding = coding.decode()
+        self._kind = _CODINGS[coding]
+        self._member = self._kind()
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        """What `data` expands to, a step at a time; a piece may be empty.
+
+        Raises:
+            ProblemError: 400, it is no such stream.
+        """
+        while data or self._member.more:
+            if self._member.ended:
+                self._member = self._kind()
+            try:
+                piece, data = self._member.step(data)
+            except (zlib.error, zstd.ZstdError):
+                self._damaged("is damaged, or something else follows its end")
+            yield piece
+
+    def end(self) -> None:
+        """Say that no more comes.
+
+        Raises:
+            ProblemError: 400, the stream is cut off.
+        """
+        if not self._member.ended:
+            self._damaged("is cut off")
+
+    def _damaged(self, what: str) -> NoReturn:
+        raise ProblemError(
+            400,
+            "damaged-body",
+            "The request body can't be expanded",
+            f"the {self._coding} stream {what}; nothing was stored",
+        )
+
+
+def _checked_coding(given: bytes) -> bytes:
+    """The one content coding that a body has; empty when it has none.
+
+    Raises:
+        ProblemError: 415, an unknown one, or several.
+    """
+    codings = [coding for text in given.lower().split(b",") if (coding := text.strip())]
+    if not codings or codings == [b"identity"]:
+        return b""
+    if len(codings) == 1 and codings[0] in _CODINGS:
+        return codings[0]
+    raise ProblemError(
+        415,
+        "unsupported-content-encoding",
+        "The content encoding isn't supported",
+        f"a body may be compressed once, with {' or '.join(CODINGS)}, or not at all",
+        headers={"accept-encoding": ", ".join(CODINGS)},
+    )
+
+
+def _check_type(scope: Scope, given: bytes, types: frozenset[bytes]) -> None:
+    """Refuse what is no media type of ours, or not UTF-8.
+
+    Without a Content-Type it is JSON, as older clients sent it, but not from a web page: a browser
+    sends that, a form or plain text to any address without asking first, and a gateway without
+    keys is an address that every page may try.
+    """
+    kind, *parameters = (part.strip() for part in given.lower().split(b";"))
+    if kind not in types:
+        foreign = any(name == b"origin" for name, _ in scope["headers"])
+        if kind or foreign:
+            names = sorted(name.decode() for name in types)
+            raise ProblemError(
+                415,
+                "unsupported-media-type",
+                "The media type isn't supported",
+                f"send {' or '.join(names)} as Content-Type"
+                + (" (curl: -H 'Content-Type: application/json')" if kind == FORM else ""),
+                headers={"accept-post": ", ".join(names)},
+            )
+    for parameter in parameters:
+        name, _, value = parameter.partition(b"=")
+        if name.strip() == b"charset" and value.strip().strip(b'"') not in CHARSETS:
+            raise ProblemError(
+                415,
+                "unsupported-charset",
+                "The charset isn't supported",
+                "heartbeats are UTF-8; leave the charset out, or say charset=utf-8",
+                headers={"accept-post": ", ".join(sorted(name.decode() for name in types))},
+            )
+
+
 def _too_large(most: int) -> NoReturn:
     raise ProblemError(
         413,
         "body-too-large",
         "The request body is too large",
-        f"a body may have at most {most} bytes (HB_BODY_MAX_BYTES); "
+        f"a body may have at most {most} bytes, expanded if it is compressed (HB_BODY_MAX_BYTES); "
         "send the heartbeats in several requests",
     )
 

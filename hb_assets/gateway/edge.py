@@ -1,11 +1,15 @@
 """The edge: the outermost layer, around every request.
 
-Belongs here: measuring a request, and making an answer out of whatever was raised below. Doesn't
-belong here: what any route does. Plain ASGI: it adds two calls to a request.
+Belongs here: measuring a request, its id, the headers that every answer has, and making an answer
+out of whatever was raised below. Doesn't belong here: what any route does. Plain ASGI: it adds two
+calls to a request.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
+import secrets
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,6 +21,17 @@ from hb_assets.gateway.metrics import Metrics
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 CLIENT_GONE = 499
 """Status that metrics show for a request whose client went away (as nginx has it)."""
+REQUEST_ID = "x-request-id"
+ID_PATTERN = "[A-Za-z0-9._~+/=:@-]{1,128}"
+"""Ids of clients that are taken over: safe in a log line, whatever reads it."""
+HEADERS = (
+    # All that is answered is health data, or out of date a second later.
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+)
+
+_REQUEST_ID = REQUEST_ID.encode()
+_sane = re.compile(ID_PATTERN.encode()).fullmatch
 
 
 class Edge:
@@ -26,16 +41,28 @@ class Edge:
         self._app = app
         self._metrics = metrics
         self._routes = routes
+        # Ids of several processes differ by the first half, those of one by the second.
+        self._prefix = secrets.token_hex(8).encode()
+        self._numbers = itertools.count(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one HTTP request."""
         started = time.perf_counter()
         status = 0
+        request_id = b""
+        for name, value in scope["headers"]:
+            if name == _REQUEST_ID:
+                request_id = value
+        if not request_id or not _sane(request_id):
+            request_id = b"%s-%x" % (self._prefix, next(self._numbers))
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                # not in place: a handler may send the same message each time
+                headers = [*message["headers"], (_REQUEST_ID, request_id), *HEADERS]
+                message = {**message, "headers": headers}
             await send(message)
 
         try:
@@ -43,7 +70,7 @@ class Edge:
         except ClientGoneError:
             status = CLIENT_GONE
         except Exception as error:  # noqa: BLE001  # whatever it is, a client gets an answer
-            response = problems.of(error).response()
+            response = problems.of(error, request_id.decode()).response(request_id.decode())
             if status:
                 raise RuntimeError("failed in the middle of an answer") from None
             await response(scope, receive, watched)

@@ -20,7 +20,7 @@ from hb_assets import record
 from hb_assets.errors import HbError
 from hb_assets.gateway import limits, problems
 from hb_assets.gateway.backend import Backend
-from hb_assets.gateway.bodies import Records, media_type, read_body, split
+from hb_assets.gateway.bodies import BATCH_TYPES, Records, media_type, read_body, split
 from hb_assets.gateway.limits import Limits
 from hb_assets.gateway.metrics import Metrics
 from hb_assets.gateway.problems import ProblemError
@@ -61,7 +61,7 @@ class One:
         The field `record` means: not one JSON object.
 
         Raises:
-            ProblemError: 413, 422, 429.
+            ProblemError: 400, 413, 415, 422, 429.
             HbError: neither buffer nor spool took it.
         """
         limits = self._limits
@@ -89,8 +89,9 @@ class One:
     def _refuse(self, refusal: record.Refusal) -> NoReturn:
         self._metrics.refused(refusal.reason)
         fault = {"field": refusal.field, "reason": refusal.reason, "message": refusal.message}
+        # as in the system before us, what isn't a time at all is a 400
         raise ProblemError(
-            422,
+            400 if refusal.reason == "timestamp_not_a_time" else 422,
             "invalid-heartbeat",
             "The heartbeat is not valid",
             refusal.message,
@@ -164,11 +165,11 @@ class Batch:
         """200 when any heartbeat was taken; the others are listed with index and reason.
 
         Raises:
-            ProblemError: 413; 422 when none is valid; 429 when all have to wait; 503 when none
-                could be stored.
+            ProblemError: 400, 413, 415; 422 when none is valid; 429 when all have to wait; 503
+                when none could be stored.
         """
         sender = self._limits.sender(scope)
-        body = await read_body(scope, receive, self._body_max)
+        body = await read_body(scope, receive, self._body_max, BATCH_TYPES)
         records = split(body, media_type(scope), self._most)
         self._limits.admit(sender, cost=len(records))
         batch = await self._sort(records)

@@ -69,13 +69,14 @@ class ProblemError(Exception):
             self.headers["retry-after"] = seconds(retry_after)
         self.members = dict(members or {})
 
-    def response(self) -> Response:
-        """The answer."""
+    def response(self, request_id: str) -> Response:
+        """The answer to the request with this id."""
         body = {
             "type": TYPE_PREFIX + self.kind,
             "title": self.title,
             "status": self.status,
             "detail": self.detail,
+            "request_id": request_id,
             **self.members,
         }
         return Response(
@@ -134,7 +135,7 @@ def retry_after(error: HbError) -> float:
     return UNAVAILABLE_RETRY_SECONDS
 
 
-def of(error: Exception) -> ProblemError:
+def of(error: Exception, request_id: str) -> ProblemError:
     """The problem that an exception is to a client; what only an operator may see is logged."""
     if isinstance(error, ProblemError):
         return error
@@ -150,7 +151,7 @@ def of(error: Exception) -> ProblemError:
             headers=error.headers,
         )
     if isinstance(error, DamagedFileError):
-        _log.error("%s", error)
+        _log.error("%s (request %s)", error, request_id)
         return ProblemError(
             500,
             "damaged-file",
@@ -158,11 +159,11 @@ def of(error: Exception) -> ProblemError:
             "a file of the lake can't be read; the gateway's log names it and the way out",
         )
     if isinstance(error, HbError):
-        _log.error("%s", error)
+        _log.error("%s (request %s)", error, request_id)
     else:
         # An unforeseen message may quote a heartbeat: where it happened has to do.
         frames = "".join(traceback.format_tb(error.__traceback__))
-        _log.error("unexpected %s\n%s", type(error).__name__, frames)
+        _log.error("unexpected %s (request %s)\n%s", type(error).__name__, request_id, frames)
     return ProblemError(
         500,
         "internal-error",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import Any
 
 import httpx
@@ -42,6 +43,7 @@ def test_what_is_raised_stays_inside(
     with caplog.at_level(logging.INFO, "hb_assets"):
         response = answered(error)
     assert response.status_code == 500
+    assert f"(request {response.headers['x-request-id']})" in caplog.text
     assert response.headers["content-type"] == MEDIA_TYPE
     assert str(error) not in response.text
     assert "Traceback" not in response.text
@@ -55,10 +57,10 @@ def test_what_is_raised_stays_inside(
 @pytest.mark.parametrize(
     ("method", "path", "allow"),
     [
-        ("DELETE", PATH, {"GET", "HEAD", "POST"}),
-        ("GET", BATCH, {"POST"}),
-        ("POST", "/health", {"GET", "HEAD"}),
-        ("TRACE", "/metrics", {"GET", "HEAD"}),
+        ("DELETE", PATH, {"GET", "HEAD", "OPTIONS", "POST"}),
+        ("GET", BATCH, {"OPTIONS", "POST"}),
+        ("POST", "/health", {"GET", "HEAD", "OPTIONS"}),
+        ("TRACE", "/metrics", {"GET", "HEAD", "OPTIONS"}),
     ],
 )
 def test_wrong_method_names_the_right_ones(
@@ -68,6 +70,31 @@ def test_wrong_method_names_the_right_ones(
     assert response.status_code == 405
     assert set(response.headers["allow"].split(", ")) == allow
     assert response.headers["content-type"] == MEDIA_TYPE
+
+
+def test_options_names_the_methods(http: httpx.Client) -> None:
+    response = http.options(BATCH)
+    assert (response.status_code, response.headers["allow"]) == (204, "OPTIONS, POST")
+
+
+@pytest.mark.parametrize("path", [PATH, "/health", "/nowhere"])
+def test_every_answer_has_an_id(http: httpx.Client, path: str) -> None:
+    given = http.get(path, headers={"x-request-id": "7d4f:a/b+c=@~._-"})
+    assert given.headers["x-request-id"] == "7d4f:a/b+c=@~._-"
+    if given.is_error and path != "/health":
+        assert given.json()["request_id"] == "7d4f:a/b+c=@~._-"
+    made = {http.get(path).headers["x-request-id"] for _ in range(3)}
+    assert len(made) == 3
+    assert given.headers["x-content-type-options"] == "nosniff"
+    assert "no-store" in given.headers["cache-control"]
+
+
+@pytest.mark.parametrize("bad", ["", "a b", "x" * 129, "\xe9", "<script>", '"'])
+def test_ids_that_could_do_harm_are_not_taken_over(http: httpx.Client, bad: str) -> None:
+    headers = [(b"x-request-id", bad.encode("latin-1"))]
+    assert re.fullmatch(
+        "[0-9a-f]{16}-[0-9a-f]+", http.get("/nowhere", headers=headers).json()["request_id"]
+    )
 
 
 def test_no_such_path(http: httpx.Client) -> None:
