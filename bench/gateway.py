@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import threading
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import load, servers, table
+from bench import lakes, load, servers, table
 from bench.servers import Buffer, Served
 from bench.table import Report, Row
 
@@ -32,6 +33,9 @@ ONE = "/metrics/heart-rate"
 BATCH = "/metrics/heart-rate/batch"
 BATCH_SIZE = 500
 USERS = 1000
+MILLION = 1_000_000
+PAUSE_MS = 20
+"""Mean pause of a connection where POSTs come at a moderate rate."""
 NOTES = [
     (
         "nothing is pinned: load, servers and Redis share the cores; wrk has one thread, and sends on "
@@ -177,7 +181,101 @@ def _prove(buffer: Buffer, before: int, answered: int) -> None:
         )
 
 
-PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {"post": post, "batch": batch}
+def get(bench: Bench) -> Iterator[Row]:
+    """GETs of lakes of several sizes, one client, one question after the other."""
+    sizes = [MILLION, 10 * MILLION] + ([] if bench.quick else [100 * MILLION])
+    count = 100 if bench.quick else 500
+    hours: dict[int, list[list[float]]] = {size: [] for size in sizes}
+    whole: list[list[float]] = []
+    cold = []
+    with contextlib.ExitStack() as stack:
+        mine = stack.enter_context(servers.buffer(bench.folder / "a"))
+        clients = {}
+        for size in sizes:
+            lake = lakes.lake_of(size, HOME, bench.say)
+            home = bench.folder / f"ours-{size}"
+            served = stack.enter_context(servers.gateway(home, mine, HB_LAKE=str(lake)))
+            clients[size] = stack.enter_context(load.Client(served.port))
+        for run in range(-1, bench.runs):
+            for size, client in clients.items():
+                users = lakes.users_of(size)
+                bench.say(f"GET, run {max(0, run) + 1} of {bench.runs}: {size:,} rows")
+                times = client.ask_all(load.hours(users, count, run))
+                if run < 0:  # the warm-up
+                    cold.append(times[0])
+                    continue
+                hours[size].append(times)
+                if size == 10 * MILLION:
+                    whole.append(client.ask_all(load.whole_days(users, count // 5, run)))
+    ten = hours[10 * MILLION]
+    yield Row(
+        "GET an hour of 10 M rows, p50",
+        "ms",
+        [load.percentile(one, 0.5) for one in ten],
+        target=6,
+        at_most=True,
+    )
+    yield Row("its p99", "ms", [load.percentile(one, 0.99) for one in ten], target=25, at_most=True)
+    yield Row("the first one after the start", "ms", [cold[1]])
+    yield Row(
+        "GET a whole day of 1 Hz, p50",
+        "ms",
+        [load.percentile(one, 0.5) for one in whole],
+        target=15,
+        at_most=True,
+    )
+    least, most = sizes[0], sizes[-1]
+    yield Row(
+        f"GET an hour of {most // MILLION} M rows against {least // MILLION} M, p50",
+        "ms",
+        [load.percentile(one, 0.5) for one in hours[most]],
+        [load.percentile(one, 0.5) for one in hours[least]],
+        1.3,
+        at_most=True,
+    )
+
+
+def both(bench: Bench) -> Iterator[Row]:
+    """Single POSTs at a moderate rate, alone and while GETs run in a loop."""
+    size = 10 * MILLION
+    bodies = load.write_bodies(bench.folder / "one", load.heartbeats(5 * USERS, USERS))
+    quiet, busy = [], []
+    with (
+        servers.buffer(bench.folder / "a") as mine,
+        servers.gateway(
+            bench.folder / "ours", mine, HB_LAKE=str(lakes.lake_of(size, HOME, bench.say))
+        ) as served,
+    ):
+
+        def run() -> load.Posts:
+            return load.post(
+                served.url + ONE, bodies, bench.seconds, connections=16, pause_ms=PAUSE_MS
+            )
+
+        run()
+        for number in range(bench.runs):
+            bench.say(f"POST beside GETs, run {number + 1} of {bench.runs}")
+            with load.asking(served.port, size):
+                busy.append(run())
+            quiet.append(run())
+            mine.clear()
+    yield Row(
+        f"POST at {statistics.median(one.per_second for one in quiet):,.0f}/s while GETs run in a "
+        "loop, against quiet, p99",
+        "ms",
+        [one.p99_ms for one in busy],
+        [one.p99_ms for one in quiet],
+        3,
+        at_most=True,
+    )
+
+
+PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "post": post,
+    "batch": batch,
+    "get": get,
+    "both": both,
+}
 
 
 def main() -> int:

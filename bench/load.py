@@ -6,13 +6,20 @@ are held against.
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import itertools
 import json
 import random
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from bench import lakes
 
 SCRIPT = Path(__file__).with_name("post.lua")
 END_OF_BODY = "\x1e"
@@ -108,3 +115,107 @@ def batches(texts: Sequence[str], size: int, content_type: str) -> list[str]:
     if content_type == NDJSON:
         return ["\n".join(part) + "\n" for part in parts]
     return ["[" + ",".join(part) + "]" for part in parts]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A GET of one user's minutes, and how many points its answer has to have."""
+
+    path: str
+    points: int
+
+
+def hours(users: Sequence[str], count: int, seed: int) -> Iterator[Question]:
+    """An hour each of random users, on the day that `lakes` makes."""
+    chance = random.Random(seed)
+    for _ in range(count):
+        hour = chance.randrange(23)
+        yield _question(chance.choice(users), f"{hour:02}:00:00", f"{hour + 1:02}:00:00", 60)
+
+
+def whole_days(users: Sequence[str], count: int, seed: int) -> Iterator[Question]:
+    """The whole day each of random users."""
+    chance = random.Random(seed)
+    for _ in range(count):
+        yield _question(chance.choice(users), "00:00:00", "23:59:59.999", 1440)
+
+
+def _question(user: str, start: str, end: str, points: int) -> Question:
+    day = lakes.DAY.isoformat()
+    asked = f"user_id={user}&start={day}T{start}Z&end={day}T{end}Z"
+    return Question(f"/metrics/heart-rate?{asked}", points)
+
+
+class Client:
+    """One keep-alive connection that asks one question after the other."""
+
+    def __init__(self, port: int, api_key: str | None = None) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def ask(self, question: Question) -> float:
+        """Milliseconds to the last byte of the answer.
+
+        Raises:
+            FailedLoadError: it isn't the answer.
+        """
+        began = time.perf_counter()
+        self._connection.request("GET", question.path, headers=self._headers)
+        answer = self._connection.getresponse()
+        body = answer.read()
+        taken = (time.perf_counter() - began) * 1000
+        if answer.status != 200 or json.loads(body)["count"] != question.points:
+            raise FailedLoadError(f"GET {question.path}: {answer.status} {body[:200]!r}")
+        return taken
+
+    def ask_all(self, questions: Iterable[Question]) -> list[float]:
+        """Milliseconds of each."""
+        return [self.ask(question) for question in questions]
+
+
+def percentile(times: Sequence[float], share: float) -> float:
+    """The time that `share` of the times don't exceed."""
+    return sorted(times)[min(len(times) - 1, int(share * len(times)))]
+
+
+@contextlib.contextmanager
+def asking(port: int, rows: int, api_key: str | None = None) -> Iterator[None]:
+    """GETs in a loop, in a process of its own, for the time of the block: each tenth a whole day.
+
+    Raises:
+        FailedLoadError: it ended by itself.
+    """
+    argv = [
+        sys.executable,
+        "-m",
+        "bench.load",
+        str(port),
+        str(rows),
+        *([api_key] if api_key else []),
+    ]
+    child = subprocess.Popen(argv, cwd=Path(__file__).parent.parent, start_new_session=True)
+    try:
+        yield
+        if child.poll() is not None:
+            raise FailedLoadError("the GETs in a loop ended by themselves")
+    finally:
+        child.terminate()
+        child.wait()
+
+
+def _ask_for_ever(port: int, rows: int, api_key: str | None = None) -> None:
+    users = lakes.users_of(rows)
+    with Client(port, api_key) as client:
+        for seed in itertools.count():
+            client.ask_all(hours(users, 9, seed))
+            client.ask_all(whole_days(users, 1, seed))
+
+
+if __name__ == "__main__":
+    _ask_for_ever(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
