@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,17 @@ def no_settings_of_the_developer() -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith("HB_")]:
             patch.delenv(name)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def signals_as_in_the_foreground() -> None:
+    """A shell has SIGINT ignored in its background jobs, and every process that they start.
+
+    Dagster, run in this process, sets SIGTERM to what SIGINT is: then no child of a test would end
+    on a SIGTERM any more, neither those that have to nor a pool's.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
