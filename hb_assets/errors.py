@@ -52,6 +52,10 @@ class LakeMismatchError(HbError):
     """The lake was made with another shard count or format than the one we run with."""
 
 
+class WorkerError(HbError):
+    """A process that we started to share work ended at once; the message says how."""
+
+
 class DamagedFileError(HbError):
     """A file of the lake can't be read; the message names its path and the way out.
 

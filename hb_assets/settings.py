@@ -344,6 +344,26 @@ class Settings(BaseSettings):
     gateway_key: Path | None = Field(
         default=None, description="Private key (PEM, not encrypted) of that certificate."
     )
+    gateway_workers: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=1, description="Processes that serve the gateway's port together."
+    )
+    max_connections: Count = Field(
+        default=4096, description="Most open connections of one worker; above it 503."
+    )
+    head_timeout: PositiveDuration = Field(
+        default=dt.timedelta(seconds=10),
+        description="How long a request line with its headers may take to come; above it 408.",
+    )
+    body_timeout: PositiveDuration = Field(
+        default=dt.timedelta(seconds=60),
+        description="How long a request body may take to come, or a client to go on reading its "
+        "answer.",
+    )
+    bodies_max_bytes: Annotated[Bytes, Field(ge=2**20)] = Field(
+        default=256 * 2**20,
+        description="Bound of all request bodies that one worker is receiving at once, as they "
+        "come over the network; above it 503.",
+    )
     body_max_bytes: Annotated[Bytes, Field(ge=1024)] = Field(
         default=16 * 2**20, description="Largest request body."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Annotated
 
 import typer
 
@@ -11,13 +12,22 @@ from hb_assets.cli.app import AsJson, app, settings_of
 
 
 @app.command()
-def serve(context: typer.Context, as_json: AsJson = False) -> None:
+def serve(
+    context: typer.Context,
+    as_json: AsJson = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Processes that share the port; HB_GATEWAY_WORKERS."),
+    ] = None,
+) -> None:
     """Serve the HTTP gateway alone, until Ctrl-C; `hb up` runs it together with all the rest."""
     settings = settings_of(context)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    if workers is not None:
+        settings = settings.model_copy(update={"gateway_workers": workers})
     from hb_assets.gateway import server
+    from hb_assets.gateway.workers import LOG_FORMAT
+
+    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
 
     scheme = "https" if settings.gateway_cert else "http"
     url = f"{scheme}://{settings.gateway_host}:{settings.gateway_port}"

@@ -87,6 +87,14 @@ class ProblemError(Exception):
         )
 
 
+def raw_answer(problem: ProblemError) -> bytes:
+    """The last answer of an HTTP/1.1 connection, for a request that no handler gets to see."""
+    response = problem.response("")
+    head = [f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}".encode()]
+    head += [b"%s: %s" % header for header in (*response.raw_headers, (b"connection", b"close"))]
+    return b"\r\n".join([*head, b"", bytes(response.body)])
+
+
 def seconds(retry_after: float) -> str:
     """Value of a Retry-After header: whole seconds, at least 1."""
     return str(max(1, math.ceil(retry_after)))

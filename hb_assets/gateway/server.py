@@ -1,7 +1,7 @@
-"""The server: one gateway process, from its socket to its graceful end.
+"""The server: a gateway, from its socket to its graceful end.
 
-Belongs here: binding, uvicorn's settings, signals. Doesn't belong here: routes, and the keeping
-alive of the process (`hb up` does that).
+Belongs here: binding, uvicorn's settings, signals. Doesn't belong here: routes, several processes
+(`workers`), and the keeping alive of the first (`hb up` does that).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import resource
 import signal
 import socket
 import threading
@@ -17,17 +18,22 @@ from types import FrameType
 
 import uvicorn
 import uvloop
+from typing_extensions import override
 
 from hb_assets.errors import AlreadyRunningError, SettingsError
 from hb_assets.gateway import tls
 from hb_assets.gateway.access import Access
 from hb_assets.gateway.app import Gateway
+from hb_assets.gateway.connections import Guard
+from hb_assets.gateway.workers import Workers
 from hb_assets.settings import Settings
 
 BACKLOG = 2048
 GRACE_SECONDS = 10
 """How long requests that are under way may take to end, once we were asked to stop."""
 KEEP_ALIVE_SECONDS = 30
+_OTHER_FILES = 1024
+"""Files of the lake, connections to Redis and the like."""
 
 
 def serve(settings: Settings, ready: Callable[[], None] | None = None) -> None:
@@ -36,7 +42,7 @@ def serve(settings: Settings, ready: Callable[[], None] | None = None) -> None:
     The buffer must be there already: the embedded server isn't started here.
 
     Args:
-        settings: address, limits, buffer and lake.
+        settings: address, limits, workers, buffer and lake.
         ready: called once, when requests are being answered.
 
     Raises:
@@ -45,53 +51,78 @@ def serve(settings: Settings, ready: Callable[[], None] | None = None) -> None:
             can't be read, or the lake can't be used.
         BufferUnavailableError: Redis doesn't answer, and the spool doesn't know it.
         LakeMismatchError: the lake has another shard count or format.
+        WorkerError: a worker ended before it served.
     """
     Access(settings).load()
-    context = tls.server_context(settings)
+    tls.server_context(settings)
+    _allow_files(settings.max_connections)
     with bound(settings.gateway_host, settings.gateway_port) as listener:
-        app = Gateway(settings)
-        server = _Server(
-            uvicorn.Config(
-                app,
-                http="httptools",
-                ws="none",
-                # Run by ourselves, below: uvicorn would turn a clear error into a traceback.
-                lifespan="off",
-                log_config=None,
-                # Its lines hold query strings, and those hold user ids.
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=GRACE_SECONDS,
-                backlog=BACKLOG,
-                ssl_context_factory=None if context is None else lambda *_: context,
-            ),
-            ready,
+        if settings.gateway_workers > 1:
+            Workers(settings, listener, serve_on).run(ready)
+        else:
+            serve_on(listener, settings, ready)
+
+
+def serve_on(
+    listener: socket.socket, settings: Settings, ready: Callable[[], None] | None = None
+) -> None:
+    """Serve a listening socket with this process alone. Raises what `serve` does."""
+    Server(settings, ready).serve_on(listener)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with a gateway in it, which says when it is ready; `should_exit` ends it."""
+
+    def __init__(self, settings: Settings, ready: Callable[[], None] | None = None) -> None:
+        self._app, self._guard = Gateway(settings), Guard(settings)
+        self._ready = ready
+        context = tls.server_context(settings)
+        config = uvicorn.Config(
+            self._app,
+            http=self._guard.protocol,  # type: ignore[arg-type]  # whatever makes protocols
+            ws="none",
+            # Run by ourselves, below: uvicorn would turn a clear error into a traceback.
+            lifespan="off",
+            log_config=None,
+            # Its lines hold query strings, and those hold user ids.
+            access_log=False,
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=list(settings.trusted_proxies),
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+            backlog=BACKLOG,
+            ssl_context_factory=None if context is None else lambda *_: context,
         )
+        super().__init__(config)
+
+    def serve_on(self, listener: socket.socket) -> None:
+        """Serve a listening socket until SIGINT or SIGTERM. Raises what `serve` does."""
 
         async def serve_requests() -> None:
-            async with app.opened():
-                await server.serve(sockets=[listener])
+            async with self._app.opened(), self._guard.sweeping():
+                await self.serve(sockets=[listener])
 
         with (
-            _stopped_by_signals(server),
+            _stopped_by_signals(self),
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
             runner.run(serve_requests())
 
-
-class _Server(uvicorn.Server):
-    """uvicorn, which says when it is ready."""
-
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None] | None) -> None:
-        super().__init__(config)
-        self._ready = ready
-
+    @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._ready is not None:
             self._ready()
+
+
+def _allow_files(connections: int) -> None:
+    """Raise this process's limit of open files, as far as it may, to what connections need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 @contextlib.contextmanager

@@ -9,10 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
-from hb_assets.gateway.app import Gateway
-from hb_assets.gateway.server import bound
+from hb_assets.gateway.server import Server, bound
 from hb_assets.settings import Settings
 from hb_assets_tests.servers import wait_for
 
@@ -35,11 +33,8 @@ def heartbeat(**changes: Any) -> dict[str, Any]:
 def running(settings: Settings) -> Iterator[httpx.Client]:
     """A client of a gateway that serves these settings."""
     with bound("127.0.0.1", 0) as listener:
-        config = uvicorn.Config(
-            Gateway(settings), http="httptools", lifespan="on", log_config=None, access_log=False
-        )
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        server = Server(settings)
+        thread = threading.Thread(target=server.serve_on, args=(listener,))
         thread.start()
         try:
             wait_for(lambda: server.started or not thread.is_alive(), "the gateway to start")
