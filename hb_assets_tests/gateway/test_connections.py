@@ -9,9 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import httpx
+import pytest
 
 from hb_assets.settings import Settings
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
+
+# which server it is makes no difference here
+pytestmark = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
 
 Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
 SHORTLY = dt.timedelta(milliseconds=300)

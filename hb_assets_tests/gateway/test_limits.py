@@ -18,6 +18,9 @@ from hb_assets.settings import Quota, Settings
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
 from hb_assets_tests.gateway.test_heartbeats import problem, stored
 
+# which server it is makes no difference here
+pytestmark = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
+
 Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
 HOUR = dt.timedelta(hours=1)
 

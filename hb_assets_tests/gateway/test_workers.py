@@ -1,0 +1,93 @@
+"""Workers: several processes on one port, of which any may die."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import httpx
+import psutil
+import pytest
+
+from hb_assets.lake.store import Lake
+from hb_assets.settings import Settings, environment
+from hb_assets_tests.gateway.conftest import PATH, heartbeat
+from hb_assets_tests.servers import free_port, wait_for
+
+pytestmark = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
+
+
+@contextlib.contextmanager
+def serving(settings: Settings) -> Iterator[tuple[psutil.Process, httpx.Client]]:
+    """`hb serve` with two workers, and a client that opens a connection for each request."""
+    settings = settings.model_copy(update={"gateway_port": free_port()})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hb_assets", "serve", "--json", "--workers", "2"],
+        env=environment(settings),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        told = "".join(iter(process.stdout.readline, "}\n")) + "}"
+        url = json.loads(told)["gateway"]
+        limits = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(base_url=url, limits=limits, timeout=20) as http:
+            yield psutil.Process(process.pid), http
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+def workers(parent: psutil.Process) -> list[psutil.Process]:
+    """Its workers; multiprocessing has a process of its own beside them."""
+    return [one for one in parent.children() if "spawn_main" in " ".join(one.cmdline())]
+
+
+def ended(processes: list[psutil.Process]) -> bool:
+    return not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes)
+
+
+def test_one_is_killed_and_the_others_go_on(settings: Settings) -> None:
+    with serving(settings) as (parent, http):
+        first = workers(parent)
+        assert len(first) == 2
+        first[0].kill()
+        answers = 0
+        for _ in range(50):
+            with contextlib.suppress(httpx.TransportError):  # what the killed one had accepted
+                assert http.post(PATH, json=heartbeat()).status_code == 200
+                answers += 1
+        assert answers >= 40
+        wait_for(lambda: len(workers(parent)) == 2 and ended(first[:1]), "another worker")
+        assert first[1] in workers(parent)
+        everybody = [parent, *workers(parent)]
+        parent.send_signal(signal.SIGTERM)
+        wait_for(lambda: ended(everybody), "all of them to end")
+
+
+def test_no_worker_outlives_its_parent(settings: Settings) -> None:
+    with serving(settings) as (parent, _):
+        orphans = workers(parent)
+        parent.kill()
+        wait_for(lambda: ended(orphans), "the workers to end")
+
+
+def test_what_keeps_a_worker_from_starting_is_one_line(settings: Settings) -> None:
+    Lake.open(settings)
+    done = subprocess.run(
+        [sys.executable, "-m", "hb_assets", "serve", "--workers", "2"],
+        env={**environment(settings), "HB_SHARDS": "5", "HB_GATEWAY_PORT": str(free_port())},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "HB_SHARDS" in done.stderr
+    assert "Traceback" not in done.stderr
