@@ -22,7 +22,7 @@ ONE_KIND = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
 def test_names_every_route(settings: Settings) -> None:
     found = document(settings, NOW, "1")["paths"]
     documented = {path: {method.upper() for method in methods} for path, methods in found.items()}
-    routes = _routes(settings, Backend(settings), Metrics())
+    routes = _routes(settings, Backend(settings), Metrics(settings))
     assert documented == {path: set(methods) - {"HEAD"} for path, methods in routes.items()}
     for path, methods in routes.items():
         for method, route in methods.items():
