@@ -21,7 +21,7 @@ else
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup run test lint types check bench bench-gateway chaos docs constraints clean
+.PHONY: help setup run test lint types check api-check bench bench-gateway chaos docs constraints clean
 
 help: ## these lines
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -41,7 +41,10 @@ lint: $(READY) ## format, lint rules and layers
 types: $(READY) ## mypy, strict
 	@exec $(BIN)/mypy
 
-check: lint types test ## all that CI asks for
+api-check: $(READY) ## ask a gateway whether it does what /openapi.json says, for most of a minute
+	@exec $(BIN)/python -m pytest hb_assets_tests/gateway/conformance.py $(ARGS)
+
+check: lint types test api-check ## all that CI asks for
 
 bench: $(READY) ## drain and consolidation against the floor and the alternative
 	@exec $(BIN)/python bench/engines.py $(ARGS)

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hb_assets.gateway.access import Access
 from hb_assets.gateway.backend import Backend
+from hb_assets.gateway.documentation import Documentation
 from hb_assets.gateway.edge import Edge
 from hb_assets.gateway.health import Health
 from hb_assets.gateway.heartbeats import Batch, One
@@ -33,6 +34,8 @@ HEALTH = "/health"
 LIVE = "/health/live"
 READY = "/health/ready"
 METRICS = "/metrics"
+OPENAPI = "/openapi.json"
+DOCS = "/docs"
 
 
 class Gateway:
@@ -77,6 +80,9 @@ def _routes(settings: Settings, backend: Backend, metrics: Metrics) -> dict[str,
     live = Route(None, request_response(health.live))
     ready = Route(None, request_response(health.ready))
     exposition = Route(ADMIN, request_response(Exposition(backend, metrics, health).get))
+    documentation = Documentation(settings)
+    openapi = Route(None, request_response(documentation.openapi))
+    docs = Route(None, request_response(documentation.docs))
     return {
         HEART_RATE: {
             "POST": Route(INGEST, One(settings, backend, limits, metrics)),
@@ -88,6 +94,8 @@ def _routes(settings: Settings, backend: Backend, metrics: Metrics) -> dict[str,
         READY: {"GET": ready, "HEAD": ready},
         LIVE: {"GET": live, "HEAD": live},
         METRICS: {"GET": exposition, "HEAD": exposition},
+        OPENAPI: {"GET": openapi, "HEAD": openapi},
+        DOCS: {"GET": docs, "HEAD": docs},
     }
 
 
