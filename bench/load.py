@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import lakes
+from bench.servers import Served
 
 SCRIPT = Path(__file__).with_name("post.lua")
 END_OF_BODY = "\x1e"
@@ -55,14 +56,14 @@ def missing() -> str | None:
 
 
 def post(
-    url: str,
+    served: Served,
+    path: str,
     bodies: Path,
     seconds: float,
     *,
     connections: int = 64,
     content_type: str = JSON,
     pause_ms: int = 0,
-    api_key: str | None = None,
 ) -> Posts:
     """Let wrk (one thread) post the bodies of a file in turn.
 
@@ -72,8 +73,8 @@ def post(
         FailedLoadError: an answer was not a 2xx, or a connection broke.
     """
     argv = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s"]
-    argv += ["-s", str(SCRIPT), url, "--", str(bodies), content_type, str(pause_ms)]
-    argv += [api_key] if api_key else []
+    argv += ["-s", str(SCRIPT), served.url + path]
+    argv += ["--", str(bodies), content_type, str(pause_ms), *_key(served)]
     done = subprocess.run(argv, check=False, capture_output=True, text=True)
     try:
         found = json.loads(done.stdout.strip().splitlines()[-1])
@@ -82,7 +83,7 @@ def post(
         raise FailedLoadError(f"wrk: {done.stderr or done.stdout}") from None
     if refused or broken or not found["requests"]:
         raise FailedLoadError(
-            f"{url}: of {found['requests']} requests {refused} were refused, {broken} broke"
+            f"{path}: of {found['requests']} requests {refused} were refused, {broken} broke"
         )
     return Posts(**found)
 
@@ -117,6 +118,10 @@ def batches(texts: Sequence[str], size: int, content_type: str) -> list[str]:
     return ["[" + ",".join(part) + "]" for part in parts]
 
 
+def _key(served: Served) -> list[str]:
+    return [served.api_key] if served.api_key else []
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """A GET of one user's minutes, and how many points its answer has to have."""
@@ -149,7 +154,7 @@ def _question(user: str, start: str, end: str, points: int) -> Question:
 class Client:
     """One keep-alive connection that asks one question after the other."""
 
-    def __init__(self, port: int, api_key: str | None = None) -> None:
+    def __init__(self, port: int, api_key: str | None) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
@@ -185,20 +190,13 @@ def percentile(times: Sequence[float], share: float) -> float:
 
 
 @contextlib.contextmanager
-def asking(port: int, rows: int, api_key: str | None = None) -> Iterator[None]:
+def asking(served: Served, rows: int) -> Iterator[None]:
     """GETs in a loop, in a process of its own, for the time of the block: each tenth a whole day.
 
     Raises:
         FailedLoadError: it ended by itself.
     """
-    argv = [
-        sys.executable,
-        "-m",
-        "bench.load",
-        str(port),
-        str(rows),
-        *([api_key] if api_key else []),
-    ]
+    argv = [sys.executable, "-m", "bench.load", str(served.port), str(rows), *_key(served)]
     child = subprocess.Popen(argv, cwd=Path(__file__).parent.parent, start_new_session=True)
     try:
         yield

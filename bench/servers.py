@@ -6,6 +6,7 @@ Belongs here: processes, ports, folders and environments. Doesn't belong here: l
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.client
 import os
 import signal
@@ -21,12 +22,17 @@ import psutil
 import redis
 
 from hb_assets.buffer import keys, server
+from hb_assets.gateway import keyring
 from hb_assets.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS = 60.0
-AMPLE = {"HB_BUFFER_MAX_HEARTBEATS": str(10**10), "HB_BUFFER_MAX_BYTES": "1TiB"}
-"""Bounds of the buffer that are never reached, since nobody drains here."""
+AMPLE = {
+    "HB_BUFFER_MAX_HEARTBEATS": str(10**10),
+    "HB_BUFFER_MAX_BYTES": "1TiB",
+    **{f"HB_LIMIT_{of}": "1000000000/1s" for of in ("USER", "KEY", "IP", "QUERIES")},
+}
+"""Bounds and rate limits that are in force, but so high that nothing is ever refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,7 @@ class Served:
 
     port: int
     process: psutil.Process
+    api_key: str | None = None
 
     @property
     def url(self) -> str:
@@ -79,8 +86,9 @@ class Served:
 
 @contextlib.contextmanager
 def gateway(folder: Path, buffer: Buffer, **more: str) -> Iterator[Served]:
-    """`hb serve` at its defaults, with its home in `folder`; `more` are settings of its own."""
+    """`hb serve` behind an API key, its home in `folder`; `more` are settings of its own."""
     port = _free_port()
+    _, api_key = keyring.create(Settings(home=folder), "bench", (keyring.INGEST, keyring.READ))
     environment = {
         "HB_HOME": str(folder),
         "HB_REDIS_URL": buffer.url,
@@ -89,7 +97,7 @@ def gateway(folder: Path, buffer: Buffer, **more: str) -> Iterator[Served]:
         **more,
     }
     with _serving([sys.executable, "-m", "hb_assets", "serve"], environment, port, folder) as found:
-        yield found
+        yield dataclasses.replace(found, api_key=api_key)
 
 
 @contextlib.contextmanager

@@ -139,10 +139,11 @@ def machine(folder: Path, programs: Sequence[str] = ()) -> list[str]:
     load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
     others = [f"{name} {importlib.metadata.version(name)}" for name in REFERENCE_PACKAGES]
+    busy = "" if os.getloadavg()[0] < 1 else ": others used the machine, so read the ratios only"
     return [
         (
             f"{os.cpu_count()} cores ({model}), {memory:.0f} GB, Linux {platform.release()}, "
-            f"{file_system(folder)}; load average before: {load}"
+            f"{file_system(folder)}; load average before: {load}{busy}"
         ),
         f"Python {platform.python_version()}; {', '.join([*versions, *programs])}",
         f"reference: {', '.join(others)}; commit {_commit()}",
