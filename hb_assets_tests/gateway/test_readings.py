@@ -93,30 +93,37 @@ def test_a_damaged_file_is_one_clear_line(
 
 
 @pytest.mark.parametrize(
-    ("changes", "field", "says"),
+    ("changes", "status", "fields", "says"),
     [
-        ({"user_id": None}, "user_id", "required"),
-        ({"user_id": "x" * 129}, "user_id", "128"),
-        ({"device_id": "x" * 129}, "device_id", "128"),
-        ({"start": None}, "start", "required"),
-        ({"end": ""}, "end", "required"),
-        ({"start": "yesterday"}, "start", "ISO 8601"),
-        ({"end": "2025-01-15"}, "end", "ISO 8601"),
-        ({"end": "2025-01-15T10:00:00Z"}, "start", "before"),
-        ({"end": "2025-01-15T09:00:00Z"}, "start", "before"),
-        ({"end": "2026-01-15T09:00:00Z"}, "end", "HB_QUERY_MAX_RANGE"),
+        ({"user_id": None}, 422, ["user_id"], "required"),
+        ({"user_id": ""}, 422, ["user_id"], "128"),
+        ({"user_id": "x" * 129}, 422, ["user_id"], "128"),
+        ({"device_id": "x" * 129}, 422, ["device_id"], "128"),
+        ({"start": None, "end": None}, 422, ["start", "end"], "required"),
+        ({"start": None, "end": "never"}, 422, ["start"], "required"),
+        ({"granularity": "2m"}, 422, ["granularity"], "1s, 1m, 5m, 1h, 1d"),
+        ({"fresh": "maybe"}, 422, ["fresh"], "true or false"),
+        ({"limit": "0"}, 422, ["limit"], "HB_QUERY_MAX_POINTS"),
+        ({"limit": "100001"}, 422, ["limit"], "100000"),
+        ({"limit": "ten"}, 422, ["limit"], "integer"),
+        ({"end": ""}, 400, ["end"], "ISO 8601"),
+        ({"start": "yesterday"}, 400, ["start"], "ISO 8601"),
+        ({"start": "yesterday", "end": "2025-01-15"}, 400, ["start", "end"], "ISO 8601"),
+        ({"end": "2025-01-15T10:00:00Z"}, 400, ["start"], "before"),
+        ({"end": "2025-01-15T09:00:00Z"}, 400, ["start"], "before"),
+        ({"end": "2026-01-15T09:00:00Z"}, 400, ["end"], "HB_QUERY_MAX_RANGE"),
     ],
 )
 def test_a_query_that_cannot_be_answered(
-    http: httpx.Client, changes: dict[str, str | None], field: str, says: str
+    http: httpx.Client, changes: dict[str, str | None], status: int, fields: list[str], says: str
 ) -> None:
     query: dict[str, Any] = HOUR | changes
     response = http.get(PATH, params={n: v for n, v in query.items() if v is not None})
-    assert response.status_code == 400
+    assert response.status_code == status
     assert response.headers["content-type"] == MEDIA_TYPE
     answer = response.json()
     assert says in answer["detail"]
-    assert [error["field"] for error in answer["errors"]] == [field]
+    assert [error["field"] for error in answer["errors"]] == fields
 
 
 def test_an_unescaped_plus_is_understood(http: httpx.Client) -> None:
