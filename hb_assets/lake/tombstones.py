@@ -135,12 +135,10 @@ def reached(rows: pa.Table, cutoffs_of_rows: Sequence[Cutoffs]) -> list[bool]:
 
 
 def reached_by(
-    ms: npt.NDArray[np.uint64],
-    seq: npt.NDArray[np.uint64],
-    source: npt.NDArray[np.int16],
-    cutoffs: Cutoffs,
+    arrival: Sequence[npt.NDArray[np.integer]], cutoffs: Cutoffs
 ) -> npt.NDArray[np.bool_]:
-    """Of each of one user's rows (columns of their identities) whether it arrived at a cutoff."""
+    """Of each of one user's rows (columns in the order of ARRIVAL) whether a cutoff reaches it."""
+    ms, seq, source, _ = arrival
     gone = np.zeros(len(ms), bool)
     for shard, (last_ms, last_seq) in cutoffs.items():
         gone |= (source == shard) & ((ms < last_ms) | ((ms == last_ms) & (seq <= last_seq)))
