@@ -95,7 +95,9 @@ def answer(
         found.append(points)
         count += points.num_rows
         if question.limit is not None and count > question.limit:
-            return _cut(pa.concat_tables(found), question, question.limit)
+            page = _cut(pa.concat_tables(found), question.limit)
+            if page is not None:
+                return page
     return Page(pa.concat_tables(found) if found else POINTS.empty_table())
 
 
@@ -143,15 +145,16 @@ def _days(lake: Lake, start_ms: int, end_ms: int, buffered: pa.Table | None) -> 
     return [day for day in sorted(known) if first <= day <= last]
 
 
-def _cut(points: pa.Table, question: Question, limit: int) -> Page:
-    """The first `limit` of more points, or fewer: up to the end of a bucket."""
+def _cut(points: pa.Table, limit: int) -> Page | None:
+    """The first `limit` of more points, or fewer: up to the end of a bucket.
+
+    A first bucket that holds more by itself makes a page; None while nothing else is known.
+    """
     starts = points["timestamp"].cast(pa.int64()).to_numpy()
-    following = int(starts[limit])
-    keep = int(starts.searchsorted(following))
-    if keep == 0:  # this bucket alone has more: the next page has to lead on all the same
-        keep = int(starts.searchsorted(following, "right"))
-        following += question.size_ms
-    return Page(points.slice(0, keep), following if following < question.end_ms else None)
+    keep = int(starts.searchsorted(starts[limit]))
+    if keep == 0:
+        keep = int(starts.searchsorted(starts[0], "right"))
+    return Page(points.slice(0, keep), int(starts[keep])) if keep < len(starts) else None
 
 
 def _until_still(ask: Callable[[], Answer]) -> Answer:
