@@ -80,11 +80,11 @@ class Readers:
 
     def _buffered(self, user_id: str) -> pa.Table | None:
         shard = shard_of(user_id, self._lake.shards)
-        # Our own appends write a name in one way, unless a part of it is escaped.
+        # Our own appends are canonical: a name is written in one way.
         name = msgspec.json.encode(user_id)
         entries = [
             entry
             for entry in contents.that_may_concern(self._client, shard, self._settings)
-            if entry.own is None or name in (entry.data or b"") or b"\\" in (entry.data or b"")
+            if entry.own is None or name in (entry.data or b"")
         ]
         return decode(entries, self._settings).rows if entries else None
