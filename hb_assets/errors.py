@@ -36,6 +36,10 @@ class BufferFullError(HbError):
         self.retry_after = retry_after
 
 
+class BufferTooLargeError(HbError):
+    """The buffer holds more than a question that asks for it (fresh=true) may read."""
+
+
 class SpoolFullError(HbError):
     """The gateway's spool is at its bound: nothing was stored; try again after `retry_after`."""
 

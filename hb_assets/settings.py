@@ -402,6 +402,15 @@ class Settings(BaseSettings):
     query_max_range: PositiveDuration = Field(
         default=dt.timedelta(days=31), description="Longest time range of one query."
     )
+    query_max_points: Count = Field(
+        default=100_000,
+        description="Most points of one answer; one that has more says where the next page begins.",
+    )
+    fresh_max_bytes: Annotated[Bytes, Field(ge=1024)] = Field(
+        default=32 * 2**20,
+        description="Most bytes of NDJSON that a query with fresh=true reads out of the buffer. "
+        "Where it holds more, such a query is refused (503) until it is drained.",
+    )
 
     # -- health
     health_drain_age: Duration = Field(

@@ -33,7 +33,6 @@ from hb_assets.lake import (
     minutes,
     pruning,
     quarantine,
-    query,
     tombstones,
 )
 from hb_assets.lake import erasure as in_lake
@@ -43,7 +42,7 @@ from hb_assets.lake.erasure import Whose
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
-from hb_assets_tests.lake.deliveries import DAY, NOON, entry, line
+from hb_assets_tests.lake.deliveries import DAY, NOON, entry, line, minute_points
 
 USER, OTHER = "Zoë-1234", "Zoë-12345"
 NEXT = NOON + 86_400_000
@@ -119,7 +118,7 @@ class House:
         assert audit(self.client, self.lake, self.settings, deep=True).differences == []
 
     def minutes_of(self, user: str) -> int:
-        return len(query.minute_points(self.lake, user, NOON, NEXT + 60_000, None, self.settings))
+        return len(minute_points(self.lake, user, NOON, NEXT + 60_000, None, self.settings))
 
 
 @pytest.fixture

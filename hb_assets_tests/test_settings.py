@@ -198,6 +198,8 @@ BAD = {
     "limit_queries": ["100", "0/1m", "many/1m", "5/0s", "5/later"],
     "trusted_proxies": ["proxy.example", "10.0.0.1,10.0.0.0/33"],
     "query_max_range": ["all"],
+    "query_max_points": ["0"],
+    "fresh_max_bytes": ["1"],
     "spool_max_bytes": ["-1", "much"],
     "health_drain_age": ["soon", "-1s"],
     "health_entry_age": ["soon"],

@@ -20,7 +20,9 @@ from hb_assets.cli.app import FAILED, AsJson, app, day_of, settings_of
 from hb_assets.coordination import coordinated
 from hb_assets.errors import HbError
 from hb_assets.lake import inventory, minutes, query
+from hb_assets.lake.buckets import GRANULARITIES
 from hb_assets.lake.consolidation import Consolidated
+from hb_assets.lake.query import Question
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 
@@ -135,23 +137,31 @@ def query_user(
     device: Annotated[
         str | None, typer.Option(help="Only this device; default: by device priority.")
     ] = None,
+    granularity: Annotated[
+        str, typer.Option(help=f"Span of a point: {', '.join(GRANULARITIES)}.")
+    ] = "1m",
     as_json: AsJson = False,
 ) -> None:
-    """Minute-level heart rate of one user, out of everything that is durable in the lake."""
+    """Heart rate of one user over time, out of everything that is durable in the lake."""
     settings = settings_of(context)
     first, last = _instant(start, "--start"), _instant(end, "--end")
     if first >= last:
         raise typer.BadParameter("must lie after --start", param_hint="--end")
-    points = query.minute_points(Lake.open(settings), user, first, last, device, settings)
+    if granularity not in GRANULARITIES:
+        raise typer.BadParameter(
+            f"must be one of {', '.join(GRANULARITIES)}", param_hint="--granularity"
+        )
+    question = Question(user, first, last, device, granularity)
+    points = query.answer(Lake.open(settings), question, settings).points.to_pylist()
     if as_json:
         output.print_json(
             {
                 "user_id": user,
                 "data": [
                     {
-                        "timestamp": _iso(point.minute_ms),
-                        "heart_rate": point.heart_rate,
-                        "device_id": point.device_id,
+                        "timestamp": _iso(point["timestamp"]),
+                        "heart_rate": point["heart_rate"],
+                        "device_id": point["device_id"],
                     }
                     for point in points
                 ],
@@ -159,9 +169,9 @@ def query_user(
             }
         )
         return
-    table = output.table(f"{len(points):,} points", "minute (UTC)", "bpm", "device")
+    table = output.table(f"{len(points):,} points", f"{granularity} from (UTC)", "bpm", "device")
     for point in points:
-        table.add_row(_iso(point.minute_ms), str(point.heart_rate), point.device_id)
+        table.add_row(_iso(point["timestamp"]), str(point["heart_rate"]), point["device_id"])
     output.results.print(table)
 
 
@@ -176,8 +186,7 @@ def _instant(text: str, option: str) -> int:
         ) from None
 
 
-def _iso(epoch_ms: int) -> str:
-    moment = days.EPOCH + dt.timedelta(milliseconds=epoch_ms)
+def _iso(moment: dt.datetime) -> str:
     return moment.isoformat().replace("+00:00", "Z")
 
 

@@ -1,7 +1,7 @@
 """The backend: what the gateway's handlers work with, opened and closed together.
 
 Belongs here: the producer, the spool, the API keys, the client that depth and health are read by,
-the lake, and the limits on threads that wait for them. Doesn't belong here: HTTP.
+the lake, its readers, and the limits on threads that wait for them. Doesn't belong here: HTTP.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -24,9 +23,9 @@ from hb_assets.errors import BufferUnavailableError, HbError, SpoolUnavailableEr
 from hb_assets.gateway.access import Access
 from hb_assets.gateway.intake import Intake
 from hb_assets.gateway.probes import LIMIT_SECONDS, Probe
+from hb_assets.gateway.readers import Asked, Readers, Reply
 from hb_assets.gateway.replay import Replayer
 from hb_assets.gateway.spool import Holdings, Spool
-from hb_assets.lake import query
 from hb_assets.lake.store import Lake
 from hb_assets.lake.survey import Survey, Surveyor
 from hb_assets.settings import Settings
@@ -64,12 +63,9 @@ class Backend:
             LakeMismatchError: the lake has another shard count or format.
             SettingsError: the spool has another shard count or format; the API keys can't be read.
         """
-        # More readers than cores only queue inside DuckDB, where they would slow down the posts.
-        self._readers = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "readers")
         self._probes = ThreadPoolExecutor(8, "probes")  # a thread each: one that hangs is alone
         async with contextlib.AsyncExitStack() as stack:
-            for pool in (self._readers, self._probes):
-                stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            stack.callback(self._probes.shutdown, wait=False, cancel_futures=True)
             await stack.enter_async_context(self.access.watched())
             self._client = connection.connect(self.settings)
             stack.callback(self._client.close)
@@ -82,6 +78,8 @@ class Backend:
                 await asyncio.to_thread(connection.ping, self._client)
                 await asyncio.to_thread(durability.require, self._client, self.settings)
             self._lake = await asyncio.to_thread(Lake.open, self.settings)
+            self._readers = Readers(self._lake, self._client, self.settings)
+            stack.callback(self._readers.close)
             self._make_probes()
             client = connection.connect_async(self.settings)
             stack.push_async_callback(client.aclose)
@@ -141,20 +139,9 @@ class Backend:
         """One line when Redis' clock and this machine's are far apart."""
         return self._producer.clock.warnings()
 
-    async def minute_points(
-        self, user_id: str, start_ms: int, end_ms: int, device_id: str | None
-    ) -> list[query.Point]:
-        """Minute-level points of a user, out of the lake, in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._readers,
-            query.minute_points,
-            self._lake,
-            user_id,
-            start_ms,
-            end_ms,
-            device_id,
-            self.settings,
-        )
+    async def reply(self, asked: Asked) -> Reply:
+        """The answer to a question, out of the lake and maybe the buffer. Raises as `Readers`."""
+        return await self._readers.reply(asked)
 
     async def depths(self) -> list[depth.ShardDepth]:
         """Depth of each shard.

@@ -1,108 +1,182 @@
-"""Readings: the GET handler, minute-level heart rate of one user.
+"""Readings: the GET handler, heart rate of one user over time.
 
-Belongs here: the query's parameters and the shape of the answer. Doesn't belong here: how minutes
-are computed and which device wins (`lake.query`).
+Belongs here: the query's parameters, and the headers of the answer. Doesn't belong here: how points
+are computed and which device wins (`lake.query`), and their bytes (`formats`).
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from typing import NoReturn
+from collections.abc import Collection
+from urllib.parse import urlencode
 
-import msgspec
-from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
 
 from hb_assets import record
 from hb_assets.days import EPOCH
+from hb_assets.errors import BufferTooLargeError, BufferUnavailableError
+from hb_assets.gateway import formats
 from hb_assets.gateway.access import check_user
 from hb_assets.gateway.backend import Backend
-from hb_assets.gateway.problems import ProblemError
-from hb_assets.lake.query import Point
+from hb_assets.gateway.problems import UNAVAILABLE_RETRY_SECONDS, ProblemError
+from hb_assets.gateway.readers import Asked
+from hb_assets.lake.buckets import GRANULARITIES
+from hb_assets.lake.query import Question
 from hb_assets.settings import Settings
 
 EXAMPLE = "2025-01-15T10:00:00Z"
-
-
-class Reading(msgspec.Struct, frozen=True, gc=False):
-    """One minute of one device; `timestamp` is the minute's start, UTC; `heart_rate` its mean."""
-
-    timestamp: dt.datetime
-    heart_rate: int
-    device_id: str
-
-
-class Answer(msgspec.Struct, frozen=True, gc=False):
-    """What GET /metrics/heart-rate answers."""
-
-    user_id: str
-    data: list[Reading]
-    count: int
+_YES = ("true", "1", "yes", "on", "t", "y")
+_NO = ("false", "0", "no", "off", "f", "n")
 
 
 class Readings:
-    """GET /metrics/heart-rate?user_id&start&end[&device_id]."""
+    """GET /metrics/heart-rate?user_id&start&end[&device_id][&granularity][&fresh][&limit]."""
 
     def __init__(self, settings: Settings, backend: Backend) -> None:
         self._backend = backend
-        self._longest = settings.query_max_range
+        self._settings = settings
 
     async def get(self, request: Request) -> Response:
-        """Minutes that [start, end) touches: of every device, as its priority says, or of one.
+        """Points of the buckets that [start, end) touches: of every device by priority, or of one.
 
         Raises:
-            ProblemError: 400, a parameter is missing or can't be used; 403, the key is for another
-                user.
+            ProblemError: 422, a parameter is missing or can't be used; 400, a time can't be read,
+                or both make no range; 403, the key is for another user; 406, no format of ours is
+                accepted; 503, the buffer can't be read, or holds too much.
             DamagedFileError: a file of the lake can't be read.
         """
+        media_type = formats.chosen(request.headers.getlist("accept"))
         given = request.query_params
-        user_id = _identifier("user_id", given.get("user_id"))
-        check_user(request.scope, user_id)
-        # An empty device_id is what a form with nothing chosen sends: no device asked for.
-        device = given.get("device_id")
-        device_id = _identifier("device_id", device) if device else None
-        start_ms = _instant("start", given.get("start"))
-        end_ms = _instant("end", given.get("end"))
-        if start_ms >= end_ms:
-            _refuse("start", "start must be before end")
-        longest_ms = self._longest // dt.timedelta(milliseconds=1)
-        if end_ms - start_ms > longest_ms:
-            _refuse(
-                "end",
-                f"the range from start to end may be at most {self._longest} (HB_QUERY_MAX_RANGE); "
-                "ask for it in parts",
-            )
-        points = await self._backend.minute_points(user_id, start_ms, end_ms, device_id)
-        body = await run_in_threadpool(_encode, user_id, points)
-        return Response(body, media_type="application/json")
+        question, fresh = _read(given, self._settings)
+        check_user(request.scope, question.user_id)
+
+        def page_at(start_ms: int) -> str:
+            others = [(name, value) for name, value in given.multi_items() if name != "start"]
+            return f"{request.url.path}?{urlencode([*others, ('start', _text(start_ms))])}"
+
+        try:
+            reply = await self._backend.reply(Asked(question, media_type, fresh, page_at))
+        except BufferUnavailableError:
+            raise _no_buffer(
+                "buffer-unavailable",
+                "The buffer can't be reached",
+                "what isn't in the lake yet can't be read now",
+            ) from None
+        except BufferTooLargeError as error:
+            raise _no_buffer(
+                "buffer-too-large", "The buffer holds too much for a query", str(error)
+            ) from None
+        headers = {"vary": "Accept"}
+        if reply.next is not None:
+            headers["link"] = f'<{reply.next}>; rel="next"'
+        return Response(reply.body, headers=headers, media_type=media_type)
 
 
-def _encode(user_id: str, points: list[Point]) -> bytes:
-    data = [
-        Reading(
-            EPOCH + dt.timedelta(milliseconds=point.minute_ms), point.heart_rate, point.device_id
+def _no_buffer(kind: str, title: str, why: str) -> ProblemError:
+    return ProblemError(
+        503,
+        kind,
+        title,
+        f"{why}; ask again later, or without fresh=true for what is in the lake",
+        retry_after=UNAVAILABLE_RETRY_SECONDS,
+    )
+
+
+def _read(given: QueryParams, settings: Settings) -> tuple[Question, bool]:
+    """The question, and whether it is about the buffer too.
+
+    As in the system before us a parameter that is missing or of the wrong type is a 422, and a time
+    that can't be used is a 400.
+    """
+    read = _Parameters(given)
+    most = settings.query_max_points
+    user_id = read.identifier("user_id")
+    # An empty device_id is what a form with nothing chosen sends: no device asked for.
+    device_id = read.identifier("device_id") if given.get("device_id") else None
+    granularity = read.choice("granularity", GRANULARITIES, "1m")
+    fresh = read.flag("fresh")
+    limit = read.count("limit", most, "HB_QUERY_MAX_POINTS")
+    start = read.required("start", f"a time like {EXAMPLE}")
+    end = read.required("end", f"a time like {EXAMPLE}")
+    read.refuse(422, "invalid-parameter", "The query's parameters can't be used")
+    start_ms, end_ms = read.instant("start", start), read.instant("end", end)
+    longest = settings.query_max_range
+    if not read.faults and start_ms >= end_ms:
+        read.fault("start", "start must be before end")
+    elif not read.faults and end_ms - start_ms > longest // dt.timedelta(milliseconds=1):
+        read.fault(
+            "end",
+            f"the range from start to end may be at most {longest} (HB_QUERY_MAX_RANGE); "
+            "ask for it in parts",
         )
-        for point in points
-    ]
-    return msgspec.json.encode(Answer(user_id, data, len(data)))
+    read.refuse(400, "invalid-time", "The query's times can't be used")
+    return Question(user_id, start_ms, end_ms, device_id, granularity, limit), fresh
 
 
-def _identifier(name: str, text: str | None) -> str:
-    if not text:
-        _refuse(name, f"{name} is required")
-    if len(text) > record.ID_LENGTH[1]:
-        _refuse(name, f"{name} must have 1 to {record.ID_LENGTH[1]} characters")
-    return text
+class _Parameters:
+    """Parameters of a query, read one by one; what is wrong with them is gathered."""
 
+    def __init__(self, given: QueryParams) -> None:
+        self._given = given
+        self.faults: list[tuple[str, str]] = []
 
-def _instant(name: str, text: str | None) -> int:
-    if not text:
-        _refuse(name, f"{name} is required, a time like {EXAMPLE}")
-    try:
-        return record.parse_instant(with_offset(text))
-    except ValueError:
-        _refuse(name, f"{name} must be ISO 8601 with date and time, like {EXAMPLE}")
+    def fault(self, name: str, message: str) -> None:
+        self.faults.append((name, message))
+
+    def refuse(self, status: int, kind: str, title: str) -> None:
+        """Raises ProblemError when anything was wrong so far."""
+        if self.faults:
+            raise ProblemError(
+                status,
+                kind,
+                title,
+                "; ".join(message for _, message in self.faults),
+                members={
+                    "errors": [{"field": name, "message": message} for name, message in self.faults]
+                },
+            )
+
+    def required(self, name: str, what: str) -> str:
+        text = self._given.get(name)
+        if text is None:
+            self.fault(name, f"{name} is required, {what}")
+        return text or ""
+
+    def identifier(self, name: str) -> str:
+        least, most = record.ID_LENGTH
+        rule = f"{least} to {most} characters"
+        text = self.required(name, rule)
+        if name in self._given and not least <= len(text) <= most:
+            self.fault(name, f"{name} must have {rule}")
+        return text
+
+    def choice(self, name: str, choices: Collection[str], default: str) -> str:
+        text = self._given.get(name, default)
+        if text not in choices:
+            self.fault(name, f"{name} must be one of {', '.join(choices)}")
+        return text
+
+    def flag(self, name: str) -> bool:
+        text = self._given.get(name, "false").lower()
+        if text not in (*_YES, *_NO):
+            self.fault(name, f"{name} must be true or false")
+        return text in _YES
+
+    def count(self, name: str, most: int, setting: str) -> int:
+        text = self._given.get(name, str(most))
+        if not (text.isascii() and text.isdigit() and len(text) < 20 and 1 <= int(text) <= most):
+            self.fault(name, f"{name} must be an integer from 1 to {most} ({setting})")
+            return most
+        return int(text)
+
+    def instant(self, name: str, text: str) -> int:
+        try:
+            return record.parse_instant(with_offset(text))
+        except ValueError:
+            self.fault(name, f"{name} must be ISO 8601 with date and time, like {EXAMPLE}")
+            return 0
 
 
 def with_offset(text: str) -> str:
@@ -116,11 +190,6 @@ def with_offset(text: str) -> str:
     return text
 
 
-def _refuse(name: str, reason: str) -> NoReturn:
-    raise ProblemError(
-        400,
-        "invalid-query",
-        "The query can't be answered",
-        reason,
-        members={"errors": [{"field": name, "message": reason}]},
-    )
+def _text(epoch_ms: int) -> str:
+    moment = EPOCH + dt.timedelta(milliseconds=epoch_ms)
+    return moment.isoformat().replace("+00:00", "Z")

@@ -135,13 +135,18 @@ def footer(path: Path) -> pq.FileMetaData:
     """
     try:
         return pq.read_metadata(path)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise meaning(error, path) from None
 
 
 def note(path: Path, kind: type[Note]) -> Note:
     """Our own note in the file's footer. Raises as `footer` does."""
-    said, _ = _sealed(path, footer(path))
+    return note_in(footer(path), path, kind)
+
+
+def note_in(found: pq.FileMetaData, path: Path, kind: type[Note]) -> Note:
+    """Our own note in a footer that was read from `path`. Raises DamagedFileError."""
+    said, _ = _sealed(path, found)
     try:
         return msgspec.json.decode(said, type=kind)
     except msgspec.MsgspecError as error:
@@ -201,11 +206,11 @@ def verify_footer(path: Path, schema: pa.Schema) -> None:
                     found = pc.min_max(rows[name]).as_py()
                     if (said.min, said.max) != (found["min"], found["max"]):
                         raise damaged(path, f"its footer is wrong about the column {name}")
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise meaning(error, path) from None
 
 
-_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What pyarrow raises for bytes that aren't Parquet, and for a disk that can't be read."""
 
 
@@ -235,7 +240,7 @@ def explained(error: Exception, paths: Iterable[Path]) -> HbError:
                     pass
         except FileNotFoundError:
             continue
-        except _UNREADABLE as fault:
+        except UNREADABLE as fault:
             found = meaning(fault, path)
             if isinstance(found, OSError):
                 raise found from None

@@ -1,27 +1,26 @@
-"""Questions to the lake: one user's minute-level heart rate, every durable heartbeat included.
+"""Questions to the lake: one user's heart rate over time, every durable heartbeat included.
 
-Belongs here: reading consolidated files together with pending fragments (invariant 5). Doesn't
-belong here: HTTP, and what still lies in the buffer.
+Belongs here: a question, its days one by one, and the page of points that answers it. Doesn't
+belong here: files (`rows`), the rule behind a point (`buckets`), HTTP, and reading the buffer.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
 
-import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from hb_assets import days
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import consolidated, fragments, inventory, parquet, tombstones
-from hb_assets.lake.consolidated import Current
-from hb_assets.lake.engine import engine
-from hb_assets.lake.minutes import AGGREGATE, MINUTE_MS
+from hb_assets.lake import buckets, inventory, rows, tombstones
+from hb_assets.lake.buckets import GRANULARITIES, POINTS, joined
+from hb_assets.lake.rows import Wanted
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
-from hb_assets.schema import ARRIVAL
 from hb_assets.settings import Settings
 
 _ATTEMPTS = 10
@@ -29,120 +28,133 @@ _MANY_DAYS = 400
 Answer = TypeVar("Answer")
 
 
-class Point(NamedTuple):
-    """Mean heart rate of one device in one minute: `minute_ms` is its start, epoch ms."""
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked.
 
-    minute_ms: int
-    heart_rate: int
-    device_id: str
+    Attributes:
+        user_id: whose heart rate.
+        start_ms: first instant, epoch milliseconds.
+        end_ms: first instant after the range.
+        device_id: all readings of this device; None: readings that device priority keeps.
+        granularity: span of a point, a name in GRANULARITIES.
+        limit: most points of the answer; None: all of them. The points of one bucket are never
+            parted, so that one bucket of many devices may hold more.
+    """
+
+    user_id: str
+    start_ms: int
+    end_ms: int
+    device_id: str | None = None
+    granularity: str = "1m"
+    limit: int | None = None
+
+    @property
+    def size_ms(self) -> int:
+        """Span of a point in milliseconds."""
+        return GRANULARITIES[self.granularity]
+
+    def whole_buckets(self) -> tuple[int, int]:
+        """The range grown to whole buckets: its start rounded down, its end up."""
+        size = self.size_ms
+        return self.start_ms // size * size, -(-self.end_ms // size) * size
 
 
-_USER = {
-    forgotten: f"""
-WITH readings AS (
-    SELECT user_id, device_id, timestamp,
-        arg_max(heart_rate, row({", ".join(ARRIVAL)})) AS heart_rate
-    FROM read_parquet($paths, hive_partitioning = false) AS delivered
-    {tombstones.NOT_REACHED if forgotten else ""}
-    WHERE user_id = $user
-        AND timestamp >= make_timestamptz($start * 1000)
-        AND timestamp < make_timestamptz($end * 1000)
-    GROUP BY user_id, device_id, timestamp
-)
-"""
-    for forgotten in (False, True)
-}
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Points (buckets.POINTS) in order of time and device; `next_ms`: where those left out begin.
+
+    Ask the same question from `next_ms` on for the next page; None: this is the last one.
+    """
+
+    points: pa.Table
+    next_ms: int | None = None
 
 
-def whole_minutes(start_ms: int, end_ms: int) -> tuple[int, int]:
-    """The range grown to whole minutes: its start rounded down, its end up."""
-    return start_ms // MINUTE_MS * MINUTE_MS, -(-end_ms // MINUTE_MS) * MINUTE_MS
-
-
-def minute_points(
-    lake: Lake,
-    user_id: str,
-    start_ms: int,
-    end_ms: int,
-    device_id: str | None,
-    settings: Settings,
-) -> list[Point]:
-    """One point per minute and device, by minute and device.
+def answer(
+    lake: Lake, question: Question, settings: Settings, buffered: pa.Table | None = None
+) -> Page:
+    """The points of a question, as far as its limit lets them.
 
     Args:
         lake: which lake.
-        user_id: whose heart rate.
-        start_ms: first instant, epoch milliseconds; rounded down to its minute.
-        end_ms: first instant after the range; rounded up to a minute.
-        device_id: all readings of this device; None: readings that device priority keeps.
-        settings: for DEVICE_PRIORITY, memory and threads.
+        question: what is asked.
+        settings: for DEVICE_PRIORITY.
+        buffered: rows that aren't in the lake yet, as `decode.Decoded.rows`; they have to be read
+            before this call, so that none is missed on its way into the lake.
 
     Raises:
         DamagedFileError: a file can't be read.
+        HbError: memory is short.
     """
-    start_ms, end_ms = whole_minutes(start_ms, end_ms)
-
-    def ask() -> list[Point]:
-        shard = shard_of(user_id, lake.shards)
-        forgotten = tombstones.of_user(lake, user_id)
-        paths, published = _files(lake, shard, start_ms, end_ms)
-        if not paths:
-            return []
-        with engine(settings) as connection:
-            try:
-                if forgotten:
-                    connection.register("cutoffs", tombstones.table(forgotten.cutoffs))
-                rows = connection.sql(
-                    _USER[forgotten is not None] + AGGREGATE,
-                    params={
-                        "paths": paths,
-                        "user": user_id,
-                        "start": start_ms,
-                        "end": end_ms,
-                        "priority": list(settings.device_priority),
-                    },
-                ).fetchall()
-            except duckdb.IOException:
-                raise
-            except duckdb.Error as error:
-                raise parquet.explained(error, map(Path, paths)) from None
-        for day, seen in published.items():
-            if not consolidated.is_published(lake, seen, day, shard):
-                raise _MovedError(f"day {day.isoformat()} is being consolidated all the time")
-        return _points(rows, device_id)
-
-    return _until_still(ask)
+    if buffered is not None:
+        buffered = buffered.filter(pc.equal(buffered["user_id"], question.user_id))
+    found: list[pa.Table] = []
+    count = 0
+    for points in _days_points(lake, question, settings, buffered):
+        found.append(points)
+        count += points.num_rows
+        if question.limit is not None and count > question.limit:
+            page = _cut(pa.concat_tables(found), question.limit)
+            if page is not None:
+                return page
+    return Page(pa.concat_tables(found) if found else POINTS.empty_table())
 
 
-class _MovedError(Exception):
-    """A file was replaced between the reading of its note and of its rows."""
+def _days_points(
+    lake: Lake, question: Question, settings: Settings, buffered: pa.Table | None
+) -> Iterator[pa.Table]:
+    """Points of each day: no bucket spans two of them."""
+    start_ms, end_ms = question.whole_buckets()
+    shard = shard_of(question.user_id, lake.shards)
+    for day in _days(lake, start_ms, end_ms, buffered):
+        first, last = max(start_ms, days.start_ms(day)), min(end_ms, days.end_ms(day))
+
+        def ask(day: dt.date = day, first: int = first, last: int = last) -> pa.Table:
+            forgotten = tombstones.of_user(lake, question.user_id)
+            wanted = Wanted(
+                question.user_id,
+                first,
+                last,
+                question.device_id,
+                forgotten.cutoffs if forgotten else None,
+            )
+            held = [] if buffered is None else rows.in_table(buffered, wanted)
+            found = rows.of_user(lake, day, shard, wanted, identified=bool(held)) + held
+            if not found:
+                return POINTS.empty_table()
+            return buckets.points(
+                joined(found),
+                question.size_ms,
+                settings.device_priority,
+                every_device=question.device_id is not None,
+            )
+
+        yield _until_still(ask)
 
 
-def _files(
-    lake: Lake, shard: int, start_ms: int, end_ms: int
-) -> tuple[list[str], dict[dt.date, Current]]:
-    """Files that hold every durable row of the shard's days, and those of them that are replaced.
-
-    Raw is listed first (invariant 5).
-    """
-    paths = []
-    replaced = {}
-    for day in _days(lake, start_ms, end_ms):
-        raw = fragments.listed(lake, day, shard)
-        published = consolidated.current(lake, day, shard)
-        if published is not None:
-            paths.append(str(published.path))
-            replaced[day] = published
-        paths += [str(one.path) for one in consolidated.pending(published, raw)]
-    return paths, replaced
-
-
-def _days(lake: Lake, start_ms: int, end_ms: int) -> list[dt.date]:
-    """Days of the range; of a long range those that the lake holds, which may be far fewer."""
+def _days(lake: Lake, start_ms: int, end_ms: int, buffered: pa.Table | None) -> list[dt.date]:
+    """Days of the range; of a long range those of which there is anything, which may be few."""
     if end_ms - start_ms <= _MANY_DAYS * days.MS_PER_DAY:
         return days.days_between(start_ms, end_ms)
+    known = set(inventory.days(lake))
+    if buffered is not None:
+        numbers = buffered["day"].unique().to_pylist()
+        known |= {days.day_of(number * days.MS_PER_DAY) for number in numbers}
     first, last = days.day_of(start_ms), days.day_of(end_ms - 1)
-    return [day for day in inventory.days(lake) if first <= day <= last]
+    return [day for day in sorted(known) if first <= day <= last]
+
+
+def _cut(points: pa.Table, limit: int) -> Page | None:
+    """The first `limit` of more points, or fewer: up to the end of a bucket.
+
+    A first bucket that holds more by itself makes a page; None while nothing else is known.
+    """
+    starts = points["timestamp"].cast(pa.int64()).to_numpy()
+    keep = int(starts.searchsorted(starts[limit]))
+    if keep == 0:
+        keep = int(starts.searchsorted(starts[0], "right"))
+    return Page(points.slice(0, keep), int(starts[keep])) if keep < len(starts) else None
 
 
 def _until_still(ask: Callable[[], Answer]) -> Answer:
@@ -150,7 +162,7 @@ def _until_still(ask: Callable[[], Answer]) -> Answer:
     for attempt in range(_ATTEMPTS):
         try:
             return ask()
-        except (duckdb.IOException, FileNotFoundError, _MovedError) as error:
+        except (FileNotFoundError, rows.MovedError) as error:
             if attempt == _ATTEMPTS - 1:
                 raise DamagedFileError(f"the lake can't be read: {_first_line(error)}") from None
     raise AssertionError("unreachable")
@@ -158,17 +170,3 @@ def _until_still(ask: Callable[[], Answer]) -> Answer:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
-
-
-def _points(rows: Sequence[tuple[Any, ...]], device_id: str | None) -> list[Point]:
-    points = []
-    for _, minute, device, all_sum, all_count, _, _, kept_sum, kept_count, _, _ in rows:
-        if device_id is None:
-            total, count = kept_sum, kept_count
-        elif device == device_id:
-            total, count = all_sum, all_count
-        else:
-            continue
-        if count:  # the mean, half rounded up
-            points.append(Point(minute, (2 * total + count) // (2 * count), device))
-    return points

@@ -19,6 +19,8 @@ from typing import TypeAlias
 
 import duckdb
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -130,6 +132,17 @@ def reached(rows: pa.Table, cutoffs_of_rows: Sequence[Cutoffs]) -> list[bool]:
         (ms, seq) <= cutoffs.get(source, BEFORE_ALL)
         for source, ms, seq, cutoffs in zip(*columns, cutoffs_of_rows, strict=True)
     ]
+
+
+def reached_by(
+    arrival: Sequence[npt.NDArray[np.integer]], cutoffs: Cutoffs
+) -> npt.NDArray[np.bool_]:
+    """Of each of one user's rows (columns in the order of ARRIVAL) whether a cutoff reaches it."""
+    ms, seq, source, _ = arrival
+    gone = np.zeros(len(ms), bool)
+    for shard, (last_ms, last_seq) in cutoffs.items():
+        gone |= (source == shard) & ((ms < last_ms) | ((ms == last_ms) & (seq <= last_seq)))
+    return gone
 
 
 def _user_in(raw: bytes) -> str | None:

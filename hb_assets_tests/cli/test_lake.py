@@ -110,6 +110,9 @@ def test_query(lake: Lake) -> None:
     shown = hb("query", "u1", "--start", START, "--end", END, "--device", "device_a").stdout
     assert "80" in shown
     assert told("query", "u1", "--start", START, "--end", END, "--device", "other")["count"] == 0
+    of_the_day = told("query", "u1", "--start", START, "--end", END, "--granularity", "1d")
+    assert [point["timestamp"] for point in of_the_day["data"]] == ["2025-01-15T00:00:00Z"]
+    complaint("query", "u1", "--start", START, "--end", END, "--granularity", "2m")
     assert told("query", "nobody", "--start", START, "--end", END)["data"] == []
 
 

@@ -1,25 +1,42 @@
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pyarrow as pa
 import pytest
+import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hb_assets.buffer import contents, foreign, keys
+from hb_assets.buffer.consumer import Consumer
 from hb_assets.days import MS_PER_DAY
+from hb_assets.drain import drain
+from hb_assets.gateway.formats import ENCODERS
 from hb_assets.gateway.problems import MEDIA_TYPE
 from hb_assets.gateway.readings import with_offset
-from hb_assets.lake import fragments
+from hb_assets.lake import fragments, query
 from hb_assets.lake.store import Lake
 from hb_assets.record import parse_instant, shard_of
 from hb_assets.schema import HEARTBEATS
 from hb_assets.settings import Settings
-from hb_assets_tests.gateway.conftest import PATH
+from hb_assets_tests.gateway.conftest import PATH, heartbeat
 
 HOUR = {"user_id": "u1", "start": "2025-01-15T10:00:00Z", "end": "2025-01-15T11:00:00Z"}
+
+
+@pytest.fixture
+def redis_url(server_urls: Callable[[str], str]) -> str:
+    """One server: which kind it is makes no difference here."""
+    url = server_urls("valkey")
+    with contextlib.closing(redis.Redis.from_url(url)) as client:
+        client.flushall()
+    return url
 
 
 def test_nobody_known(http: httpx.Client) -> None:
@@ -79,6 +96,133 @@ def test_minutes_of_all_devices_or_of_one(two_devices: Settings, http: httpx.Cli
     ]
 
 
+def test_granularity_and_pages(two_devices: Settings, http: httpx.Client) -> None:
+    asked = HOUR | {"granularity": "1s"}
+    whole = http.get(PATH, params=asked).json()
+    assert [row["timestamp"][11:] for row in whole["data"]] == [
+        "10:00:00Z",
+        "10:00:30Z",
+        "10:01:00Z",
+    ]
+    day = http.get(PATH, params=HOUR | {"granularity": "1d", "device_id": "device_b"}).json()
+    assert day["data"] == [
+        {"timestamp": "2025-01-15T00:00:00Z", "heart_rate": 90, "device_id": "device_b"}
+    ]
+    found: list[dict[str, Any]] = []
+    response = http.get(PATH, params=asked | {"limit": "1", "user_id": "u1"})
+    while True:
+        assert response.json()["count"] == 1
+        found += response.json()["data"]
+        if "next" not in response.links:
+            break
+        assert response.links["next"]["url"] == response.json()["next"]
+        response = http.get(response.json()["next"])
+    assert found == whole["data"]
+    assert "next" not in response.json()
+
+
+@pytest.mark.parametrize("media_type", ENCODERS)
+def test_formats(two_devices: Settings, http: httpx.Client, media_type: str) -> None:
+    response = http.get(PATH, params=HOUR | {"limit": "1"}, headers={"accept": media_type})
+    assert response.status_code == 200
+    assert response.headers["content-type"].partition(";")[0] == media_type
+    assert response.headers["vary"] == "Accept"
+    assert "start=2025-01-15T10%3A01%3A00Z" in response.links["next"]["url"]
+    assert b"device_a" in response.content
+    head = http.head(PATH, params=HOUR | {"limit": "1"}, headers={"accept": media_type})
+    assert head.headers["content-length"] == str(len(response.content))
+    assert head.content == b""
+
+
+def test_no_format_that_we_have(http: httpx.Client) -> None:
+    response = http.get(PATH, params=HOUR, headers={"accept": "text/html"})
+    assert response.status_code == 406
+    assert response.headers["content-type"] == MEDIA_TYPE
+    assert response.json()["offered"] == list(ENCODERS)
+
+
+# -- what is still in the buffer
+
+
+def _rates(http: httpx.Client, **more: str) -> list[int]:
+    answer = http.get(PATH, params=HOUR | {"granularity": "1s"} | more)
+    assert answer.status_code == 200, answer.text
+    return [row["heart_rate"] for row in answer.json()["data"]]
+
+
+def test_fresh_is_what_waits_claimed_or_foreign_too(
+    http: httpx.Client, client: redis.Redis, consumer: Consumer, settings: Settings
+) -> None:
+    user = 'u"1'  # escaped, wherever it is written
+    beats = [
+        heartbeat(user_id=user, timestamp=f"2025-01-15T10:00:0{n}Z", heart_rate=60 + n)
+        for n in range(4)
+    ]
+    shard = shard_of(user, settings.shards)
+    other = (shard + 1) % settings.shards
+    http.post(PATH, json=beats[1])
+    drain(consumer, Lake.open(settings), settings, until_empty=True)  # in the lake
+    foreign.append(client, other, json.dumps(beats[0]).replace("u", "\\u0075").encode())
+    http.post(PATH, json=beats[2])
+    assert len(consumer.claim(100, 10**6)) == 2  # pending
+    http.post(PATH, json=beats[3] | {"timestamp": beats[1]["timestamp"]})  # corrects it
+    http.post(PATH, json=heartbeat(user_id="somebody else"))
+    assert _rates(http, user_id=user) == [61]
+    assert _rates(http, user_id=user, fresh="true") == [60, 63, 62]
+    assert _rates(http, user_id=user, fresh="no") == [61]
+
+
+def test_fresh_misses_nothing_that_is_drained_meanwhile(
+    http: httpx.Client,
+    consumer: Consumer,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The buffer is read before the lake: between the two everything goes from one to the other."""
+    http.post(PATH, json=heartbeat())
+    drained = []
+
+    def followed_by_a_drain(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            found = original(*arguments)
+            if not drained:
+                drain(consumer, Lake.open(settings), settings, until_empty=True)
+            drained.append(original)
+            return found
+
+        return call
+
+    for module, name in ((contents, "that_may_concern"), (query, "answer")):
+        monkeypatch.setattr(module, name, followed_by_a_drain(getattr(module, name)))
+    assert _rates(http, fresh="1") == [75]
+    assert len(drained) == 2
+    assert consumer.empty()
+
+
+def test_a_buffer_that_cannot_be_asked(
+    http: httpx.Client,
+    client: redis.Redis,
+    settings: Settings,
+    serving: Callable[[Settings], contextlib.AbstractContextManager[httpx.Client]],
+) -> None:
+    small = settings.model_copy(update={"fresh_max_bytes": 1024})
+    with serving(small) as narrow:
+        for _ in range(20):
+            narrow.post(PATH, json=heartbeat())
+        response = narrow.get(PATH, params=HOUR | {"fresh": "true"})
+        assert response.status_code == 503
+        assert response.json()["type"].endswith(":buffer-too-large")
+        assert "HB_FRESH_MAX_BYTES" in response.json()["detail"]
+        assert int(response.headers["retry-after"]) >= 1
+        assert _rates(narrow) == []
+    client.set(keys.stream(0), "something else")
+    client.delete(keys.stream(1))
+    response = http.get(PATH, params=HOUR | {"fresh": "true"})
+    assert response.status_code == 503
+    assert response.json()["type"].endswith(":buffer-unavailable")
+    assert _rates(http) == []
+
+
 def test_a_damaged_file_is_one_clear_line(
     two_devices: Settings, http: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -92,31 +236,36 @@ def test_a_damaged_file_is_one_clear_line(
     assert ".parquet" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("changes", "field", "says"),
-    [
-        ({"user_id": None}, "user_id", "required"),
-        ({"user_id": "x" * 129}, "user_id", "128"),
-        ({"device_id": "x" * 129}, "device_id", "128"),
-        ({"start": None}, "start", "required"),
-        ({"end": ""}, "end", "required"),
-        ({"start": "yesterday"}, "start", "ISO 8601"),
-        ({"end": "2025-01-15"}, "end", "ISO 8601"),
-        ({"end": "2025-01-15T10:00:00Z"}, "start", "before"),
-        ({"end": "2025-01-15T09:00:00Z"}, "start", "before"),
-        ({"end": "2026-01-15T09:00:00Z"}, "end", "HB_QUERY_MAX_RANGE"),
-    ],
-)
-def test_a_query_that_cannot_be_answered(
-    http: httpx.Client, changes: dict[str, str | None], field: str, says: str
-) -> None:
-    query: dict[str, Any] = HOUR | changes
-    response = http.get(PATH, params={n: v for n, v in query.items() if v is not None})
-    assert response.status_code == 400
-    assert response.headers["content-type"] == MEDIA_TYPE
-    answer = response.json()
-    assert says in answer["detail"]
-    assert [error["field"] for error in answer["errors"]] == [field]
+CANNOT_BE_ANSWERED: list[tuple[dict[str, str | None], int, list[str], str]] = [
+    ({"user_id": None}, 422, ["user_id"], "required"),
+    ({"user_id": ""}, 422, ["user_id"], "128"),
+    ({"user_id": "x" * 129}, 422, ["user_id"], "128"),
+    ({"device_id": "x" * 129}, 422, ["device_id"], "128"),
+    ({"start": None, "end": None}, 422, ["start", "end"], "required"),
+    ({"start": None, "end": "never"}, 422, ["start"], "required"),
+    ({"granularity": "2m"}, 422, ["granularity"], "1s, 1m, 5m, 1h, 1d"),
+    ({"fresh": "maybe"}, 422, ["fresh"], "true or false"),
+    ({"limit": "0"}, 422, ["limit"], "HB_QUERY_MAX_POINTS"),
+    ({"limit": "100001"}, 422, ["limit"], "100000"),
+    ({"limit": "ten"}, 422, ["limit"], "integer"),
+    ({"end": ""}, 400, ["end"], "ISO 8601"),
+    ({"start": "yesterday"}, 400, ["start"], "ISO 8601"),
+    ({"start": "yesterday", "end": "2025-01-15"}, 400, ["start", "end"], "ISO 8601"),
+    ({"end": "2025-01-15T10:00:00Z"}, 400, ["start"], "before"),
+    ({"end": "2025-01-15T09:00:00Z"}, 400, ["start"], "before"),
+    ({"end": "2026-01-15T09:00:00Z"}, 400, ["end"], "HB_QUERY_MAX_RANGE"),
+]
+
+
+def test_queries_that_cannot_be_answered(http: httpx.Client) -> None:
+    for changes, status, fields, says in CANNOT_BE_ANSWERED:
+        query: dict[str, Any] = HOUR | changes
+        response = http.get(PATH, params={n: v for n, v in query.items() if v is not None})
+        assert response.status_code == status, changes
+        assert response.headers["content-type"] == MEDIA_TYPE
+        answer = response.json()
+        assert says in answer["detail"]
+        assert [error["field"] for error in answer["errors"]] == fields
 
 
 def test_an_unescaped_plus_is_understood(http: httpx.Client) -> None:

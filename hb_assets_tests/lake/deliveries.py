@@ -7,14 +7,16 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hb_assets import days
-from hb_assets.lake import fragments, layout, quarantine
+from hb_assets.lake import fragments, layout, quarantine, query
 from hb_assets.lake.decode import decode
 from hb_assets.lake.fragments import Fragment
+from hb_assets.lake.query import Question
 from hb_assets.lake.store import Lake
 from hb_assets.schema import ARRIVAL
 from hb_assets.settings import Settings
@@ -89,6 +91,28 @@ def survivors(rows: Sequence[Row]) -> dict[tuple[str, str, int], Row]:
     for one in sorted(rows, key=lambda row: row[4]):
         found[one[:3]] = one
     return found
+
+
+class Point(NamedTuple):
+    """Start of the bucket (epoch ms), mean heart rate, device."""
+
+    start_ms: int
+    heart_rate: int
+    device_id: str
+
+
+def points_of(points: pa.Table) -> list[Point]:
+    starts = points["timestamp"].cast(pa.int64()).to_pylist()
+    names = points["device_id"].to_pylist()
+    return list(map(Point, starts, points["heart_rate"].to_pylist(), names))
+
+
+def minute_points(
+    lake: Lake, user: str, start_ms: int, end_ms: int, device: str | None, settings: Settings
+) -> list[Point]:
+    """Every point of a question at the default granularity."""
+    asked = Question(user, start_ms, end_ms, device)
+    return points_of(query.answer(lake, asked, settings).points)
 
 
 def left_behind(root: Path) -> list[Path]:

@@ -18,11 +18,21 @@ from hb_assets import days
 from hb_assets.errors import DamagedFileError
 from hb_assets.lake import checks, consolidated, fragments, layout, minutes, query
 from hb_assets.lake.consolidation import consolidate
-from hb_assets.lake.query import Point, minute_points
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
-from hb_assets_tests.lake.deliveries import DAY, NOON, Row, deliver, entry, line, raw, survivors
+from hb_assets_tests.lake.deliveries import (
+    DAY,
+    NOON,
+    Point,
+    Row,
+    deliver,
+    entry,
+    line,
+    minute_points,
+    raw,
+    survivors,
+)
 
 MINUTE = 60_000
 Cell = tuple[str, int, str]
@@ -59,7 +69,7 @@ def points(
         if wanted and values:
             half_up = int(sum(values) / len(values) + 0.5)
             found.append(Point(minute, half_up, which))
-    return sorted(found, key=lambda point: (point.minute_ms, point.device_id))
+    return sorted(found, key=lambda point: (point.start_ms, point.device_id))
 
 
 def stored(lake: Lake, day: dt.date = DAY) -> list[dict[str, Any]]:
@@ -227,7 +237,7 @@ def test_mean_is_rounded_half_up(lake: Lake, settings: Settings, bpm: list[int],
     ],
 )
 def test_range_grows_to_whole_minutes(start: int, end: int, whole: tuple[int, int]) -> None:
-    assert query.whole_minutes(start, end) == whole
+    assert query.Question("u1", start, end).whole_buckets() == whole
 
 
 @pytest.mark.parametrize("user", ["nobody", "", "'; DROP TABLE x; --", "u1\x00", "😀", "../u1"])

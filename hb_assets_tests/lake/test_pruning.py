@@ -26,7 +26,6 @@ from hb_assets.lake import (
     ledger,
     parquet,
     pruning,
-    query,
 )
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.decode import decode
@@ -44,6 +43,7 @@ from hb_assets_tests.lake.deliveries import (
     entry,
     left_behind,
     line,
+    minute_points,
     rows_of,
     survivors,
 )
@@ -374,7 +374,7 @@ def test_reader_overtaken_by_a_pruner(
         return original(*arguments)
 
     monkeypatch.setattr(consolidated, "pending", overtaken)
-    points = query.minute_points(lake, "u1", NOON, NOON + 60_000, None, settings)
+    points = minute_points(lake, "u1", NOON, NOON + 60_000, None, settings)
     assert [point.heart_rate for point in points] == [60]
 
 
@@ -450,12 +450,12 @@ def test_a_damaged_file_whose_raw_was_pruned_stays(lake: Lake, settings: Setting
         with pytest.raises(DamagedFileError, match="put a whole copy in its place"):
             consolidate(lake, DAY, settings, rebuild=rebuild)
     with pytest.raises(DamagedFileError):
-        query.minute_points(lake, "u1", NOON, NOON + 60_000, None, settings)
+        minute_points(lake, "u1", NOON, NOON + 60_000, None, settings)
     path.unlink()
     with pytest.raises(DamagedFileError, match=r"is gone, and raw fragments .* were pruned"):
         consolidate(lake, DAY, settings)
     with pytest.raises(DamagedFileError, match="is gone"):
-        query.minute_points(lake, "u1", NOON, NOON + 60_000, None, settings)
+        minute_points(lake, "u1", NOON, NOON + 60_000, None, settings)
     path.write_bytes(whole)
     assert consolidate(lake, DAY, settings).unique == 2
 

@@ -1,0 +1,252 @@
+"""Rows of one user: out of the files that may hold them, and out of no more of each than needed.
+
+Belongs here: which files of a (day, shard) are asked (invariant 5), which row groups of each, and
+what is remembered of footers, so that the cost depends on what is asked and not on what is stored.
+Doesn't belong here: what the rows mean (`buckets`), and days (`query`).
+
+A footer is remembered by path, inode and time of change; a fragment's by its path alone, since it
+never changes. Once a consolidated file is open, it is looked at again: still the one that the
+footer is of, or else note and rows would be of two editions. What replaces it later is another
+inode, and the open one stays whole.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hb_assets import days
+from hb_assets.lake import consolidated, fragments, layout, parquet, tombstones
+from hb_assets.lake.buckets import Integers, Readings
+from hb_assets.lake.consolidated import ConsolidatedNote, Current
+from hb_assets.lake.store import Lake
+from hb_assets.lake.tombstones import Cutoffs
+from hb_assets.schema import ARRIVAL, HEARTBEATS
+
+_PLAIN = ("user_id", "device_id", "timestamp", "heart_rate")
+_FEW_DEVICES = 16
+_USER, _TIMESTAMP = HEARTBEATS.get_field_index("user_id"), HEARTBEATS.get_field_index("timestamp")
+
+
+class MovedError(Exception):
+    """A file was replaced between the reading of its footer and of its rows: ask again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which rows: one user's, of the half-open range, of one device or of all.
+
+    `cutoffs` are those of a user who was forgotten: what arrived up to them isn't there any more.
+    """
+
+    user_id: str
+    start_ms: int
+    end_ms: int
+    device_id: str | None = None
+    cutoffs: Cutoffs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What a footer says of a row group: least and greatest user and timestamp (None: nothing)."""
+
+    users: tuple[str, str] | None
+    times: tuple[int, int] | None
+
+    def may_hold(self, wanted: Wanted) -> bool:
+        if self.users and not self.users[0] <= wanted.user_id <= self.users[1]:
+            return False
+        return not self.times or (
+            self.times[0] < wanted.end_ms and self.times[1] >= wanted.start_ms
+        )
+
+
+class _Look(NamedTuple):
+    """What tells a file from the one that replaces it."""
+
+    inode: int
+    mtime_ns: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Edition:
+    """A consolidated file's footer, and what the file looked like that it was read from."""
+
+    seen: _Look
+    footer: pq.FileMetaData
+    note: ConsolidatedNote
+    groups: tuple[_Group, ...]
+
+
+def of_user(
+    lake: Lake, day: dt.date, shard: int, wanted: Wanted, *, identified: bool = False
+) -> list[Readings]:
+    """Every durable row that is wanted, in parts; a key as often as it was delivered.
+
+    Args:
+        lake: which lake.
+        day: which day.
+        shard: the user's.
+        wanted: which rows.
+        identified: with arrivals, even where the lake alone needs none to tell what is latest.
+
+    Raises:
+        MovedError: a file was replaced meanwhile.
+        FileNotFoundError: a file was pruned meanwhile.
+        DamagedFileError: a file can't be read.
+        OSError: the disk can't be read.
+    """
+    raw = fragments.listed(lake, day, shard)
+    path = layout.consolidated_file(lake.root, day, shard)
+    seen = _looked_at(path)
+    edition = None
+    if seen is not None:
+        edition = _edition(path, seen)
+    elif consolidated.current(lake, day, shard) is not None:
+        raise MovedError(f"day {day.isoformat()} was consolidated meanwhile")
+    published = Current(path, edition.note) if edition else None
+    pending = [
+        (one.path, _chosen(_fragment(one.path), wanted))
+        for one in consolidated.pending(published, raw)
+    ]
+    # A consolidated file has each key once: alone it needs no arrivals.
+    identified |= wanted.cutoffs is not None or any(groups for _, groups in pending)
+    found: list[Readings] = []
+    if edition is not None:
+        groups = _chosen(edition.groups, wanted)
+        found += _read(path, groups, wanted, identified=identified, edition=edition)
+    for fragment, groups in pending:
+        found += _read(fragment, groups, wanted, identified=True)
+    return found
+
+
+def in_table(rows: pa.Table, wanted: Wanted) -> list[Readings]:
+    """What is wanted of rows in memory (HEARTBEATS columns, maybe more)."""
+    rows = rows.select(HEARTBEATS.names)
+    for at in (_USER, HEARTBEATS.get_field_index("device_id")):
+        rows = rows.set_column(at, rows.schema.names[at], rows.column(at).dictionary_encode())
+    return list(_matching(rows, wanted))
+
+
+def _looked_at(path: Path) -> _Look | None:
+    """How the file looks now; None where there is none."""
+    try:
+        seen = path.stat()
+    except FileNotFoundError:
+        return None
+    return _Look(seen.st_ino, seen.st_mtime_ns, seen.st_size)
+
+
+@lru_cache(maxsize=512)
+def _edition(path: Path, seen: _Look) -> _Edition:
+    footer = parquet.footer(path)
+    note = parquet.note_in(footer, path, ConsolidatedNote)
+    return _Edition(seen, footer, note, _groups(footer))
+
+
+@lru_cache(maxsize=50_000)
+def _fragment(path: Path) -> tuple[_Group, ...]:
+    return _groups(parquet.footer(path))
+
+
+def _groups(footer: pq.FileMetaData) -> tuple[_Group, ...]:
+    found = []
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        users = group.column(_USER).statistics
+        times = group.column(_TIMESTAMP).statistics
+        found.append(
+            _Group(
+                (users.min, users.max) if users is not None and users.has_min_max else None,
+                (days.ms_of(times.min), days.ms_of(times.max))
+                if times is not None and times.has_min_max
+                else None,
+            )
+        )
+    return tuple(found)
+
+
+def _chosen(groups: tuple[_Group, ...], wanted: Wanted) -> list[int]:
+    return [number for number, group in enumerate(groups) if group.may_hold(wanted)]
+
+
+def _read(
+    path: Path,
+    groups: list[int],
+    wanted: Wanted,
+    *,
+    identified: bool,
+    edition: _Edition | None = None,
+) -> Iterator[Readings]:
+    """Wanted rows of these row groups; with arrivals where they are to be `identified`."""
+    if not groups:
+        return
+    columns = [*_PLAIN, *ARRIVAL] if identified else [*_PLAIN]
+    try:
+        with pa.OSFile(str(path)) as source:
+            if edition is not None and _looked_at(path) != edition.seen:
+                raise MovedError(f"{path} is being replaced all the time")
+            with pq.ParquetFile(
+                source,
+                metadata=None if edition is None else edition.footer,
+                read_dictionary=["user_id", "device_id"],
+            ) as file:
+                for number in groups:
+                    rows = file.read_row_group(number, columns=columns, use_threads=False)
+                    yield from _matching(rows, wanted)
+    except parquet.UNREADABLE as error:
+        raise parquet.meaning(error, path) from None
+
+
+def _matching(rows: pa.Table, wanted: Wanted) -> Iterator[Readings]:
+    for batch in rows.to_batches():
+        devices = batch["device_id"]
+        mine = _positions(_are(batch["user_id"], wanted.user_id))
+        at = batch["timestamp"].view(pa.int64()).to_numpy()[mine]
+        chosen = (at >= wanted.start_ms) & (at < wanted.end_ms)
+        if wanted.device_id is not None:
+            chosen &= _are(devices, wanted.device_id)[mine]
+        found = Readings(
+            at,
+            batch["heart_rate"].to_numpy()[mine],
+            *_in_use(devices.indices.to_numpy()[mine], devices.dictionary),
+            tuple(batch[name].to_numpy()[mine] for name in ARRIVAL if name in batch.schema.names),
+        ).taken(_positions(chosen))
+        if wanted.cutoffs is not None:
+            found = found.taken(~tombstones.reached_by(found.arrival, wanted.cutoffs))
+        if len(found):
+            yield found
+
+
+def _positions(flags: npt.NDArray[np.bool_]) -> Integers | slice:
+    """Where they are true; in a sorted file that is one stretch, of which nothing is copied."""
+    found = np.flatnonzero(flags)
+    if len(found) and found[-1] - found[0] + 1 == len(found):
+        return slice(int(found[0]), int(found[-1]) + 1)
+    return found
+
+
+def _in_use(codes: Integers, names: pa.Array) -> tuple[Integers, list[str]]:
+    """Codes and names of devices; of very many only those that occur."""
+    if len(names) <= _FEW_DEVICES:
+        return codes, names.to_pylist()
+    used, codes = np.unique(codes, return_inverse=True)
+    return codes, names.take(pa.array(used)).to_pylist()
+
+
+def _are(values: pa.DictionaryArray, value: str) -> npt.NDArray[np.bool_]:
+    same: npt.NDArray[np.bool_] = (
+        values.indices.to_numpy() == pc.index(values.dictionary, value).as_py()
+    )
+    return same
