@@ -16,9 +16,10 @@ import msgspec
 from hb_assets import record
 from hb_assets.days import EPOCH
 from hb_assets.gateway import bodies, edge, problems
+from hb_assets.gateway.formats import Answer, Reading
 from hb_assets.gateway.heartbeats import Refused
 from hb_assets.gateway.keyring import ADMIN, INGEST, READ, ScopeName
-from hb_assets.gateway.readings import EXAMPLE, Answer, Reading
+from hb_assets.gateway.readings import EXAMPLE
 from hb_assets.record import Wire
 from hb_assets.settings import Settings
 
