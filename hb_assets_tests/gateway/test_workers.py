@@ -88,6 +88,7 @@ def test_what_keeps_a_worker_from_starting_is_one_line(settings: Settings) -> No
         timeout=60,
         check=False,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "HB_SHARDS" in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
