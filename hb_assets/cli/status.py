@@ -155,7 +155,8 @@ def _look_at_lake(found: Status, settings: Settings, latest: int) -> None:
     found.days_in_lake = len(every)
     found.days = [inventory.day_state(lake, day, settings) for day in every[-latest:]]
     found.last_drain = _last_drain(lake)
-    late = vitals.consolidation(survey.summed(found.days, settings), settings)
+    oldest = ((one.day, one.oldest_pending_ms) for one in found.days)
+    late = vitals.consolidation(*survey.most_overdue(oldest, settings), settings)
     space = vitals.space(shutil.disk_usage(lake.root).free, settings)
     found.alarms += [line for line in (late, space) if line]
 
