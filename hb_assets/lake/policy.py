@@ -8,6 +8,7 @@ run, and knowing which runs are under way.
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Iterable
 
 from hb_assets.days import day_of
 from hb_assets.lake.inventory import DayState
@@ -47,3 +48,15 @@ def overdue_seconds(
     past = day < day_of(now_ms)
     most = settings.consolidate_max_age if past else settings.consolidate_max_age_today
     return max(0.0, (now_ms - oldest_pending_ms) / 1000 - most.total_seconds())
+
+
+def most_overdue(
+    oldest: Iterable[tuple[dt.date, int | None]], now_ms: int, settings: Settings
+) -> tuple[dt.date | None, float]:
+    """Of days with their oldest pending fragments the one that is latest, and by how many seconds.
+
+    (None, 0) when none is beyond its age.
+    """
+    late = [(overdue_seconds(day, ms, now_ms, settings), day) for day, ms in oldest]
+    seconds, day = max(late, default=(0.0, None))
+    return (day, seconds) if seconds > 0 else (None, 0.0)

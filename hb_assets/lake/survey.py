@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime as dt
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hb_assets.errors import DamagedFileError
@@ -103,7 +102,8 @@ class Surveyor:
             if name != "oldest_pending_ms"
         }
         oldest = ((day, one.oldest_pending_ms) for day, one in found.items())
-        overdue, seconds = most_overdue(oldest, self._settings)
+        now_ms = time.time_ns() // 1_000_000
+        overdue, seconds = policy.most_overdue(oldest, now_ms, self._settings)
         return Survey(
             days=len(found) + len(damaged),
             overdue=overdue,
@@ -111,19 +111,6 @@ class Surveyor:
             damaged=tuple(damaged),
             **sums,
         )
-
-
-def most_overdue(
-    oldest: Iterable[tuple[dt.date, int | None]], settings: Settings
-) -> tuple[dt.date | None, float]:
-    """Of days with their oldest pending fragments the one that is latest, and by how many seconds.
-
-    (None, 0) when none is beyond its age.
-    """
-    now_ms = time.time_ns() // 1_000_000
-    late = [(policy.overdue_seconds(day, ms, now_ms, settings), day) for day, ms in oldest]
-    seconds, day = max(late, default=(0.0, None))
-    return (day, seconds) if seconds > 0 else (None, 0.0)
 
 
 def _read(lake: Lake, day: dt.date) -> _Day:

@@ -71,7 +71,10 @@ def test_a_question_that_hangs_is_asked_once_and_nobody_waits_for_it_again() -> 
             except TimeoutError:
                 await asyncio.sleep(0)
 
-    run(wait)
+    try:
+        run(wait)
+    finally:
+        release.set()
     assert asked == [1]
 
 
