@@ -12,14 +12,10 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from hb_assets.buffer.beats import DAGSTER, Signs, drained
 from hb_assets.buffer.depth import ShardDepth
 from hb_assets.settings import Settings
-
-if TYPE_CHECKING:
-    from hb_assets.lake.survey import Survey
 
 _SHOWN = 3
 
@@ -97,14 +93,19 @@ def dagster(signs: Signs, settings: Settings) -> str | None:
     )
 
 
-def consolidation(survey: Survey, settings: Settings) -> str | None:
-    """What is wrong when a day should have been consolidated long ago."""
+def consolidation(day: dt.date | None, seconds: float, settings: Settings) -> str | None:
+    """What is wrong when a day should have been consolidated so many seconds ago.
+
+    Args:
+        day: the one that is overdue most, None when none is (`lake.policy.most_overdue`).
+        seconds: how long it is.
+        settings: the threshold.
+    """
     most = settings.health_consolidation_delay
-    if survey.overdue is None or not _beyond(survey.overdue_seconds, most):
+    if day is None or not _beyond(seconds, most):
         return None
     return (
-        f"day {survey.overdue.isoformat()} should have been consolidated "
-        f"{_duration(survey.overdue_seconds)} ago: see its runs in Dagster, or try "
+        f"day {day.isoformat()} should have been consolidated {_duration(seconds)} ago: see its runs in Dagster, or try "
         f"`hb consolidate --pending` (HB_HEALTH_CONSOLIDATION_DELAY={_text(most)})"
     )
 

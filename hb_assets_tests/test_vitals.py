@@ -10,7 +10,6 @@ import pytest
 from hb_assets import vitals
 from hb_assets.buffer.beats import Signs
 from hb_assets.buffer.depth import ShardDepth
-from hb_assets.lake.survey import Survey
 from hb_assets.settings import Settings
 
 NOW = 1_736_935_200_000
@@ -86,5 +85,5 @@ def test_dagster(ages: dict[str, float], red: bool) -> None:
 @pytest.mark.parametrize(("seconds", "red"), [(0.0, False), (3599.0, False), (3601.0, True)])
 def test_consolidation(seconds: float, red: bool) -> None:
     day = dt.date(2025, 1, 15) if seconds else None
-    line = vitals.consolidation(Survey(overdue=day, overdue_seconds=seconds), SETTINGS)
+    line = vitals.consolidation(day, seconds, SETTINGS)
     assert (line is not None) == red

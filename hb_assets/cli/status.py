@@ -148,14 +148,16 @@ def _look_at_keys(found: Status, settings: Settings) -> None:
 def _look_at_lake(found: Status, settings: Settings, latest: int) -> None:
     if not (settings.lake_dir / "lake.json").exists():
         return  # nothing was ever stored; a look doesn't make a lake
-    from hb_assets.lake import inventory, survey
+    from hb_assets.lake import inventory, policy
 
     lake = Lake.open(settings)
     every = inventory.days(lake)
     found.days_in_lake = len(every)
     found.days = [inventory.day_state(lake, day, settings) for day in every[-latest:]]
     found.last_drain = _last_drain(lake)
-    late = vitals.consolidation(survey.summed(found.days, settings), settings)
+    now_ms = time.time_ns() // 1_000_000
+    oldest = ((one.day, one.oldest_pending_ms) for one in found.days)
+    late = vitals.consolidation(*policy.most_overdue(oldest, now_ms, settings), settings)
     space = vitals.space(shutil.disk_usage(lake.root).free, settings)
     found.alarms += [line for line in (late, space) if line]
 

@@ -32,7 +32,7 @@ from hb_assets.settings import Settings
 
 SURVEY_SECONDS = 15.0
 """How long a survey of the lake counts, and longer where it would take more of a core than this:"""
-SURVEY_SHARE = 0.02
+SURVEY_SHARE = 0.005
 
 T = TypeVar("T")
 

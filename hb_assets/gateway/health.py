@@ -156,7 +156,7 @@ class Health:
         if survey is None:
             return Part(_UNSEEN)
         return Part.of(
-            vitals.consolidation(survey, settings),
+            vitals.consolidation(survey.overdue, survey.overdue_seconds, settings),
             OK if settings.health_consolidation_delay else OFF,
             alarms=survey.damaged,
         )

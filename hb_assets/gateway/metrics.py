@@ -144,7 +144,7 @@ TABLE = _table(
     ("hb_lake_damaged_partitions", "", "Days of which a file can't be read."),
     ("hb_lake_fragments", "", "Raw fragments."),
     ("hb_lake_pending_fragments", "", "Raw fragments that aren't consolidated."),
-    ("hb_lake_pending_rows", "", "Rows in them."),
+    ("hb_lake_pending_bytes", "", "Bytes of them."),
     ("hb_lake_rows", "", "Distinct rows that were ever consolidated."),
     ("hb_lake_unique_rows", "", "Those of them that are in the consolidated files."),
     (
@@ -170,7 +170,7 @@ TABLE = _table(
 
 _DEPTH = ("entries", "heartbeats", "bytes", "pending", "foreign", "lost", "consumers")
 _SPOOL = ("heartbeats", "bytes", "most_bytes", "damaged_records", "damaged_files")
-_LAKE = ("fragments", "pending_fragments", "pending_rows", "rows", "bytes")
+_LAKE = ("fragments", "pending_fragments", "pending_bytes", "rows", "bytes")
 _DRAIN = ("rows", "entries", "fragments", "unknown_fields")
 _LEVELS = ("process_resident_memory_bytes", "process_open_fds")
 _CPU = "process_cpu_seconds_total"

@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 
 FRESH_SECONDS = 1.0
 """How long an answer counts: many who ask within it share one question."""
+LONGEST_SECONDS = 600.0
+"""How long an answer counts at most, that is dear to get."""
 LIMIT_SECONDS = 3.0
 """How long a question may take before whoever asks is told that there is no answer."""
 
@@ -27,7 +29,8 @@ class Probe(Generic[T]):
         ask: runs in a thread.
         fresh: seconds that an answer, or an error, counts.
         limit: seconds from its beginning that a question is waited for.
-        share: the question takes at most this share of the time, by counting longer.
+        share: the question takes at most this share of a core, by counting longer, up to
+            LONGEST_SECONDS.
     """
 
     def __init__(
@@ -67,12 +70,13 @@ class Probe(Generic[T]):
         return asked.result()
 
     def _work(self) -> T:
+        began = time.thread_time()
         try:
             return self._ask()
         finally:
             # in the thread: the answer must not be there before it is known how long it counts
-            took = time.monotonic() - self._began
-            self._counts_until = time.monotonic() + max(self._fresh, took / self._share - took)
+            dear = min((time.thread_time() - began) / self._share, LONGEST_SECONDS)
+            self._counts_until = time.monotonic() + max(self._fresh, dear)
 
 
 def _looked_at(asked: asyncio.Future[T]) -> None:

@@ -62,7 +62,7 @@ def raw_digest(lake: Lake, day: dt.date) -> str:
 
 def notes(lake: Lake, day: dt.date) -> list[ConsolidatedNote]:
     """Notes of the day's consolidated files. Raises DamagedFileError."""
-    found = (_published(layout.consolidated_file(lake.root, day, s)) for s in range(lake.shards))
+    found = (published(lake, day, shard) for shard in range(lake.shards))
     return [one[0] for one in found if one is not None]
 
 
@@ -80,11 +80,11 @@ def day_state(lake: Lake, day: dt.date, settings: Settings) -> DayState:
     current = True
     for shard in range(lake.shards):
         listed = fragments.listed(lake, day, shard)
-        published = _published(layout.consolidated_file(lake.root, day, shard))
-        if published:
-            notes.append(published[0])
-            size += published[1]
-            names = frozenset(published[0].fragments)
+        file = published(lake, day, shard)
+        if file:
+            notes.append(file[0])
+            size += file[1]
+            names = frozenset(file[0].fragments)
             current = current and minutes.is_current(lake, day, shard, settings.device_priority)
         else:
             names = frozenset()
@@ -119,11 +119,15 @@ def _written_ms(path: Path) -> int:
     return path.stat().st_mtime_ns // 1_000_000
 
 
-def _published(path: Path) -> tuple[ConsolidatedNote, int] | None:
-    """Note and size of a consolidated file.
+def published(lake: Lake, day: dt.date, shard: int) -> tuple[ConsolidatedNote, int] | None:
+    """Note and size in bytes of a consolidated file; None where there is none.
 
     A replaced file is another inode, so that a stat tells whether a footer was read already.
+
+    Raises:
+        DamagedFileError: the footer can't be read.
     """
+    path = layout.consolidated_file(lake.root, day, shard)
     try:
         seen = path.stat()
     except FileNotFoundError:

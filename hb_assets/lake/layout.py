@@ -58,6 +58,11 @@ class FragmentName:
         first, last = ((int(ms[at]), int(seq[at])) for at in (order[0], order[-1]))
         return cls.new(int(rows["arrival_shard"][0].as_py()), first, last)
 
+    @staticmethod
+    def is_one(name: str) -> bool:
+        """Whether a file name is a fragment's."""
+        return _FRAGMENT.fullmatch(name) is not None
+
     @classmethod
     def parse(cls, name: str) -> FragmentName | None:
         """The parts of a file name, or None where it isn't a fragment's."""

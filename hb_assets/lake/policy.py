@@ -7,6 +7,9 @@ run, and knowing which runs are under way.
 
 from __future__ import annotations
 
+import datetime as dt
+from collections.abc import Iterable
+
 from hb_assets.days import day_of
 from hb_assets.lake.inventory import DayState
 from hb_assets.settings import Settings
@@ -29,16 +32,31 @@ def due(state: DayState, now_ms: int, settings: Settings) -> str | None:
         return f"{state.pending_rows} rows are pending"
     if state.most_pending > settings.max_pending_fragments:
         return f"{state.most_pending} fragments of one shard are pending"
-    if overdue_seconds(state, now_ms, settings) > 0 and state.oldest_pending_ms is not None:
-        age_ms = now_ms - state.oldest_pending_ms
+    oldest_ms = state.oldest_pending_ms
+    if oldest_ms is not None and overdue_seconds(state.day, oldest_ms, now_ms, settings) > 0:
+        age_ms = now_ms - oldest_ms
         return f"the oldest pending fragment is {age_ms // 60_000} min old"
     return None
 
 
-def overdue_seconds(state: DayState, now_ms: int, settings: Settings) -> float:
-    """How far the oldest pending fragment is beyond its CONSOLIDATE_MAX_AGE; 0 when it isn't."""
-    if state.oldest_pending_ms is None:
+def overdue_seconds(
+    day: dt.date, oldest_pending_ms: int | None, now_ms: int, settings: Settings
+) -> float:
+    """How far a day's oldest pending fragment is beyond its CONSOLIDATE_MAX_AGE; 0: it isn't."""
+    if oldest_pending_ms is None:
         return 0.0
-    past = state.day < day_of(now_ms)
+    past = day < day_of(now_ms)
     most = settings.consolidate_max_age if past else settings.consolidate_max_age_today
-    return max(0.0, (now_ms - state.oldest_pending_ms) / 1000 - most.total_seconds())
+    return max(0.0, (now_ms - oldest_pending_ms) / 1000 - most.total_seconds())
+
+
+def most_overdue(
+    oldest: Iterable[tuple[dt.date, int | None]], now_ms: int, settings: Settings
+) -> tuple[dt.date | None, float]:
+    """Of days with their oldest pending fragments the one that is latest, and by how many seconds.
+
+    (None, 0) when none is beyond its age.
+    """
+    late = [(overdue_seconds(day, ms, now_ms, settings), day) for day, ms in oldest]
+    seconds, day = max(late, default=(0.0, None))
+    return (day, seconds) if seconds > 0 else (None, 0.0)

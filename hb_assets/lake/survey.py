@@ -1,31 +1,34 @@
 """The survey: what the whole lake holds, in one look that costs little when little changed.
 
 Belongs here: sums over all days, for metrics and health, and what is overdue. Doesn't belong here:
-a single day (`inventory`), counting rows (`ledger`), and when a day is due (`policy`).
+a single day in full (`inventory`), counting rows (`ledger`), and when a day is due (`policy`).
+
+A gateway makes it beside its requests, in the same interpreter: raw fragments are told by their
+names alone, and of consolidated files only the footers of new ones are read.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import inventory, policy
+from hb_assets.lake import inventory, layout, policy
+from hb_assets.lake.consolidated import ConsolidatedNote
 from hb_assets.lake.folders import Folders
-from hb_assets.lake.inventory import DayState
-from hb_assets.lake.layout import HEARTBEATS, MINUTES, RAW
+from hb_assets.lake.layout import HEARTBEATS, RAW, FragmentName
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 
 _BREATH_SECONDS = 0.001
-"""Rest after each day whose files were read: requests are served by the same interpreter."""
+"""Rest after each day that was read: requests are served by the same interpreter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Sums over all days, as `inventory.DayState` has them.
+    """Sums over all days; cumulative ones as `consolidated.ConsolidatedNote` has them.
 
     `overdue` is the day whose oldest pending fragment is farthest beyond the age at which it should
     have been consolidated, and `overdue_seconds` how far; `damaged` names days that can't be read,
@@ -35,7 +38,7 @@ class Survey:
     days: int = 0
     fragments: int = 0
     pending_fragments: int = 0
-    pending_rows: int = 0
+    pending_bytes: int = 0
     rows: int = 0
     unique: int = 0
     repeats: int = 0
@@ -53,8 +56,28 @@ class Survey:
         return self.rows_written / self.rows if self.rows else 0.0
 
 
+_CUMULATIVE = ("rows", "unique", "repeats", "corrections", "replayed", "rows_written")
+
+
+@dataclass(slots=True)
+class _Day:
+    """What one day adds; `oldest_pending_ms` as `inventory.DayState` has it."""
+
+    fragments: int = 0
+    pending_fragments: int = 0
+    pending_bytes: int = 0
+    rows: int = 0
+    unique: int = 0
+    repeats: int = 0
+    corrections: int = 0
+    replayed: int = 0
+    rows_written: int = 0
+    bytes: int = 0
+    oldest_pending_ms: int | None = None
+
+
 class Surveyor:
-    """Looks at a lake again and again; files of days that didn't change aren't opened again.
+    """Looks at a lake again and again; days that didn't change aren't read again.
 
     A look stats the folders of every day; for one thread.
     """
@@ -65,49 +88,66 @@ class Surveyor:
         self._folders = Folders()
 
     def look(self) -> Survey:
-        """The lake now."""
-        states: list[DayState] = []
+        """The lake now. Raises OSError when its folders can't be read."""
+        found: dict[dt.date, _Day] = {}
         damaged: list[str] = []
         for day in inventory.days(self._lake):
             try:
-                states.append(
-                    self._folders.remembered(
-                        self._lake, day, (RAW, HEARTBEATS, MINUTES), self._read
-                    )
-                )
+                found[day] = self._folders.remembered(self._lake, day, (RAW, HEARTBEATS), _read)
             except DamagedFileError as error:
                 damaged.append(str(error))
+        sums = {
+            name: sum(getattr(one, name) for one in found.values())
+            for name in _Day.__slots__
+            if name != "oldest_pending_ms"
+        }
+        oldest = ((day, one.oldest_pending_ms) for day, one in found.items())
+        now_ms = time.time_ns() // 1_000_000
+        overdue, seconds = policy.most_overdue(oldest, now_ms, self._settings)
+        return Survey(
+            days=len(found) + len(damaged),
+            overdue=overdue,
+            overdue_seconds=seconds,
+            damaged=tuple(damaged),
+            **sums,
+        )
+
+
+def _read(lake: Lake, day: dt.date) -> _Day:
+    time.sleep(_BREATH_SECONDS)
+    sums = _Day()
+    oldest_ns = None
+    for shard in range(lake.shards):
+        # raw first: a fragment that is consolidated and pruned meanwhile isn't called pending
+        raw = _fragments(lake, day, shard)
+        published = inventory.published(lake, day, shard)
+        listed = _take_in(sums, *published) if published else frozenset()
+        for entry in raw:
+            if entry.name in listed:
+                continue
+            try:
+                seen = entry.stat()
             except FileNotFoundError:
-                continue  # pruned while it was looked at: the next look has it
-        return summed(states, self._settings, damaged)
+                continue
+            sums.pending_fragments += 1
+            sums.pending_bytes += seen.st_size
+            oldest_ns = min(oldest_ns or seen.st_mtime_ns, seen.st_mtime_ns)
+        sums.fragments += len(raw)
+    sums.oldest_pending_ms = None if oldest_ns is None else oldest_ns // 1_000_000
+    return sums
 
-    def _read(self, lake: Lake, day: dt.date) -> DayState:
-        time.sleep(_BREATH_SECONDS)
-        return inventory.day_state(lake, day, self._settings)
+
+def _fragments(lake: Lake, day: dt.date, shard: int) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(layout.shard_folder(lake.root, RAW, day, shard)) as found:
+            return [entry for entry in found if FragmentName.is_one(entry.name)]
+    except FileNotFoundError:
+        return []
 
 
-def summed(states: Sequence[DayState], settings: Settings, damaged: Sequence[str] = ()) -> Survey:
-    """The survey of these days, and of such as can't be read."""
-
-    def total(name: str) -> int:
-        return sum(getattr(state, name) for state in states)
-
-    now_ms = time.time_ns() // 1_000_000
-    late = [(policy.overdue_seconds(one, now_ms, settings), one.day) for one in states]
-    seconds, day = max(late, default=(0.0, None))
-    return Survey(
-        days=len(states) + len(damaged),
-        fragments=total("fragments"),
-        pending_fragments=total("pending_fragments"),
-        pending_rows=total("pending_rows"),
-        rows=total("rows"),
-        unique=total("unique"),
-        repeats=total("repeats"),
-        corrections=total("corrections"),
-        replayed=total("replayed"),
-        rows_written=total("rows_written"),
-        bytes=total("bytes"),
-        overdue=day if seconds > 0 else None,
-        overdue_seconds=seconds,
-        damaged=tuple(damaged),
-    )
+def _take_in(sums: _Day, note: ConsolidatedNote, size: int) -> frozenset[str]:
+    """Add a consolidated file; the fragments that it lists."""
+    sums.bytes += size
+    for name in _CUMULATIVE:
+        setattr(sums, name, getattr(sums, name) + getattr(note, name))
+    return frozenset(note.fragments)

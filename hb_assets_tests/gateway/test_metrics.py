@@ -133,7 +133,7 @@ def test_work_of_other_processes(work: httpx.Client) -> None:
     assert found["hb_lake_duplicate_rows", (("kind", "repeat"),)] == 1
     assert found["hb_lake_duplicate_rows", (("kind", "correction"),)] == 1
     assert found["hb_lake_write_amplification_ratio", ()] == 1
-    assert found["hb_lake_pending_rows", ()] == 0
+    assert found["hb_lake_pending_fragments", ()] == 0
     assert found["hb_lake_free_bytes", ()] > 0
     assert found["hb_healthy", (("part", "drain"),)] == 1
     assert total(found, "hb_drain_age_seconds") < 60

@@ -71,7 +71,10 @@ def test_a_question_that_hangs_is_asked_once_and_nobody_waits_for_it_again() -> 
             except TimeoutError:
                 await asyncio.sleep(0)
 
-    run(wait)
+    try:
+        run(wait)
+    finally:
+        release.set()
     assert asked == [1]
 
 
@@ -80,7 +83,9 @@ def test_a_dear_question_is_asked_less_often() -> None:
 
     def ask() -> None:
         asked.append(1)
-        time.sleep(0.05)
+        began = time.thread_time()
+        while time.thread_time() - began < 0.02:
+            pass
 
     async def often(threads: ThreadPoolExecutor) -> None:
         probe = Probe(ask, fresh=0, share=0.001)

@@ -16,6 +16,7 @@ import pytest
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings, environment
 from hb_assets_tests.gateway.conftest import PATH, heartbeat
+from hb_assets_tests.gateway.test_metrics import accepted, samples
 from hb_assets_tests.servers import free_port, wait_for
 
 pytestmark = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
@@ -66,6 +67,10 @@ def test_one_is_killed_and_the_others_go_on(settings: Settings) -> None:
         assert answers >= 40
         wait_for(lambda: len(workers(parent)) == 2 and ended(first[:1]), "another worker")
         assert first[1] in workers(parent)
+        # whichever of them is asked
+        for _ in range(4):
+            wait_for(lambda: accepted(http) >= answers, "the counts of both")
+        wait_for(lambda: samples(http)["hb_gateway_workers", ()] == 2, "both to be seen")
         everybody = [parent, *workers(parent)]
         parent.send_signal(signal.SIGTERM)
         wait_for(lambda: ended(everybody), "all of them to end")

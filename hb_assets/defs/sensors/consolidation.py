@@ -1,7 +1,8 @@
 """The consolidation sensor: asks for a run of each day that is due.
 
-Belongs here: which runs are under way or failed, and how long to wait after a failure. Doesn't
-belong here: when a day is due (`lake.policy`).
+Belongs here: which runs are under way or failed, and how long to wait after a failure; alarms of
+days that can't be read, or wait for too long. Doesn't belong here: when a day is due
+(`lake.policy`), and what is too long (`vitals`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import takewhile
 
 import dagster as dg
 
-from hb_assets import alarms
+from hb_assets import alarms, vitals
 from hb_assets.defs import partitions
 from hb_assets.defs.installation import Installation
 from hb_assets.defs.jobs import CONSOLIDATE_DAY
@@ -79,8 +80,12 @@ def _tick(
         requests.append(dg.RunRequest(run_key=run_key, partition_key=day, tags={REASON: reason}))
         if len(requests) == MOST_REQUESTS:
             break
-    unreadable = {f"day_unreadable:{day}": message for day, message in faults.items()}
-    notices, standing = alarms.changes(alarms.load(context.cursor), unreadable, now)
+    found = {f"day_unreadable:{day}": message for day, message in faults.items()}
+    oldest = ((state.day, state.oldest_pending_ms) for state in states)
+    late = vitals.consolidation(*policy.most_overdue(oldest, now, settings), settings)
+    if late is not None:
+        found["consolidation_late"] = late
+    notices, standing = alarms.changes(alarms.load(context.cursor), found, now)
     alarms.tell(notices, settings)
     return dg.SensorResult(
         run_requests=requests,

@@ -140,3 +140,23 @@ def test_a_day_that_cannot_be_read_is_an_alarm_and_the_others_go_on(
         asked = [one.partition_key for one in sensor.tick().run_requests]
         assert asked == [DAY, "2025-01-16"], "its run sets the damaged file aside"
     assert [one["alarm"] for one in webhook.received] == [f"day_unreadable:{DAY}"]
+
+
+def test_a_day_that_waits_for_too_long_is_an_alarm(
+    append, ticks, settings, instance, webhook, run, monkeypatch
+) -> None:
+    append(DAY, users=1, readings=1)
+    ticks("drain").tick()
+    sensor = Ticks(settings.model_copy(update=webhook.setting), instance, "consolidation")
+    sensor.tick()
+    assert webhook.received == []
+    later = time.time_ns() // 1_000_000 + 2 * 3_600_000
+    monkeypatch.setattr(consolidation, "now_ms", lambda: later)
+    sensor.tick()
+    assert run(DAY).success
+    sensor.tick()
+    assert [(one["alarm"], one["severity"]) for one in webhook.received] == [
+        ("consolidation_late", "error"),
+        ("consolidation_late", "resolved"),
+    ]
+    assert f"day {DAY} should have been consolidated" in webhook.received[0]["message"]
