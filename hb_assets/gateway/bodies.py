@@ -142,17 +142,17 @@ async def _read_expanding(receive: Receive, expansion: _Expansion, most: int) ->
 class _Gzip:
     """One gzip member (RFC 1952, 2.2)."""
 
+    more = False
+    """What is left inside comes out with the trailer, which every member has."""
+
     def __init__(self) -> None:
         self._inflater = zlib.decompressobj(wbits=GZIP_BITS)
         self.ended = False
-        self.more = False
 
     def step(self, data: bytes) -> tuple[bytes, bytes]:
         inflater = self._inflater
         piece = inflater.decompress(data, STEP_BYTES)
         self.ended = inflater.eof
-        # A full step may have left something inside, even where all of the data is used.
-        self.more = not self.ended and len(piece) == STEP_BYTES
         return piece, inflater.unused_data if self.ended else inflater.unconsumed_tail
 
 

@@ -15,11 +15,12 @@ import msgspec
 
 from hb_assets import record
 from hb_assets.days import EPOCH
-from hb_assets.gateway import bodies, edge, problems
+from hb_assets.gateway import bodies, edge, formats, problems
 from hb_assets.gateway.formats import Answer, Reading
 from hb_assets.gateway.heartbeats import Refused
 from hb_assets.gateway.keyring import ADMIN, INGEST, READ, ScopeName
-from hb_assets.gateway.readings import EXAMPLE
+from hb_assets.gateway.readings import EXAMPLE, NO, YES
+from hb_assets.lake.buckets import GRANULARITIES
 from hb_assets.record import Wire
 from hb_assets.settings import Settings
 
@@ -142,6 +143,14 @@ def document(settings: Settings, now: dt.datetime, version: str) -> Json:
                     "description": "Id of the request: the client's, or one made for it.",
                     "required": True,
                     "schema": {"type": "string", "pattern": f"^{edge.ID_PATTERN}$"},
+                },
+                "Link": {
+                    "description": 'Where the next page is (`rel="next"`); none on the last one.',
+                    "schema": {"type": "string"},
+                },
+                "Vary": {
+                    "description": "The answer depends on Accept.",
+                    "schema": {"type": "string"},
                 },
                 "RateLimit": {
                     "description": "By policy, what is left (r) and in how many seconds there is "
@@ -383,13 +392,29 @@ def _get_readings(settings: Settings) -> Json:
         "heartbeats",
         "Read the heart rate of a user over time",
         {
-            "200": _answer("One point per minute and device, ordered by time.", "Answer", _LIMITS),
-            "400": _problem("A parameter is missing or can't be used; `errors` names it."),
+            "200": _content(
+                "One point per bucket and device, ordered by time; where there are more than fit, "
+                "`Link` (and `next` in JSON) is the next page.",
+                {
+                    formats.JSON: {"schema": _ref("Answer")},
+                    formats.NDJSON: {"schema": {"type": "string"}},
+                    formats.CSV: {"schema": {"type": "string"}},
+                    # bytes have no schema
+                    formats.ARROW: {},
+                    formats.PARQUET: {},
+                },
+                ("Link", "Vary", *_LIMITS),
+            ),
+            "400": _problem("A time can't be used, or both make no range; `errors` names it."),
+            "406": _problem("None of the formats is accepted; `offered` lists them."),
+            "422": _problem("A parameter is missing or can't be used; `errors` names it."),
             "429": _LIMITED,
+            "503": _problem("The buffer can't be read, or holds too much (fresh).", "Retry-After"),
         },
         scope=READ,
-        description="Out of everything durable in the lake. Whole minutes: `start` is rounded down, "
-        "`end` up. Without `device_id`, of readings at exactly the same timestamp only that of the "
+        description="Out of everything durable in the lake. Whole buckets: `start` is rounded down, "
+        "`end` up; `heart_rate` is the mean, half rounded up. The format is chosen by `Accept`, "
+        "JSON by default. Without `device_id`, of readings at exactly the same timestamp only that of the "
         "device that comes first in HB_DEVICE_PRIORITY counts.",
         parameters=[
             {
@@ -422,6 +447,29 @@ def _get_readings(settings: Settings) -> Json:
                 "in": "query",
                 "description": "One device alone; none, or an empty one: every device.",
                 "schema": {"type": "string", "maxLength": most},
+            },
+            {
+                "name": "granularity",
+                "in": "query",
+                "description": "Span of one point.",
+                "schema": {"type": "string", "enum": list(GRANULARITIES), "default": "1m"},
+            },
+            {
+                "name": "fresh",
+                "in": "query",
+                "description": "Whether to read what still lies in the buffer, too.",
+                "schema": {"type": "string", "enum": [*YES, *NO], "default": "false"},
+            },
+            {
+                "name": "limit",
+                "in": "query",
+                "description": "Most points of one answer (HB_QUERY_MAX_POINTS).",
+                "schema": {
+                    "type": "integer",
+                    "minimum": 1,
+                    "maximum": settings.query_max_points,
+                    "default": settings.query_max_points,
+                },
             },
         ],
     )

@@ -27,8 +27,8 @@ from hb_assets.lake.query import Question
 from hb_assets.settings import Settings
 
 EXAMPLE = "2025-01-15T10:00:00Z"
-_YES = ("true", "1", "yes", "on", "t", "y")
-_NO = ("false", "0", "no", "off", "f", "n")
+YES = ("true", "1", "yes", "on", "t", "y")
+NO = ("false", "0", "no", "off", "f", "n")
 
 
 class Readings:
@@ -160,9 +160,9 @@ class _Parameters:
 
     def flag(self, name: str) -> bool:
         text = self._given.get(name, "false").lower()
-        if text not in (*_YES, *_NO):
+        if text not in (*YES, *NO):
             self.fault(name, f"{name} must be true or false")
-        return text in _YES
+        return text in YES
 
     def count(self, name: str, most: int, setting: str) -> int:
         text = self._given.get(name, str(most))
