@@ -21,7 +21,7 @@ else
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup run test lint types check api-check bench bench-gateway chaos docs constraints clean
+.PHONY: help setup run test test-long lint types check api-check bench bench-gateway chaos docs constraints clean
 
 help: ## these lines
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -33,7 +33,11 @@ run: $(READY) ## the whole system with a sample, until Ctrl-C (ARGS=--once: ends
 	@exec $(BIN)/hb up $(ARGS)
 
 test: $(READY) ## all tests (ARGS="-k name" and the like go to pytest)
-	@exec $(BIN)/python -m pytest -n auto $(ARGS)
+	@exec $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+test-long: $(READY) ## all tests, costly properties with ten times the examples, others each time
+	@exec $(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=long \
+	  --timeout=3600 $(ARGS)
 
 lint: $(READY) ## format, lint rules and layers
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports

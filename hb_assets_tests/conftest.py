@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import redis
 
@@ -19,6 +22,37 @@ from hb_assets_tests.servers import running_server, server_program
 
 SERVERS = ("valkey", "redis")
 """The newest server that has to work, and Debian's."""
+
+VALKEY = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
+"""For a test where one kind of server is enough, in a module where others need both."""
+
+
+# the same checks as in a usual run, with more examples, and others each time
+hypothesis.settings.register_profile(
+    "long", hypothesis.settings.get_profile("ci"), max_examples=1000, derandomize=False
+)
+
+IN_MEMORY = Path("/dev/shm")
+"""Where Linux keeps files in memory."""
+ROOM = 2 * 2**30
+"""Bytes that have to be free there; a whole run takes a tenth of it at once."""
+
+
+def pytest_configure() -> None:
+    """Files of tests lie in memory where there is room, unless TMPDIR says where.
+
+    Thousands of fsyncs of servers and lakes would wait for a disk. What a failing one does is shown
+    by making it fail; no test can show what a disk still has after a power cut.
+    """
+    with contextlib.suppress(OSError):
+        if "TMPDIR" not in os.environ and shutil.disk_usage(IN_MEMORY).free >= ROOM:
+            os.environ["TMPDIR"] = str(IN_MEMORY)
+            tempfile.tempdir = None  # it may have been asked for already
+
+
+@pytest.hookimpl(trylast=True)  # after they were shuffled
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -58,8 +92,21 @@ def server_urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
 
 @pytest.fixture(params=SERVERS)
 def redis_url(request: pytest.FixtureRequest, server_urls: Callable[[str], str]) -> str:
-    """A server with nothing in it."""
-    url = server_urls(request.param)
+    """A server with nothing in it; each test runs on both kinds."""
+    return _emptied(server_urls(request.param))
+
+
+@pytest.fixture
+def on_valkey(server_urls: Callable[[str], str]) -> str:
+    """A Valkey with nothing in it: `redis_url = on_valkey` in a module where one kind is enough.
+
+    That is so where the buffer is used and its commands are not what is tested: `buffer/` and what
+    is left on both kinds do that.
+    """
+    return _emptied(server_urls("valkey"))
+
+
+def _emptied(url: str) -> str:
     with contextlib.closing(redis.Redis.from_url(url)) as client:
         client.flushall()
     return url

@@ -35,6 +35,7 @@ from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings, environment
 from hb_assets_tests import victims
+from hb_assets_tests.conftest import VALKEY
 from hb_assets_tests.lake.deliveries import (
     Row,
     consolidated,
@@ -125,6 +126,7 @@ def test_from_buffer_to_lake(
     assert len(found) == 20
 
 
+@VALKEY
 def test_rows_go_where_their_user_hashes_to(
     client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
 ) -> None:
@@ -141,6 +143,7 @@ def test_rows_go_where_their_user_hashes_to(
     assert len(settled(client, lake, settings)) == 9
 
 
+@VALKEY
 def test_second_drain_of_the_same_entries_changes_no_result(
     client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
 ) -> None:
@@ -163,6 +166,7 @@ def test_second_drain_of_the_same_entries_changes_no_result(
     assert quarantine.summary(lake, settings).reasons == {"record_not_json": 1}
 
 
+@VALKEY
 @pytest.mark.parametrize("times", [1, 2, 5])
 def test_disk_that_is_full(
     client: redis.Redis,
@@ -195,6 +199,7 @@ def test_disk_that_is_full(
     assert [one.attempts for one in quarantine.records(lake, settings)] == [3]
 
 
+@VALKEY
 def test_quarantine_that_cannot_be_written(
     client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
 ) -> None:
@@ -282,6 +287,7 @@ def test_an_entry_that_ends_its_drainer(
         assert {one.attempts for one in kept} <= {3, 4}  # one poison a cycle
 
 
+@VALKEY
 def test_a_row_in_a_fragment_and_in_the_quarantine_is_the_fragments(
     client: redis.Redis, lake: Lake, settings: Settings, acting_decoder: None
 ) -> None:
@@ -297,6 +303,7 @@ def test_a_row_in_a_fragment_and_in_the_quarantine_is_the_fragments(
     assert len(settled(client, lake, settings)) == 2
 
 
+@VALKEY
 def test_many_suspects_are_innocent(client: redis.Redis, lake: Lake, settings: Settings) -> None:
     """Kills, full disks and slow drainers raise the count: what decodes is used."""
     small = settings.model_copy(update={"entry_max_heartbeats": 2})
@@ -308,6 +315,7 @@ def test_many_suspects_are_innocent(client: redis.Redis, lake: Lake, settings: S
     assert len(settled(client, lake, settings)) == 80
 
 
+@VALKEY
 def test_errors_of_storage_never_count_against_an_entry(
     client: redis.Redis,
     consumer: Consumer,
@@ -369,6 +377,7 @@ ODD: dict[str, tuple[bytes | None, dict[str, int]]] = {
 }
 
 
+@VALKEY
 @pytest.mark.parametrize("suspected", [False, True])
 def test_odd_entries(client: redis.Redis, lake: Lake, settings: Settings, suspected: bool) -> None:
     """All at once, among neighbours: each record ends in one place, usually and as a suspect."""
@@ -391,6 +400,7 @@ def test_odd_entries(client: redis.Redis, lake: Lake, settings: Settings, suspec
     assert found == {f"{side}{n}" for side in ("before", "after") for n in range(len(ODD))}
 
 
+@VALKEY
 def test_follow_goes_on_after_a_fault_and_rests_in_between(
     client: redis.Redis,
     consumer: Consumer,
@@ -437,6 +447,7 @@ def test_follow_goes_on_after_a_fault_and_rests_in_between(
     assert len(settled(client, lake, settings)) == 3
 
 
+@VALKEY
 def test_follow_goes_on_after_an_error_of_ours(
     client: redis.Redis,
     consumer: Consumer,
@@ -490,6 +501,7 @@ def test_a_shard_with_something_else_at_its_key_hinders_no_other(
 # -- budgets and ends
 
 
+@VALKEY
 @pytest.mark.parametrize(
     "budget", [{"drain_max_rows": 10}, {"drain_max_bytes": 1024}, {"drain_max_rows": 1}]
 )
@@ -511,6 +523,7 @@ def test_budgets(
     assert len(settled(client, lake, small)) == 10
 
 
+@VALKEY
 def test_no_cycle_starts_after_the_time(
     client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
 ) -> None:
@@ -520,6 +533,7 @@ def test_no_cycle_starts_after_the_time(
     assert drain(consumer, lake, settings, seconds=60).rows == 3
 
 
+@VALKEY
 def test_stop(client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings) -> None:
     append(client, settings, users(3))
     assert drain(consumer, lake, settings, stop=lambda: True).rows == 0
@@ -530,6 +544,7 @@ def test_stop(client: redis.Redis, consumer: Consumer, lake: Lake, settings: Set
     assert done.rows == 3
 
 
+@VALKEY
 def test_follow_takes_what_comes_later(
     client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
 ) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import duckdb
 import pyarrow.parquet as pq
-import pytest
 import redis
 
 from chaos.buffer_server import BufferServer
@@ -28,9 +27,8 @@ from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 from hb_assets_tests import victims
+from hb_assets_tests.conftest import VALKEY
 from hb_assets_tests.test_drain import MIDNIGHT, append, beat, consuming, settled, users
-
-VALKEY = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
 
 
 @contextmanager

@@ -27,7 +27,10 @@ from hb_assets.importing import Imported, Importer, RefusedLine, format_of
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
+from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.lake.deliveries import DAY, NOON, consolidated, line, survivors
+
+redis_url = on_valkey
 
 HEADER = b"user_id,device_id,timestamp,heart_rate\n"
 MOMENT = dt.datetime(2025, 1, 15, 12, tzinfo=dt.UTC)

@@ -17,7 +17,10 @@ from hb_assets.lake.consolidation import consolidate, no_lock
 from hb_assets.lake.store import Lake
 from hb_assets.maintenance import maintain
 from hb_assets.settings import Settings
+from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.lake.deliveries import DAY, NOON, line
+
+redis_url = on_valkey
 
 
 @pytest.fixture

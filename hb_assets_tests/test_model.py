@@ -44,6 +44,7 @@ from hb_assets.lake.store import Lake
 from hb_assets.maintenance import maintain
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
+from hb_assets_tests.examples import examples
 from hb_assets_tests.lake.deliveries import NOON, line
 
 SHARDS = 2
@@ -294,15 +295,16 @@ class Pipeline(RuleBasedStateMachine):
         return found
 
 
-@pytest.mark.parametrize("kind", ["valkey", "redis"])
-def test_any_interleaving(server_urls: Callable[[str], str], kind: str) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "usual"), [("valkey", 8), ("redis", 4)])
+def test_any_interleaving(server_urls: Callable[[str], str], kind: str, usual: int) -> None:
     class OnServer(Pipeline):
         url = server_urls(kind)
 
     run_state_machine_as_test(
         OnServer,
         settings=example_settings(
-            max_examples=12,
+            max_examples=examples(usual),
             stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -1,7 +1,7 @@
 """DuckDB engines: in memory, bounded, offline, in UTC.
 
-Belongs here: how a connection is made, and the folders under HB_HOME that it spills to. Doesn't
-belong here: SQL.
+Belongs here: how an engine is made and used again, and the folders under HB_HOME that it spills to.
+Doesn't belong here: SQL.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -35,18 +36,64 @@ def connect(settings: Settings) -> duckdb.DuckDBPyConnection:
 
 @contextmanager
 def engine(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A new engine for one piece of work, with a spill folder of its own.
+    """An engine for one piece of work, with a spill folder of its own.
 
-    Where none can be made (a full disk), what fits into memory is done all the same.
+    Nobody else uses it meanwhile, and nothing of the work stays in it. Where no folder can be made
+    (a full disk), what fits into memory is done all the same.
     """
     with ExitStack() as stack:
         try:
             spill = str(stack.enter_context(spill_folder(settings)))
         except OSError:
             spill = ""
-        connection = stack.enter_context(connect(settings))
+        whole = stack.enter_context(_one_to_oneself(settings))
+        connection = stack.enter_context(whole.cursor())
+        connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET temp_directory = $spill", {"spill": spill})
         yield connection
+
+
+@contextmanager
+def _one_to_oneself(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A resting engine with these bounds, or a new one: that takes as long as many a query.
+
+    One whose work failed, or that spilled (it can have no other folder), is closed.
+    """
+    # An engine's threads don't come along into a forked process.
+    bounds = (os.getpid(), settings.duckdb_memory, settings.duckdb_threads)
+    with _turn:
+        found = next((one for one in _resting if one[0] == bounds), None)
+        if found is not None:
+            _resting.remove(found)
+    whole = connect(settings) if found is None else found[1]
+    try:
+        yield whole
+        spilled = _has_spilled(whole)
+    except BaseException:
+        whole.close()
+        raise
+    if spilled:
+        whole.close()
+        return
+    with _turn:
+        _resting.append((bounds, whole))
+        surplus = _resting.pop(0)[1] if len(_resting) > _MOST_RESTING else None
+    if surplus is not None:
+        surplus.close()
+
+
+def _has_spilled(whole: duckdb.DuckDBPyConnection) -> bool:
+    try:
+        whole.execute("SET temp_directory = ''")
+    except duckdb.NotImplementedException:
+        return True
+    return False
+
+
+_MOST_RESTING = 4
+"""Engines that a process keeps for its next pieces of work, whatever their bounds."""
+_resting: list[tuple[tuple[int, int, int], duckdb.DuckDBPyConnection]] = []
+_turn = threading.Lock()
 
 
 @contextmanager

@@ -21,8 +21,11 @@ from hb_assets.cli import draining
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 from hb_assets_tests.cli.commands import complaint, hb, told
+from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.lake.deliveries import line, raw
 from hb_assets_tests.servers import wait_for
+
+redis_url = on_valkey
 
 ROOT = Path(__file__).parent.parent.parent
 

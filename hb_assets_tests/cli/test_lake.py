@@ -13,6 +13,7 @@ from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 from hb_assets_tests.cli.commands import complaint, hb, told
+from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.lake.deliveries import (
     DAY,
     NOON,
@@ -22,6 +23,8 @@ from hb_assets_tests.lake.deliveries import (
     line,
     spoil_for_good,
 )
+
+redis_url = on_valkey
 
 START, END = "2025-01-15T12:00:00Z", "2025-01-15T12:01:00Z"
 

@@ -9,7 +9,10 @@ from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 from hb_assets_tests.cli.commands import complaint, hb, told
+from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.lake.deliveries import DAY, line
+
+redis_url = on_valkey
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,10 @@ from hb_assets.lake.store import Lake
 from hb_assets.lake.tombstones import Tombstone
 from hb_assets.settings import Settings
 from hb_assets_tests.cli.commands import complaint, hb, told
+from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.lake.deliveries import line
+
+redis_url = on_valkey
 
 OLD = [line("secret", at=f"2015-01-0{n}T00:00:00Z") for n in range(1, 4)]
 

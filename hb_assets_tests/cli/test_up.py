@@ -133,6 +133,7 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_from_the_sample_to_the_end(installation: Installation) -> None:
     """Sample adds up, killed members come back, others are refused, one SIGINT ends all."""
@@ -201,6 +202,7 @@ def test_members_end_when_up_is_killed(installation: Installation) -> None:
     installation.await_nothing_left()
 
 
+@pytest.mark.long
 def test_next_up_ends_what_a_killed_one_left(installation: Installation) -> None:
     process = installation.up("--no-sample")
     installation.await_note("redis is ready", process)

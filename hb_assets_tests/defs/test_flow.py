@@ -57,6 +57,7 @@ def materialized(instance: dg.DagsterInstance, asset: dg.AssetKey) -> set[str]:
     return set(instance.get_materialized_partitions(asset))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_from_the_buffer_to_a_checked_partition(append, daemon, webhook) -> None:
     append(DAY, users=4, readings=5)

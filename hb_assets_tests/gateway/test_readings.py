@@ -25,18 +25,12 @@ from hb_assets.lake.store import Lake
 from hb_assets.record import parse_instant, shard_of
 from hb_assets.schema import HEARTBEATS
 from hb_assets.settings import Settings
+from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.gateway.conftest import PATH, heartbeat
 
+redis_url = on_valkey
+
 HOUR = {"user_id": "u1", "start": "2025-01-15T10:00:00Z", "end": "2025-01-15T11:00:00Z"}
-
-
-@pytest.fixture
-def redis_url(server_urls: Callable[[str], str]) -> str:
-    """One server: which kind it is makes no difference here."""
-    url = server_urls("valkey")
-    with contextlib.closing(redis.Redis.from_url(url)) as client:
-        client.flushall()
-    return url
 
 
 def test_nobody_known(http: httpx.Client) -> None:

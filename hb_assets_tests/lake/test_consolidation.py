@@ -39,6 +39,7 @@ from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
+from hb_assets_tests.examples import examples
 from hb_assets_tests.lake.deliveries import (
     DAY,
     NOON,
@@ -131,8 +132,9 @@ def acknowledged(entries: Sequence[Delivered], delivered: set[int]) -> dict[int,
     return found
 
 
+@pytest.mark.long
 @given(histories())
-@example_settings(max_examples=25)
+@example_settings(max_examples=examples(25))
 def test_any_history_against_the_model(history: tuple[list[Delivered], list[Step]]) -> None:
     """Whatever comes again, in whatever order, pruned or not: no row is lost or counted twice."""
     entries, steps = history

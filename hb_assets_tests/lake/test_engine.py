@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import stat
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import duckdb
+import pytest
+
+from hb_assets.lake import engine as engine_module
 from hb_assets.lake.engine import engine, spill_folder, sweep
 from hb_assets.settings import Settings, environment
 
@@ -70,3 +77,73 @@ def test_without_a_folder_what_fits_into_memory_is_done(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with engine(Settings(home=tmp_path / "file" / "home")) as connection:
         assert connection.sql("SELECT sum(i) FROM range(1000) t(i)").fetchall() == [(499500,)]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[duckdb.DuckDBPyConnection]:
+    """Every engine that is made from now on; none rests yet."""
+    monkeypatch.setattr(engine_module, "_resting", [])
+    engines: list[duckdb.DuckDBPyConnection] = []
+    connect = engine_module.connect
+
+    def noted(settings: Settings) -> duckdb.DuckDBPyConnection:
+        engines.append(connect(settings))
+        return engines[-1]
+
+    monkeypatch.setattr(engine_module, "connect", noted)
+    return engines
+
+
+def test_an_engine_is_used_again_and_nothing_is_left_in_it(
+    settings: Settings, made: list[duckdb.DuckDBPyConnection]
+) -> None:
+    for _ in range(2):
+        with engine(settings) as connection:
+            assert connection.sql("SHOW TABLES").fetchall() == []
+            zone = connection.sql("SELECT current_setting('TimeZone')").fetchall()
+            assert zone == [("UTC",)]
+            connection.execute("SET TimeZone = 'Europe/Zurich'")
+            connection.execute("CREATE TEMP TABLE t AS SELECT 1")
+            rows = connection.sql("SELECT 2 AS i").to_arrow_table()
+            connection.register("registered", rows)
+        assert spilled(settings) == []
+    assert len(made) == 1
+    with engine(settings.model_copy(update={"duckdb_memory": 2**27})) as connection:
+        limit = connection.sql("SELECT current_setting('memory_limit')").fetchall()
+    assert limit == [("128.0 MiB",)]
+    assert len(made) == 2
+
+
+def test_several_pieces_of_work_at_once_share_no_engine(
+    settings: Settings, made: list[duckdb.DuckDBPyConnection]
+) -> None:
+    with engine(settings), engine(settings), engine(settings):
+        assert len(made) == 3
+
+    def work(_: int) -> int:
+        with engine(settings) as connection:
+            together.wait()
+            return connection.sql("SELECT 1").fetchall()[0][0]
+
+    together = threading.Barrier(3)
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(work, range(3))) == [1, 1, 1]
+    assert len(made) == 3, "those that rested serve again"
+
+
+@pytest.mark.parametrize("how", ["it failed", "it spilled"])
+def test_an_engine_that_may_not_be_sound_is_not_used_again(
+    settings: Settings, made: list[duckdb.DuckDBPyConnection], how: str
+) -> None:
+    small = settings.model_copy(update={"duckdb_memory": 2**26})
+    with contextlib.suppress(ZeroDivisionError), engine(small) as connection:
+        if how == "it failed":
+            raise ZeroDivisionError
+        connection.execute(
+            "CREATE TEMP TABLE t AS SELECT i, repeat('x', 100) || i FROM range(1000000) t(i)"
+        )
+        assert any(any(one.iterdir()) for one in spilled(settings))
+    assert spilled(settings) == []
+    with engine(small) as connection:
+        assert connection.sql("SELECT 1").fetchall() == [(1,)]
+    assert len(made) == 2

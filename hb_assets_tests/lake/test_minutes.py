@@ -21,6 +21,7 @@ from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
+from hb_assets_tests.examples import examples
 from hb_assets_tests.lake.deliveries import (
     DAY,
     NOON,
@@ -114,6 +115,7 @@ priorities = st.lists(st.sampled_from(DEVICES), unique=True, max_size=3).map(tup
 YESTERDAY = DAY - dt.timedelta(days=1)
 
 
+@pytest.mark.long
 @given(
     st.lists(st.lists(readings, min_size=1, max_size=6), min_size=1, max_size=5),
     st.lists(st.booleans(), min_size=5, max_size=5),
@@ -121,7 +123,7 @@ YESTERDAY = DAY - dt.timedelta(days=1)
     st.tuples(st.integers(-2, 2), st.integers(0, 200_000)),
     st.sampled_from([None, *DEVICES]),
 )
-@example_settings(max_examples=12)
+@example_settings(max_examples=examples(12))
 def test_against_the_model(
     batches: list[list[tuple[str, str, int, int]]],
     runs: list[bool],
