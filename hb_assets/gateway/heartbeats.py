@@ -9,7 +9,8 @@ heartbeat short.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -109,34 +110,27 @@ _ACCEPTED_BODY = {"type": "http.response.body", "body": _ACCEPTED}
 
 @dataclass(slots=True)
 class _Sorted:
-    """A batch's records: the valid ones by user, each with its index; the others refused."""
+    """A batch's records, each with its index: those that are valid, and the others as refused."""
 
-    lines: dict[str, list[bytes]] = field(default_factory=dict)
-    indexes: dict[str, list[int]] = field(default_factory=dict)
+    valid: list[tuple[int, record.Heartbeat]] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     unknown_fields: int = 0
     retry_after: float = 0.0
 
     def add(self, index: int, found: record.Heartbeat | record.Refusal) -> None:
         """Put a record where it belongs."""
-        if isinstance(found, record.Refusal):
-            self.refused.append(Refused(index, found.field, found.reason, found.message, False))
-            return
-        lines = self.lines.get(found.user_id)
-        if lines is None:
-            self.lines[found.user_id] = [record.encode(found)]
-            self.indexes[found.user_id] = [index]
+        if isinstance(found, record.Heartbeat):
+            self.valid.append((index, found))
         else:
-            lines.append(record.encode(found))
-            self.indexes[found.user_id].append(index)
+            self.refused.append(Refused(index, found.field, found.reason, found.message, False))
 
-    def hold_back(self, user: str, reason: str, message: str, retry_after: float) -> None:
-        """Refuse what is valid of a user, for another reason than what it says."""
-        del self.lines[user]
-        self.refused += [
-            Refused(index, None, reason, message, True) for index in self.indexes.pop(user)
-        ]
-        self.retry_after = max(self.retry_after, retry_after)
+    def hold_back(self, users: Collection[str], reason: str, message: str, wait: float) -> int:
+        """Refuse what is valid of users, for another reason than what it says; how much it was."""
+        held = [index for index, heartbeat in self.valid if heartbeat.user_id in users]
+        self.valid = [one for one in self.valid if one[1].user_id not in users]
+        self.refused += [Refused(index, None, reason, message, True) for index in held]
+        self.retry_after = max(self.retry_after, wait)
+        return len(held)
 
     def members(self, accepted: int) -> dict[str, object]:
         """What every answer to a batch says, whatever its status."""
@@ -191,49 +185,42 @@ class Batch:
 
     async def _sort(self, records: Records) -> _Sorted:
         batch = _Sorted()
-        now_ms, bounds = self._backend.now_ms(), self._bounds
+        judge = record.Judge(self._backend.now_ms(), self._bounds)
         for start in range(0, len(records), SLICE):
             if start:
                 await asyncio.sleep(0)
             for index, found in records[start : start + SLICE]:
                 if isinstance(found, record.Wire):
-                    batch.add(index, record.judge(found, now_ms, bounds))
+                    batch.add(index, judge.wire(found))
                 else:
-                    heartbeat, unknown = record.parse(found, now_ms, bounds)
+                    heartbeat, unknown = judge.text(found)
                     batch.unknown_fields += unknown
                     batch.add(index, heartbeat)
         return batch
 
     def _hold_back(self, batch: _Sorted) -> None:
         """Leave out whoever sends more than a user may."""
-        users = {user: len(lines) for user, lines in batch.lines.items()}
+        users = Counter([heartbeat.user_id for _, heartbeat in batch.valid])
         for user, denial in self._limits.over(users).items():
-            batch.hold_back(user, "rate_limited", limits.denied(denial), denial.seconds)
+            batch.hold_back({user}, "rate_limited", limits.denied(denial), denial.seconds)
 
     async def _store(self, batch: _Sorted) -> tuple[int, list[HbError]]:
         """Append what is valid: how much was stored, and the errors of shards that were not."""
-        by_shard: dict[int, list[bytes]] = {}
-        users: dict[int, list[str]] = {}
-        for user, lines in batch.lines.items():
-            shard = record.shard_of(user, self._shards)
-            if shard in by_shard:
-                by_shard[shard] += lines
-                users[shard].append(user)
-            else:
-                by_shard[shard], users[shard] = [*lines], [user]
+        shards, shard_of, encode = self._shards, record.shard_of, record.encode
+        by_shard: defaultdict[int, list[bytes]] = defaultdict(list)
+        for _, heartbeat in batch.valid:
+            by_shard[shard_of(heartbeat.user_id, shards)].append(encode(heartbeat))
         outcome = await self._backend.append(by_shard) if by_shard else {}
-        accepted = 0
-        errors: list[HbError] = []
-        for shard, lines in by_shard.items():
-            error = outcome[shard]
-            if error is None:
-                accepted += len(lines)
-                continue
-            errors.append(error)
+        errors = [(shard, error) for shard, error in outcome.items() if error is not None]
+        for shard, error in errors:
+            users = {
+                heartbeat.user_id
+                for _, heartbeat in batch.valid
+                if shard_of(heartbeat.user_id, shards) == shard
+            }
             reason, message = problems.storage_reason(error), problems.storage_message(error)
-            for user in users[shard]:
-                batch.hold_back(user, reason, message, problems.retry_after(error))
-        return accepted, errors
+            batch.hold_back(users, reason, message, problems.retry_after(error))
+        return len(batch.valid), [error for _, error in errors]
 
     def _count(self, batch: _Sorted, accepted: int) -> None:
         self._metrics.accepted.inc(accepted)
