@@ -170,6 +170,5 @@ def _answer(status: int, body: dict[str, object]) -> Response:
     return Response(
         msgspec.json.encode(body),
         status_code=status,
-        headers={"cache-control": "no-store"},
         media_type="application/json",
     )

@@ -52,3 +52,6 @@ def test_does_what_the_document_says(settings: Settings, tmp_path: Path) -> None
         )
     print(done.stdout)  # noqa: T201  # what was found
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2000:]
+    # a machine too slow to get that far has shown nothing
+    for phase in ("Examples", "Coverage", "Fuzzing"):
+        assert f"✅ {phase}" in done.stdout.replace("  ", " "), f"{phase}: not reached in time"
