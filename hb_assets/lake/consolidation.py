@@ -192,7 +192,7 @@ def _without_damage(task: _Task, set_aside: list[str]) -> _ShardResult | None:
             return _consolidate_shard(task)
         except DamagedFileError as error:
             damaged = error
-        except parquet.ENGINE_ERRORS as error:
+        except parquet.engine_errors() as error:
             paths = [task.final, *(fragment.path for fragment in task.raw())]
             explained = parquet.explained(error, paths)
             if not isinstance(explained, DamagedFileError):

@@ -115,7 +115,7 @@ def build(
             if published is not None:
                 try:
                     shards.append(_build_shard(lake, day, published, connection, settings))
-                except parquet.ENGINE_ERRORS as error:
+                except parquet.engine_errors() as error:
                     paths = (published.path, layout.minutes_file(lake.root, day, shard))
                     raise parquet.explained(error, paths) from None
             if progress:

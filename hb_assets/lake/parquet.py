@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, TypeVar
 
 import duckdb
 import msgspec
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,8 +23,6 @@ from hb_assets.errors import DamagedFileError, HbError
 from hb_assets.lake import layout
 
 KEY = b"hb"
-ENGINE_ERRORS = (duckdb.Error, pl.exceptions.PolarsError, pa.ArrowException)
-"""What reading rows out of a file may raise; `explained` makes one clear line of it."""
 DIGEST = b"hb.digest"
 ROW_GROUP = 122_880
 """Rows of a row group: DuckDB's own, so that its scans run side by side."""
@@ -225,6 +222,16 @@ def meaning(error: Exception, path: Path) -> HbError | OSError:
     if isinstance(error, OSError) and error.errno is not None:
         return error
     return damaged(path, str(error))
+
+
+def engine_errors() -> tuple[type[Exception], ...]:
+    """What reading rows out of a file may raise; `explained` makes one clear line of it.
+
+    Asked for once something was raised: importing polars takes longer than many a command.
+    """
+    import polars as pl
+
+    return duckdb.Error, pl.exceptions.PolarsError, pa.ArrowException
 
 
 def explained(error: Exception, paths: Iterable[Path]) -> HbError:
