@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ from hb_assets.lake.query import Question
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
+
+
+_SWITCH_SECONDS = 0.0005
+"""After what time a reader gives up the GIL that the loop waits for; Python's own is 5 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class Readers:
 
     def __init__(self, lake: Lake, client: Client, settings: Settings) -> None:
         self._lake, self._client, self._settings = lake, client, settings
+        sys.setswitchinterval(_SWITCH_SECONDS)
         # More of them than cores would only take time from each other and from the loop.
         self._pool = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "readers")
 

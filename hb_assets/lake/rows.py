@@ -13,6 +13,10 @@ inode, and the open one stays whole.
 from __future__ import annotations
 
 import datetime as dt
+import os
+import threading
+import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,9 +30,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hb_assets import days
-from hb_assets.lake import consolidated, fragments, layout, parquet, tombstones
+from hb_assets.lake import consolidated, layout, parquet, tombstones
 from hb_assets.lake.buckets import Integers, Readings
-from hb_assets.lake.consolidated import ConsolidatedNote, Current
+from hb_assets.lake.consolidated import ConsolidatedNote
+from hb_assets.lake.layout import FragmentName
 from hb_assets.lake.store import Lake
 from hb_assets.lake.tombstones import Cutoffs
 from hb_assets.schema import ARRIVAL, HEARTBEATS
@@ -85,7 +90,7 @@ class _Edition:
 
     seen: _Look
     footer: pq.FileMetaData
-    note: ConsolidatedNote
+    included: frozenset[str]
     groups: tuple[_Group, ...]
 
 
@@ -107,7 +112,8 @@ def of_user(
         DamagedFileError: a file can't be read.
         OSError: the disk can't be read.
     """
-    raw = fragments.listed(lake, day, shard)
+    folder = layout.shard_folder(lake.root, layout.RAW, day, shard)
+    raw = _listings.names(folder)
     path = layout.consolidated_file(lake.root, day, shard)
     seen = _looked_at(path)
     edition = None
@@ -115,10 +121,9 @@ def of_user(
         edition = _edition(path, seen)
     elif consolidated.current(lake, day, shard) is not None:
         raise MovedError(f"day {day.isoformat()} was consolidated meanwhile")
-    published = Current(path, edition.note) if edition else None
     pending = [
-        (one.path, _chosen(_fragment(one.path), wanted))
-        for one in consolidated.pending(published, raw)
+        (one, _chosen(_fragment(one), wanted))
+        for one in _pending(folder, raw, edition.included if edition else frozenset())
     ]
     # A consolidated file has each key once: alone it needs no arrivals.
     identified |= wanted.cutoffs is not None or any(groups for _, groups in pending)
@@ -152,7 +157,56 @@ def _looked_at(path: Path) -> _Look | None:
 def _edition(path: Path, seen: _Look) -> _Edition:
     footer = parquet.footer(path)
     note = parquet.note_in(footer, path, ConsolidatedNote)
-    return _Edition(seen, footer, note, _groups(footer))
+    return _Edition(seen, footer, frozenset(note.fragments), _groups(footer))
+
+
+@lru_cache(maxsize=64)
+def _pending(folder: Path, raw: frozenset[str], included: frozenset[str]) -> tuple[Path, ...]:
+    """Fragments that the consolidated file doesn't include."""
+    return tuple(folder / name for name in sorted(raw - included) if FragmentName.parse(name))
+
+
+class _Listings:
+    """Names in folders, remembered until the folder changes: raw fragments stay for days.
+
+    A folder's time of change may stand still while two changes follow each other closely. So a
+    list is kept only if it was made a while after that time had been seen first: by then another
+    change would have another time, whoever's clock it is.
+    """
+
+    _SETTLED_SECONDS = 1.0
+    _MOST = 2_000
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Path, tuple[_Look, float, frozenset[str] | None]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def names(self, folder: Path) -> frozenset[str]:
+        """Names of all that lies in the folder now."""
+        looked_at = time.monotonic()
+        look = _looked_at(folder)
+        if look is None:
+            return frozenset()
+        with self._lock:
+            seen, since, names = self._known.get(folder, (None, looked_at, None))
+        if seen != look:
+            since, names = looked_at, None
+        if names is None:
+            try:
+                with os.scandir(folder) as found:
+                    names = frozenset(entry.name for entry in found)
+            except FileNotFoundError:
+                return frozenset()
+            settled = looked_at - since >= self._SETTLED_SECONDS
+            with self._lock:
+                self._known[folder] = look, since, names if settled else None
+                self._known.move_to_end(folder)
+                if len(self._known) > self._MOST:
+                    self._known.popitem(last=False)
+        return names
+
+
+_listings = _Listings()
 
 
 @lru_cache(maxsize=50_000)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hb_assets import days
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import checks, consolidated, fragments, layout, minutes, query
+from hb_assets.lake import checks, fragments, layout, minutes, query, rows
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
@@ -260,7 +260,7 @@ def test_file_that_vanishes_meanwhile(
     """A pruner takes the fragments between the list and the reading: asked again, all are there."""
     deliver(lake, settings, entry([line()]))
     once = [True]
-    original = consolidated.pending
+    original = rows._pending
 
     def pending(*arguments: Any) -> Any:
         found = original(*arguments)
@@ -271,7 +271,7 @@ def test_file_that_vanishes_meanwhile(
                 fragment.path.unlink()
         return found
 
-    monkeypatch.setattr(consolidated, "pending", pending)
+    monkeypatch.setattr(rows, "_pending", pending)
     assert len(minute_points(lake, "u1", NOON, NOON + 1, None, settings)) == 1
 
 
@@ -286,7 +286,7 @@ def test_file_that_is_replaced_meanwhile_by_an_older_list(
     deliver(lake, settings, entry([line(at=NOON + 1)], 1))
     consolidate(lake, DAY, settings)
     once = [True]
-    original = consolidated.pending
+    original = rows._pending
 
     def pending(*arguments: Any) -> Any:
         found = original(*arguments)
@@ -296,7 +296,7 @@ def test_file_that_is_replaced_meanwhile_by_an_older_list(
             path.with_name("other").replace(path)
         return found
 
-    monkeypatch.setattr(consolidated, "pending", pending)
+    monkeypatch.setattr(rows, "_pending", pending)
     deliver(lake, settings, entry([line(at=NOON + MINUTE)], 2))
     found = minute_points(lake, "u1", NOON, NOON + 2 * MINUTE, None, settings)
     assert found == points(raw(lake), "u1", NOON, NOON + 2 * MINUTE, None, settings.device_priority)

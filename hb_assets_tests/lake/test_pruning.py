@@ -26,10 +26,10 @@ from hb_assets.lake import (
     ledger,
     parquet,
     pruning,
+    rows,
 )
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.decode import decode
-from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.pruning import Pruned, prune
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
@@ -69,11 +69,12 @@ def age(path: Path, by: timedelta) -> None:
 
 
 def everything_adds_up(lake: Lake, settings: Settings, came: list[Row]) -> None:
-    rows = {one[4]: one for one in came}
-    assert sorted(consolidated_rows(lake)) == sorted(survivors(list(rows.values())).values())
+    by_identity = {one[4]: one for one in came}
+    latest = survivors(list(by_identity.values())).values()
+    assert sorted(consolidated_rows(lake)) == sorted(latest)
     [found] = ledger.of_days(lake, settings, deep=True)
     assert found.faults == []
-    assert found.rows == len(rows)
+    assert found.rows == len(by_identity)
 
 
 def test_only_what_is_consolidated_acknowledged_and_old(lake: Lake, settings: Settings) -> None:
@@ -365,15 +366,15 @@ def test_reader_overtaken_by_a_pruner(
     lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deliver(lake, settings, entry([line(bpm=60)], 0))
-    original = consolidated.pending
+    original = rows._pending
 
-    def overtaken(*arguments: Any) -> list[Fragment]:
-        monkeypatch.setattr(consolidated, "pending", original)
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.setattr(rows, "_pending", original)
         consolidate(lake, DAY, settings, watermarks=LATEST)
         prune(lake, settings)
         return original(*arguments)
 
-    monkeypatch.setattr(consolidated, "pending", overtaken)
+    monkeypatch.setattr(rows, "_pending", overtaken)
     points = minute_points(lake, "u1", NOON, NOON + 60_000, None, settings)
     assert [point.heart_rate for point in points] == [60]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -305,3 +306,32 @@ def test_a_file_replaced_between_footer_and_rows_is_noticed(
     [row] = {len(rows_of(path)) for path in lake.root.glob("heartbeats/*/*/*")}
     assert row == 3
     assert consolidated.current(lake, DAY, shard_of("u1", lake.shards)) is not None
+
+
+def test_a_list_of_fragments_is_remembered_until_there_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even one that comes in the same tick of the file system's clock as the one before it."""
+    now = 100.0
+    monkeypatch.setattr(rows.time, "monotonic", lambda: now)
+    scans = []
+    scan = os.scandir
+    monkeypatch.setattr(rows.os, "scandir", lambda folder: scans.append(folder) or scan(folder))
+    listings = rows._Listings()
+    folder = tmp_path / "shard=00"
+    assert listings.names(folder) == frozenset()
+    folder.mkdir()
+    (folder / "a").touch()
+    then = folder.stat()
+    assert listings.names(folder) == {"a"}
+    (folder / "b").touch()
+    os.utime(folder, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert listings.names(folder) == {"a", "b"}
+    now += 2
+    assert listings.names(folder) == {"a", "b"}
+    assert len(scans) == 3
+    now += 2
+    assert listings.names(folder) == {"a", "b"}
+    assert len(scans) == 3
+    (folder / "c").touch()
+    assert listings.names(folder) == {"a", "b", "c"}
