@@ -104,6 +104,10 @@ class GuardedProtocol(HttpToolsProtocol):
                 )
 
     @override
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "malformed-request", "the request isn't well-formed HTTP/1.1")
+
+    @override
     def on_message_begin(self) -> None:
         self._head_since = self.loop.time()
         super().on_message_begin()

@@ -68,6 +68,13 @@ def test_a_keep_alive_connection_may_rest(serving: Serving, settings: Settings) 
             assert resting.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
+def test_what_is_not_http(serving: Serving, settings: Settings) -> None:
+    with serving(settings) as http, connected(http, b"hello there\r\n\r\n") as client:
+        told = answer(client)
+        assert told.startswith(b"HTTP/1.1 400 ")
+        assert b"application/problem+json" in told
+
+
 def test_a_head_without_an_end(serving: Serving, settings: Settings) -> None:
     with serving(settings) as http, connected(http, HEAD) as client:
         with contextlib.suppress(ConnectionError):
