@@ -35,7 +35,7 @@ hypothesis.settings.register_profile(
 IN_MEMORY = Path("/dev/shm")
 """Where Linux keeps files in memory."""
 ROOM = 2 * 2**30
-"""Bytes that have to be free there; a whole run takes a tenth of it at once."""
+"""Bytes that have to be free there."""
 
 
 def pytest_configure() -> None:
