@@ -27,7 +27,6 @@ from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 
-
 _SWITCH_SECONDS = 0.0005
 """After what time a reader gives up the GIL that the loop waits for; Python's own is 5 ms."""
 
