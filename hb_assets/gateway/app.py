@@ -7,7 +7,7 @@ cost as much as all else that we do for a heartbeat.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -59,10 +59,10 @@ class Gateway:
             with self._metrics.kept():
                 yield
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve one request, or the server's start and end."""
-        app = self._edge if scope["type"] == "http" else self._events
-        await app(scope, receive, send)
+        app: ASGIApp = self._edge if scope["type"] == "http" else self._events
+        return app(scope, receive, send)
 
 
 class Route(NamedTuple):
@@ -113,7 +113,7 @@ class _Table:
             path: ", ".join(sorted([*methods, "OPTIONS"])) for path, methods in routes.items()
         }
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         methods = self._routes.get(scope["path"])
         if methods is None:
             raise HTTPException(404)
@@ -125,4 +125,4 @@ class _Table:
             route = Route(None, Response(status_code=204, headers=allow))
         if route.needed is not None:
             self._access.check(scope, route.needed)
-        await route.handler(scope, receive, send)
+        return route.handler(scope, receive, send)

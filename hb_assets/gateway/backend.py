@@ -11,15 +11,15 @@ import contextlib
 import logging
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from hb_assets.buffer import beats, connection, depth, durability
 from hb_assets.buffer.beats import Signs
 from hb_assets.buffer.limits import Limiter
-from hb_assets.buffer.producer import AsyncProducer
-from hb_assets.errors import BufferUnavailableError, HbError, SpoolUnavailableError
+from hb_assets.buffer.producer import AsyncProducer, Lines, Outcomes
+from hb_assets.errors import BufferUnavailableError, SpoolUnavailableError
 from hb_assets.gateway.access import Access
 from hb_assets.gateway.intake import Intake
 from hb_assets.gateway.probes import LIMIT_SECONDS, Probe
@@ -93,10 +93,11 @@ class Backend:
             stack.push_async_callback(self._producer.close)
             yield
 
-    async def append(self, lines: Mapping[int, Sequence[bytes]]) -> dict[int, HbError | None]:
+    def append(self, lines: Lines) -> Awaitable[Outcomes]:
         """Store lines by shard, in Redis or the spool; the outcome by shard, None for stored."""
-        if self._intake is not None:
-            return await self._intake.append(lines)
+        return self._append(lines) if self._intake is None else self._intake.append(lines)
+
+    async def _append(self, lines: Lines) -> Outcomes:
         outcome = await self._producer.append(lines)
         away = next((e for e in outcome.values() if isinstance(e, BufferUnavailableError)), None)
         # One line when Redis goes and one when it is back, however many requests meet it.

@@ -11,6 +11,7 @@ import itertools
 import re
 import secrets
 import time
+from collections.abc import Awaitable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,7 +26,8 @@ REQUEST_ID = "x-request-id"
 ID_PATTERN = "[A-Za-z0-9._~+/=:@-]{1,128}"
 """Ids of clients that are taken over: safe in a log line, whatever reads it."""
 HEADERS = (
-    # All that is answered is health data, or out of date a second later.
+    # What is read here is health data, or out of date a second later. (Answers to POST are neither
+    # kept nor shown by anybody, and each header costs uvicorn 0.8 us.)
     (b"cache-control", b"no-store"),
     (b"x-content-type-options", b"nosniff"),
 )
@@ -56,14 +58,16 @@ class Edge:
         if not request_id or not _sane(request_id):
             request_id = b"%s-%x" % (self._prefix, next(self._numbers))
 
-        async def watched(message: Message) -> None:
+        def watched(message: Message) -> Awaitable[None]:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                headers = [*message["headers"], (_REQUEST_ID, request_id)]
+                if scope["method"] != "POST":
+                    headers += HEADERS
                 # not in place: a handler may send the same message each time
-                headers = [*message["headers"], (_REQUEST_ID, request_id), *HEADERS]
-                message = {**message, "headers": headers}
-            await send(message)
+                message = {"type": "http.response.start", "status": status, "headers": headers}
+            return send(message)
 
         try:
             await self._app(scope, receive, watched)

@@ -87,11 +87,11 @@ class Limits:
             found.append(self._by_user(user))
         if not found:
             return []
-        states = [(one.policy, *self._limiter.state(one)) for one in found]
-        limit = ", ".join([f'"{policy.name}";r={left};t={reset}' for policy, left, reset in states])
+        states = [(one.policy.name, *self._limiter.state(one)) for one in found]
+        limit = ", ".join([f'"{name}";r={left};t={reset}' for name, left, reset in states])
         return [
             (b"ratelimit", limit.encode()),
-            (b"ratelimit-policy", _policies(tuple(policy for policy, _, _ in states))),
+            (b"ratelimit-policy", _policies(tuple([one.policy for one in found]))),
         ]
 
     def _refusal(self, denial: Denial) -> ProblemError:

@@ -80,6 +80,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             self._app,
             http=self._guard.protocol,  # type: ignore[arg-type]  # whatever makes protocols
+            interface="asgi3",
             ws="none",
             # Run by ourselves, below: uvicorn would turn a clear error into a traceback.
             lifespan="off",
