@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal
@@ -136,7 +135,7 @@ def parse(line: bytes, now_ms: int, bounds: TimeBounds) -> tuple[Heartbeat | Ref
         wire = _wire_decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _read_loosely(line, now_ms, bounds)
-    return Judge(now_ms, bounds).wire(wire), 0
+    return _judged(wire, now_ms, bounds), 0
 
 
 def read_array(text: bytes) -> list[Wire] | None:
@@ -161,23 +160,28 @@ def read_lines(text: bytes) -> list[Wire] | None:
 class Judge:
     """What is valid at one moment: `now_ms` as `parse` takes it. Many records have the same one."""
 
+    __slots__ = ("_bounds", "_now_ms")
+
     def __init__(self, now_ms: int, bounds: TimeBounds) -> None:
         self._now_ms = now_ms
         self._bounds = bounds
-        self._first, self._last = bounds.start_ms, min(now_ms + bounds.future_ms, LAST_MS)
 
     def wire(self, wire: Wire) -> Heartbeat | Refusal:
         """The heartbeat that a record of the common shape is, or its refusal."""
-        instant = _instant(wire.timestamp, wire.timestamp_ms)
-        if isinstance(instant, Refusal):
-            return instant
-        if self._first <= instant <= self._last:
-            return Heartbeat(wire.user_id, wire.device_id, instant, wire.heart_rate)
-        return _outside(instant, self._bounds)
+        return _judged(wire, self._now_ms, self._bounds)
 
     def text(self, line: bytes) -> tuple[Heartbeat | Refusal, int]:
         """As `parse`."""
         return parse(line, self._now_ms, self._bounds)
+
+
+def _judged(wire: Wire, now_ms: int, bounds: TimeBounds) -> Heartbeat | Refusal:
+    instant = _instant(wire.timestamp, wire.timestamp_ms)
+    if isinstance(instant, Refusal):
+        return instant
+    if bounds.start_ms <= instant <= now_ms + bounds.future_ms and instant <= LAST_MS:
+        return Heartbeat(wire.user_id, wire.device_id, instant, wire.heart_rate)
+    return _outside(instant, bounds)
 
 
 def parse_object(fields: Any, now_ms: int, bounds: TimeBounds) -> tuple[Heartbeat | Refusal, int]:
@@ -258,8 +262,11 @@ def _check(fields: dict[str, Any], now_ms: int, bounds: TimeBounds) -> Heartbeat
 def _instant(text: object, epoch_ms: object) -> int | Refusal:
     """Epoch milliseconds out of `timestamp_ms`, or else `timestamp`."""
     if epoch_ms is UNSET and type(text) is str and len(text) > _DATE_LENGTH:
-        with suppress(ValueError, TypeError):  # the usual way: it has an offset
+        try:  # the usual way: it has an offset
             gap = _fromisoformat(text) - EPOCH
+        except (ValueError, TypeError):
+            pass
+        else:
             return gap.days * MS_PER_DAY + gap.seconds * 1000 + gap.microseconds // 1000
     if epoch_ms is not UNSET and epoch_ms is not None:
         whole = _whole_number(epoch_ms)

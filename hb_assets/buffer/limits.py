@@ -21,48 +21,74 @@ Decision 17 says how far several processes can be off.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from math import ceil
 from typing import Any, NamedTuple
 
 from hb_assets.buffer import keys
 from hb_assets.buffer.roundtrip import Command, script
+from hb_assets.record import shard_of
 
 _CHARGED_SHARE = 0.01
 """What a subject may use up of its quota before it is charged: much less traffic for Redis."""
 _MOST_CHARGES = 1000
 """How many subjects one round trip charges."""
 _MOST_KNOWN = 200_000
-"""Subjects that are remembered, in about 30 MB; the nearest to a full quota are forgotten first."""
+"""Subjects of a policy that are remembered, in about 50 MB; the nearest to a full quota are
+forgotten first."""
 
 
 class Policy:
-    """At most `quota` at once, and `quota` in each `window_us` microseconds.
+    """At most `quota` at once, and `quota` in each `window_us` microseconds, for each subject.
 
     `interval_us` is what a cost of 1 moves the theoretical arrival time on by, `owing_us` from when
-    on it has to be charged. Compared by identity, to be quick in a key.
+    on a subject has to be charged.
     """
 
-    __slots__ = ("interval_us", "name", "owing_us", "quota", "window_us")
+    __slots__ = ("_shards", "_subjects", "interval_us", "name", "owing_us", "quota", "window_us")
 
-    def __init__(self, name: str, quota: int, window_us: int) -> None:
+    def __init__(self, name: str, quota: int, window_us: int, shards: int) -> None:
         self.name = name
         self.quota = quota
         self.window_us = window_us
         self.interval_us = window_us / quota
         self.owing_us = window_us * _CHARGED_SHARE
+        self._shards = shards
+        self._subjects: dict[str, Subject] = {}
+
+    def subject(self, whom: str) -> Subject:
+        """What is known of somebody; `whom` is a clear name, and goes nowhere from here."""
+        found = self._subjects.get(whom)
+        if found is None:
+            if len(self._subjects) >= _MOST_KNOWN:
+                self._forget()
+            found = self._subjects[whom] = Subject(self, shard_of(whom, self._shards), whom)
+        return found
+
+    def _forget(self) -> None:
+        """Forget the half that is nearest to having all of its quota."""
+        furthest = sorted(self._subjects.items(), key=lambda item: -item[1].arrival_us)
+        self._subjects = dict(furthest[: _MOST_KNOWN // 2])
 
 
-class Subject(NamedTuple):
-    """Whom a policy limits: `shard` is whose hash tag its key has, `digest` never a clear name."""
+class Subject:
+    """Whom a policy limits, and his theoretical arrival time by the limiter's clock.
 
-    policy: Policy
-    shard: int
-    digest: str
+    `owed_us` is the part of it that wasn't charged yet, `shard` whose hash tag its key has.
+    """
+
+    __slots__ = ("arrival_us", "digest", "owed_us", "policy", "shard")
+
+    def __init__(self, policy: Policy, shard: int, whom: str) -> None:
+        self.policy = policy
+        self.shard = shard
+        self.digest = hashlib.blake2b(whom.encode(), digest_size=16).hexdigest()
+        self.arrival_us = 0.0
+        self.owed_us = 0.0
 
 
 class Denial(NamedTuple):
@@ -72,24 +98,12 @@ class Denial(NamedTuple):
     seconds: float
 
 
-@dataclass(slots=True)
-class _Known:
-    arrival_us: float
-    owed_us: float = 0.0
-
-
 class Limiter:
-    """What one event loop knows and owes; not for several threads."""
+    """Decides in one event loop, and has what is owed charged; not for several threads."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._known: dict[Subject, _Known] = {}
-        self._due: dict[Subject, _Known] = {}
-
-    @property
-    def due(self) -> bool:
-        """Whether something is to be charged."""
-        return bool(self._due)
+        self._due: dict[Subject, None] = {}
 
     def admit(self, wanted: Sequence[tuple[Subject, int]]) -> Denial | None:
         """Admit a request that costs each subject so much, or say whom it has to wait for.
@@ -98,74 +112,59 @@ class Limiter:
         when all of the quota is there, and has to be worked off: it never would be otherwise.
         """
         now = self._clock() * 1e6
-        known_of = self._known
         for subject, cost in wanted:
-            known = known_of.get(subject)
-            if known is not None and known.arrival_us > now:
+            if subject.arrival_us > now:
                 policy = subject.policy
                 cost_us = min(cost * policy.interval_us, policy.window_us)
-                early_us = known.arrival_us + cost_us - policy.window_us - now
+                early_us = subject.arrival_us + cost_us - policy.window_us - now
                 if early_us > 0:
                     return Denial(subject, early_us / 1e6)
         for subject, cost in wanted:
-            self._take(subject, cost, now)
+            if subject.arrival_us < now:  # whatever it owed was worked off meanwhile
+                subject.arrival_us, subject.owed_us = now, 0.0
+            policy = subject.policy
+            cost_us = cost * policy.interval_us
+            subject.arrival_us += cost_us
+            subject.owed_us += cost_us
+            if subject.owed_us >= policy.owing_us:
+                self._due[subject] = None
         return None
 
-    def _take(self, subject: Subject, cost: int, now: float) -> None:
-        policy = subject.policy
-        known = self._known.get(subject)
-        if known is None:
-            if len(self._known) >= _MOST_KNOWN:
-                self._forget(now)
-            known = self._known[subject] = _Known(now)
-        elif known.arrival_us < now:  # whatever it owed was worked off meanwhile
-            known.arrival_us, known.owed_us = now, 0.0
-        cost_us = cost * policy.interval_us
-        known.arrival_us += cost_us
-        known.owed_us += cost_us
-        if known.owed_us >= policy.owing_us:
-            self._due[subject] = known
-
-    def state(self, subject: Subject) -> tuple[int, int]:
-        """What is left of the subject's quota now, and in how many seconds it has all of it."""
-        policy = subject.policy
-        known = self._known.get(subject)
-        ahead_us = 0.0 if known is None else known.arrival_us - self._clock() * 1e6
-        if ahead_us <= 0:
-            return policy.quota, 0
-        return max(0, int((policy.window_us - ahead_us) / policy.interval_us)), ceil(ahead_us / 1e6)
+    def states(self, subjects: Iterable[Subject]) -> list[tuple[str, int, int]]:
+        """For each its policy, what is left of its quota, and in how many seconds all is back."""
+        now = self._clock() * 1e6
+        found = []
+        for subject in subjects:
+            policy = subject.policy
+            ahead_us = subject.arrival_us - now
+            if ahead_us <= 0:
+                found.append((policy.name, policy.quota, 0))
+            else:
+                left = int((policy.window_us - ahead_us) / policy.interval_us)
+                found.append((policy.name, max(0, left), ceil(ahead_us / 1e6)))
+        return found
 
     def charges(self) -> tuple[list[Command], list[list[Subject]]]:
         """Commands that charge what is due, and whom each charges, in the order of its replies."""
+        if not self._due:
+            return [], []
         by_shard: defaultdict[int, list[Subject]] = defaultdict(list)
         for subject in list(islice(self._due, _MOST_CHARGES)):
+            del self._due[subject]
             by_shard[subject.shard].append(subject)
         commands: list[Command] = []
         for shard, subjects in by_shard.items():
-            arguments = []
-            for subject in subjects:
-                known = self._due.pop(subject)
-                arguments.append(round(known.owed_us))
-                known.owed_us = 0.0
             names = [keys.limit(shard, one.policy.name, one.digest) for one in subjects]
-            commands.append(script("charge", names, arguments))
+            commands.append(script("charge", names, [round(one.owed_us) for one in subjects]))
+            for subject in subjects:
+                subject.owed_us = 0.0
         return commands, list(by_shard.values())
 
     def hear(self, charged: Iterable[Sequence[Subject]], replies: Iterable[Any]) -> None:
         """Learn from the replies to `charges`; what isn't a list was an error and tells nothing."""
         now = self._clock() * 1e6
         for subjects, reply in zip(charged, replies, strict=True):
-            if not isinstance(reply, list):
-                continue
-            for subject, ahead_us in zip(subjects, reply, strict=True):
-                known = self._known.get(subject)
-                if known is not None:
-                    known.arrival_us = max(known.arrival_us, now + ahead_us + known.owed_us)
-
-    def _forget(self, now: float) -> None:
-        """Forget who has all of its quota again, or else the half that is nearest to it."""
-        self._known = {s: known for s, known in self._known.items() if known.arrival_us > now}
-        if len(self._known) >= _MOST_KNOWN:
-            furthest = sorted(self._known.items(), key=lambda item: -item[1].arrival_us)
-            self._known = dict(furthest[: _MOST_KNOWN // 2])
-        self._due = {s: known for s, known in self._due.items() if s in self._known}
+            if isinstance(reply, list):
+                for subject, ahead_us in zip(subjects, reply, strict=True):
+                    known = now + ahead_us + subject.owed_us
+                    subject.arrival_us = max(subject.arrival_us, known)

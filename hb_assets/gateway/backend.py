@@ -21,6 +21,7 @@ from hb_assets.buffer.limits import Limiter
 from hb_assets.buffer.producer import AsyncProducer, Lines, Outcomes
 from hb_assets.errors import BufferUnavailableError, SpoolUnavailableError
 from hb_assets.gateway.access import Access
+from hb_assets.gateway.bodies import Room
 from hb_assets.gateway.intake import Intake
 from hb_assets.gateway.probes import LIMIT_SECONDS, Probe
 from hb_assets.gateway.readers import Asked, Readers, Reply
@@ -45,6 +46,7 @@ class Backend:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.limiter = Limiter()
+        self.room = Room(settings.bodies_max_bytes)
         self.access = Access(settings)
         self._spool: Spool | None = None
         self._survey: Survey | None = None

@@ -59,8 +59,41 @@ class ClientGoneError(Exception):
     """The client went away before its request was whole; there is nobody to answer."""
 
 
+class Room:
+    """What all bodies may take together that are being received: `most` bytes, expanded."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken = 0
+
+    def take(self, size: int) -> None:
+        """Take room for a part of a body; its reader gives back what it took.
+
+        Raises:
+            ProblemError: 503, there is none. It counts as taken all the same.
+        """
+        self._taken += size
+        if self._taken > self._most:
+            raise ProblemError(
+                503,
+                "too-many-bodies",
+                "Too much is being received at once",
+                "the bodies that are being received take all of HB_BODIES_MAX_BYTES; "
+                "send it again in a moment",
+                retry_after=1,
+            )
+
+    def give_back(self, size: int) -> None:
+        """Give back what was taken."""
+        self._taken -= size
+
+
 async def read_body(
-    scope: Scope, receive: Receive, most: int, types: frozenset[bytes] = JSON_TYPES
+    scope: Scope,
+    receive: Receive,
+    most: int,
+    types: frozenset[bytes] = JSON_TYPES,
+    room: Room | None = None,
 ) -> bytes:
     """The whole body, expanded if it was compressed.
 
@@ -71,11 +104,12 @@ async def read_body(
         receive: as ASGI has it.
         most: bytes, of the body as it came and as it is expanded.
         types: the media types that are taken; a body without Content-Type counts as JSON.
+        room: shared with all other bodies; only one that doesn't come at once takes of it.
 
     Raises:
         ProblemError: 413, as soon as it is known, by Content-Length or by what came so far; 415,
             a media type, charset or content coding that isn't taken; 400, a compressed body that
-            is damaged.
+            is damaged; 503, too many bodies are being received.
         ClientGoneError: the client went away before the end.
     """
     kind = coding = length = b""
@@ -91,31 +125,45 @@ async def read_body(
     if length.isdigit() and int(length) > most:
         _too_large(most)
     if coding and (coding := _checked_coding(coding)):
-        return await _read_expanding(receive, _Expansion(coding), most)
+        return await _read_expanding(receive, _Expansion(coding), most, room or Room(most))
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
         body: bytes = message.get("body", b"")
         if len(body) > most:
             _too_large(most)
         return body
-    return await _read_on(receive, message, most)
+    return await _read_on(receive, message, most, room or Room(most))
 
 
-async def _read_on(receive: Receive, message: Message, most: int) -> bytes:
+async def _read_on(receive: Receive, message: Message, most: int, room: Room) -> bytes:
     parts = bytearray()
-    while True:
-        if message["type"] != "http.request":
-            raise ClientGoneError
-        parts += message.get("body", b"")
-        if len(parts) > most:
-            _too_large(most)
-        if not message.get("more_body", False):
-            return bytes(parts)
-        message = await receive()
+    try:
+        while True:
+            if message["type"] != "http.request":
+                raise ClientGoneError
+            part = message.get("body", b"")
+            if len(parts) + len(part) > most:
+                _too_large(most)
+            parts += part
+            room.take(len(part))
+            if not message.get("more_body", False):
+                return bytes(parts)
+            message = await receive()
+    finally:
+        room.give_back(len(parts))
 
 
-async def _read_expanding(receive: Receive, expansion: _Expansion, most: int) -> bytes:
+async def _read_expanding(receive: Receive, expansion: _Expansion, most: int, room: Room) -> bytes:
     expanded = bytearray()
+    try:
+        return await _expanded(receive, expansion, most, room, expanded)
+    finally:
+        room.give_back(len(expanded))
+
+
+async def _expanded(
+    receive: Receive, expansion: _Expansion, most: int, room: Room, expanded: bytearray
+) -> bytes:
     came = 0
     turn_ends = time.monotonic() + TURN_SECONDS
     while True:
@@ -125,9 +173,10 @@ async def _read_expanding(receive: Receive, expansion: _Expansion, most: int) ->
         compressed = message.get("body", b"")
         came += len(compressed)
         for piece in expansion.pieces(compressed):
-            expanded += piece
-            if len(expanded) > most:
+            if len(expanded) + len(piece) > most:
                 _too_large(most)
+            expanded += piece
+            room.take(len(piece))
             if time.monotonic() > turn_ends:
                 await asyncio.sleep(0)
                 turn_ends = time.monotonic() + TURN_SECONDS

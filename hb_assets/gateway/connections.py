@@ -1,11 +1,11 @@
-"""Connections: how many there may be, how long each may keep us waiting, how much they may hold.
+"""Connections: how many there may be, and how long each may keep us waiting.
 
 Belongs here: bounds that hold before any request is whole: connections, the size of a head, the
-time that a head and a body may take, the bytes of unfinished bodies. Doesn't belong here: what a
-request says, and the size of one body (`bodies`).
+time that a head and a body may take. Doesn't belong here: what a request says, and the bytes of
+bodies (`bodies`).
 
 uvicorn's protocol bounds none of these. A slow client (slow loris) costs nothing on the way of a
-request: one sweep a second looks at all connections.
+request: one sweep a second looks at what each connection is waiting for, and since when.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -21,9 +21,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from hb_assets.gateway.problems import ProblemError, raw_answer
 from hb_assets.settings import Settings
 
-_SWEEP_SECONDS = 1.0
+_SWEEP_SECONDS = 0.5
 _HEAD_BYTES = 64 * 2**10
 """Longest request line and headers."""
+
+_Wait: TypeAlias = tuple[Literal["first byte", "head", "body", "reader"], int]
+"""What a connection is waiting for: which part, and of which request."""
 
 
 class Guard:
@@ -33,8 +36,6 @@ class Guard:
         self.most = settings.max_connections
         self.head_seconds = settings.head_timeout.total_seconds()
         self.body_seconds = settings.body_timeout.total_seconds()
-        self.most_body_bytes = settings.bodies_max_bytes
-        self.body_bytes = 0
         self.connections: set[GuardedProtocol] = set()
 
     def protocol(self, *args: Any, **options: Any) -> GuardedProtocol:
@@ -66,17 +67,14 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._guard = guard
         self._closed = False
-        self._head_since: float | None = None
         self._head_bytes = 0
-        self._body_since: float | None = None
-        self._body_bytes = 0
-        self._stuck_since: float | None = None
+        self._waits_for: _Wait | None = None
+        self._since = 0.0
 
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._guard.connections.add(self)
-        self._head_since = self.loop.time()
         if len(self._guard.connections) > self._guard.most:
             self._refuse(
                 503, "too-many-connections", "too many connections are open here", retry_after=1
@@ -84,7 +82,6 @@ class GuardedProtocol(HttpToolsProtocol):
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
-        self._release()
         self._guard.connections.discard(self)
         self._closed = True
         super().connection_lost(exc)
@@ -94,72 +91,59 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._closed:
             return
         super().data_received(data)
-        if self._head_since is None:
-            self._head_bytes = 0
-        else:
+        if self._head_is_incomplete():
             self._head_bytes += len(data)
             if self._head_bytes > _HEAD_BYTES:
                 self._refuse(
                     431, "head-too-large", f"the headers may have at most {_HEAD_BYTES} bytes"
                 )
+        else:
+            self._head_bytes = 0
 
     @override
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "malformed-request", "the request isn't well-formed HTTP/1.1")
 
-    @override
-    def on_message_begin(self) -> None:
-        self._head_since = self.loop.time()
-        super().on_message_begin()
-
-    @override
-    def on_headers_complete(self) -> None:
-        self._body_since, self._head_since = self._head_since, None
-        super().on_headers_complete()
-
-    @override
-    def on_body(self, body: bytes) -> None:
-        self._body_bytes += len(body)
-        self._guard.body_bytes += len(body)
-        if self._guard.body_bytes > self._guard.most_body_bytes:
-            self._refuse(
-                503,
-                "too-many-bodies",
-                "too many requests are being received at once (HB_BODIES_MAX_BYTES)",
-                retry_after=1,
-            )
-            return
-        super().on_body(body)
-
-    @override
-    def on_message_complete(self) -> None:
-        self._body_since = None
-        if not self._closed:  # else a part of the body was left out
-            super().on_message_complete()
-
-    @override
-    def on_response_complete(self) -> None:
-        self._release()
-        super().on_response_complete()
-
     def sweep(self) -> None:
         """Close it when its client has kept us waiting for too long."""
         now = self.loop.time()
-        if self._head_since is not None and now - self._head_since > self._guard.head_seconds:
-            if self._head_bytes:
-                self._refuse(
-                    408, "head-timeout", "the headers took too long to come (HB_HEAD_TIMEOUT)"
-                )
+        waits_for = self._waiting()
+        if waits_for != self._waits_for:
+            self._waits_for, self._since = waits_for, now
+        if waits_for is None:
+            return
+        part, _ = waits_for
+        seconds = now - self._since
+        if part in ("first byte", "head") and seconds > self._guard.head_seconds:
+            if part == "head":
+                detail = "the headers took too long to come (HB_HEAD_TIMEOUT)"
+                self._refuse(408, "head-timeout", detail)
             else:
                 self.transport.close()
-        elif self._body_since is not None and now - self._body_since > self._guard.body_seconds:
-            self._refuse(408, "body-timeout", "the body took too long to come (HB_BODY_TIMEOUT)")
-        elif not self.flow.write_paused:
-            self._stuck_since = None
-        elif self._stuck_since is None:
-            self._stuck_since = now
-        elif now - self._stuck_since > self._guard.body_seconds:
-            self.transport.abort()  # it doesn't read its answer
+        elif part == "body" and seconds > self._guard.body_seconds:
+            detail = "the body took too long to come (HB_BODY_TIMEOUT)"
+            self._refuse(408, "body-timeout", detail)
+        elif part == "reader" and seconds > self._guard.body_seconds:
+            self.transport.abort()
+
+    def _waiting(self) -> _Wait | None:
+        """What its client has to do next; None: it is our turn, or nothing is under way."""
+        cycle: RequestResponseCycle | None = self.cycle  # None before the first request
+        if self._head_is_incomplete():
+            return "head", id(self.scope)
+        if cycle is None:
+            return "first byte", 0
+        if cycle.response_complete:
+            return None
+        if self.flow.write_paused:
+            return "reader", id(cycle)
+        return ("body", id(cycle)) if cycle.more_body else None
+
+    def _head_is_incomplete(self) -> bool:
+        """Whether a request has begun to come whose headers aren't all there."""
+        # uvicorn makes a scope when a request begins, and puts its path there when they are
+        scope: Any = self.scope
+        return scope is not None and "path" not in scope
 
     def _refuse(
         self, status: int, kind: str, detail: str, retry_after: float | None = None
@@ -170,11 +154,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._closed = True
         title = "The connection was closed"
         problem = ProblemError(status, kind, title, detail, retry_after=retry_after)
-        cycle: RequestResponseCycle | None = self.cycle  # None before the first request
+        cycle: RequestResponseCycle | None = self.cycle
         if cycle is None or not cycle.response_started or cycle.response_complete:
             self.transport.write(raw_answer(problem))
         self.transport.close()
-
-    def _release(self) -> None:
-        self._guard.body_bytes -= self._body_bytes
-        self._body_bytes = 0

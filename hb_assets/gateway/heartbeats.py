@@ -67,7 +67,7 @@ class One:
         """
         limits = self._limits
         sender = limits.sender(scope)
-        body = await read_body(scope, receive, self._body_max)
+        body = await read_body(scope, receive, self._body_max, room=self._backend.room)
         heartbeat, unknown = record.parse(body, self._backend.now_ms(), self._bounds)
         if unknown:
             self._metrics.unknown_fields.inc(unknown)
@@ -75,7 +75,8 @@ class One:
             limits.admit(sender)
             self._refuse(heartbeat)
         user = heartbeat.user_id
-        limits.admit(sender, users={user: 1})
+        subjects = limits.with_user(sender, user)
+        limits.admit(subjects)
         shard = record.shard_of(user, self._shards)
         outcome = await self._backend.append({shard: (record.encode(heartbeat),)})
         error = outcome[shard]
@@ -83,7 +84,7 @@ class One:
             self._metrics.refused(problems.storage_reason(error))
             raise error
         self._metrics.accepted.inc()
-        headers = [*_ACCEPTED_HEADERS, *limits.headers(sender, user)]
+        headers = [*_ACCEPTED_HEADERS, *limits.headers(subjects)]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send(_ACCEPTED_BODY)
 
@@ -163,7 +164,7 @@ class Batch:
                 when none could be stored.
         """
         sender = self._limits.sender(scope)
-        body = await read_body(scope, receive, self._body_max, BATCH_TYPES)
+        body = await read_body(scope, receive, self._body_max, BATCH_TYPES, self._backend.room)
         records = split(body, media_type(scope), self._most)
         self._limits.admit(sender, cost=len(records))
         batch = await self._sort(records)

@@ -7,10 +7,9 @@ here: the algorithm, and what crosses processes (`buffer.limits`).
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -19,13 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hb_assets.buffer.limits import Denial, Limiter, Policy, Subject
 from hb_assets.gateway.access import PRINCIPAL
 from hb_assets.gateway.problems import ProblemError
-from hb_assets.record import shard_of
 from hb_assets.settings import Quota, Settings
 
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
-_SUBJECTS = 2**16
-"""Subjects whose digests are kept, not made anew for each request."""
 _NETWORK_BITS = 64
 """An IPv6 client has a whole network of this size, and is limited as one."""
 
@@ -39,11 +35,18 @@ class Limits:
         """`count` is told of each refusal: the policy's name, and how many heartbeats it was."""
         self._limiter = limiter
         self._count = count
-        self._by_key = _finder("key", settings.limit_key, settings.shards, str)
-        self._by_ip = _finder("ip", settings.limit_ip, settings.shards, _network)
-        self._by_user = _finder("user", settings.limit_user, settings.shards, str)
-        self._key_asks = _finder("key-queries", settings.limit_queries, settings.shards, str)
-        self._ip_asks = _finder("ip-queries", settings.limit_queries, settings.shards, _network)
+
+        def policy(name: str, quota: Quota | None) -> Policy | None:
+            if quota is None:
+                return None
+            window_us = int(quota.window.total_seconds() * 1e6)
+            return Policy(name, quota.amount, window_us, settings.shards)
+
+        self._by_key = policy("key", settings.limit_key)
+        self._by_ip = policy("ip", settings.limit_ip)
+        self._by_user = policy("user", settings.limit_user)
+        self._key_asks = policy("key-queries", settings.limit_queries)
+        self._ip_asks = policy("ip-queries", settings.limit_queries)
 
     def sender(self, scope: Scope) -> list[Subject]:
         """Who sends heartbeats: the subjects that the whole of a request is charged to."""
@@ -53,18 +56,17 @@ class Limits:
         """Who asks for readings, at a cost of 1 a question."""
         return _present(scope, self._key_asks, self._ip_asks)
 
-    def admit(
-        self, subjects: Sequence[Subject], cost: int = 1, users: Mapping[str, int] | None = None
-    ) -> None:
-        """Admit a request that costs each of the subjects so much, and each user his own.
+    def with_user(self, sender: list[Subject], user: str) -> list[Subject]:
+        """The sender of one heartbeat, and whose it is."""
+        return sender if self._by_user is None else [*sender, self._by_user.subject(user)]
+
+    def admit(self, subjects: Sequence[Subject], cost: int = 1) -> None:
+        """Admit a request that costs each of the subjects so much.
 
         Raises:
             ProblemError: 429, when one of them has to wait; it costs nobody anything then.
         """
-        wanted = [(subject, cost) for subject in subjects]
-        if users and self._by_user is not None:
-            wanted += [(self._by_user(user), heartbeats) for user, heartbeats in users.items()]
-        denial = self._limiter.admit(wanted)
+        denial = self._limiter.admit([(subject, cost) for subject in subjects])
         if denial is not None:
             self._count(denial.subject.policy.name, cost)
             raise self._refusal(denial)
@@ -73,25 +75,23 @@ class Limits:
         """Admit each user's heartbeats, all or none of his; those who have to wait."""
         denied = {}
         if self._by_user is not None:
+            admit, subject = self._limiter.admit, self._by_user.subject
             for user, heartbeats in users.items():
-                denial = self._limiter.admit([(self._by_user(user), heartbeats)])
+                denial = admit(((subject(user), heartbeats),))
                 if denial is not None:
                     self._count("user", heartbeats)
                     denied[user] = denial
         return denied
 
-    def headers(self, subjects: Iterable[Subject], user: str | None = None) -> Headers:
+    def headers(self, subjects: Sequence[Subject]) -> Headers:
         """RateLimit and RateLimit-Policy of the subjects, where there are any."""
-        found = [*subjects]
-        if user is not None and self._by_user is not None:
-            found.append(self._by_user(user))
-        if not found:
+        if not subjects:
             return []
-        states = [(one.policy.name, *self._limiter.state(one)) for one in found]
+        states = self._limiter.states(subjects)
         limit = ", ".join([f'"{name}";r={left};t={reset}' for name, left, reset in states])
         return [
             (b"ratelimit", limit.encode()),
-            (b"ratelimit-policy", _policies(tuple([one.policy for one in found]))),
+            (b"ratelimit-policy", _policies(tuple([one.policy for one in subjects]))),
         ]
 
     def _refusal(self, denial: Denial) -> ProblemError:
@@ -152,8 +152,6 @@ class Asking:
         await self._handler(scope, receive, told)
 
 
-_Finder: TypeAlias = Callable[[str], Subject]
-
 _WHOM = {
     "key": "API key",
     "ip": "address",
@@ -163,34 +161,18 @@ _WHOM = {
 }
 
 
-def _finder(
-    name: str, quota: Quota | None, shards: int, meant: Callable[[str], str]
-) -> _Finder | None:
-    """Finds the subject of a policy by a key's id, an address or a user; None: not limited."""
-    if quota is None:
-        return None
-    policy = Policy(name, quota.amount, int(quota.window.total_seconds() * 1e6))
-
-    @lru_cache(maxsize=_SUBJECTS)
-    def subject(whom: str) -> Subject:
-        text = meant(whom)
-        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        return Subject(policy, shard_of(text, shards), digest)
-
-    return subject
-
-
-def _present(scope: Scope, by_key: _Finder | None, by_ip: _Finder | None) -> list[Subject]:
+def _present(scope: Scope, by_key: Policy | None, by_ip: Policy | None) -> list[Subject]:
     found = []
     principal = scope.get(PRINCIPAL)
     if by_key is not None and principal is not None and principal.key_id is not None:
-        found.append(by_key(principal.key_id))
+        found.append(by_key.subject(principal.key_id))
     client = scope["client"]
     if by_ip is not None and client:
-        found.append(by_ip(client[0]))
+        found.append(by_ip.subject(_network(client[0])))
     return found
 
 
+@lru_cache(maxsize=2**16)
 def _network(host: str) -> str:
     """What is limited as one address: an IPv4 address, or an IPv6 network."""
     try:

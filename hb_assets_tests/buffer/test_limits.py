@@ -29,7 +29,8 @@ class Clock:
 
 
 def subject(quota: int, seconds: float, name: str = "user") -> Subject:
-    return Subject(Policy(name, quota, int(seconds * SECOND_US)), 0, "d1")
+    """Somebody who was never seen, as one process knows him."""
+    return Policy(name, quota, int(seconds * SECOND_US), shards=4).subject("u1")
 
 
 # -- the algorithm
@@ -76,40 +77,39 @@ def test_all_admit_or_nobody_pays() -> None:
     denial = limiter.admit([(wide, 1), (tight, 1)])
     assert denial is not None
     assert denial.subject == tight
-    assert limiter.state(wide)[0] == 98
+    assert limiter.states([wide]) == [("ip", 98, 2)]
 
 
 def test_what_is_left_and_when_all_of_it_is_back() -> None:
     clock = Clock()
     limiter, whom = Limiter(clock), subject(10, 60)
-    assert limiter.state(whom) == (10, 0)
+    assert limiter.states([whom]) == [("user", 10, 0)]
     limiter.admit([(whom, 4)])
-    assert limiter.state(whom) == (6, 24)
+    assert limiter.states([whom]) == [("user", 6, 24)]
     clock.seconds += 12
-    assert limiter.state(whom) == (8, 12)
+    assert limiter.states([whom]) == [("user", 8, 12)]
 
 
 def test_a_crowd_of_subjects_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has used up most is remembered longest."""
     monkeypatch.setattr(limits, "_MOST_KNOWN", 100)
-    limiter, policy = Limiter(Clock()), Policy("user", 10, 60 * SECOND_US)
-    greedy = Subject(policy, 0, "greedy")
-    assert limiter.admit([(greedy, 10)]) is None
+    limiter, policy = Limiter(Clock()), Policy("user", 10, 60 * SECOND_US, shards=4)
+    assert limiter.admit([(policy.subject("greedy"), 10)]) is None
     for number in range(1000):
-        limiter.admit([(Subject(policy, 0, f"{number}"), 1)])
-    assert len(limiter._known) <= 100
-    assert limiter.admit([(greedy, 1)]) is not None
+        limiter.admit([(policy.subject(f"{number}"), 1)])
+    assert len(policy._subjects) <= 100
+    assert limiter.admit([(policy.subject("greedy"), 1)]) is not None
 
 
 # -- several processes
 
 
-async def rounds(settings: Settings, limiters: list[Limiter], whom: Subject) -> Counter[int]:
+async def rounds(settings: Settings, gateways: list[tuple[Limiter, Subject]]) -> Counter[int]:
     """How much each of several gateways admits of a flood that goes to them in turn."""
     admitted: Counter[int] = Counter()
     async with contextlib.AsyncExitStack() as stack:
         producers = []
-        for limiter in limiters:
+        for limiter, _ in gateways:
             client = connect_async(settings)
             stack.push_async_callback(client.aclose)
             producer = AsyncProducer(client, settings, limiter)
@@ -117,7 +117,7 @@ async def rounds(settings: Settings, limiters: list[Limiter], whom: Subject) -> 
             stack.push_async_callback(producer.close)
             producers.append(producer)
         for _ in range(60):
-            for number, limiter in enumerate(limiters):
+            for number, (limiter, whom) in enumerate(gateways):
                 if limiter.admit([(whom, 1)]) is None:
                     admitted[number] += 1
                     assert await producers[number].append({0: [line()]}) == {0: None}
@@ -126,17 +126,17 @@ async def rounds(settings: Settings, limiters: list[Limiter], whom: Subject) -> 
 
 def test_gateways_of_one_redis_share_a_limit(settings: Settings) -> None:
     """All of them together: the quota, and one request that each didn't know better about."""
-    whom = subject(30, 3600)
-    admitted = asyncio.run(rounds(settings, [Limiter(), Limiter(), Limiter()], whom))
-    assert 30 <= sum(admitted.values()) <= 30 + 2
+    gateways = [(Limiter(), subject(30, 3600)) for _ in range(3)]
+    assert 30 <= sum(asyncio.run(rounds(settings, gateways)).values()) <= 30 + 2
     # one that starts later learns it with its first request
-    assert sum(asyncio.run(rounds(settings, [Limiter()], whom)).values()) <= 1
+    late = [(Limiter(), subject(30, 3600))]
+    assert sum(asyncio.run(rounds(settings, late)).values()) <= 1
 
 
 def test_what_was_admitted_too_much_is_worked_off(settings: Settings, client: redis.Redis) -> None:
-    whom = subject(10, 100)
     first, second = Limiter(), Limiter()
-    assert first.admit([(whom, 10)]) is None
+    whom = subject(10, 100)
+    assert first.admit([(subject(10, 100), 10)]) is None
     assert second.admit([(whom, 10)]) is None
     asyncio.run(flush(settings, first))
     asyncio.run(flush(settings, second))
@@ -164,7 +164,8 @@ def test_small_use_of_a_large_quota_costs_redis_nothing(
     limiter.admit([(whom, 1)])
     asyncio.run(flush(settings, limiter))
     [key] = client.keys("*limit*")
-    assert key == b"hb:{00}:limit:user:d1"
+    assert key == b"hb:{%02d}:limit:user:%s" % (whom.shard, whom.digest.encode())
+    assert whom.digest != "u1"
     assert 0 < client.pttl(key) <= 6001
 
 
