@@ -13,7 +13,8 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import NoReturn, TypeAlias
+from dataclasses import dataclass
+from typing import NoReturn
 
 import msgspec
 from starlette.types import Message, Receive, Scope
@@ -49,8 +50,17 @@ GZIP_BITS = 16 + zlib.MAX_WBITS
 COMMAS_PER_HEARTBEAT = 32
 """More commas per heartbeat than this (4 fields need 3) mark an array too costly to take apart."""
 
-Records: TypeAlias = Sequence[tuple[int, record.Wire | bytes]]
-"""The records of a batch, each with its index: in the common shape, or as JSON text."""
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """The records of a batch: all in the common shape, or else JSON texts with their indexes."""
+
+    wires: Sequence[record.Wire] = ()
+    texts: Sequence[tuple[int, bytes]] = ()
+
+    def __len__(self) -> int:
+        return len(self.wires) + len(self.texts)
+
 
 _Raws = msgspec.json.Decoder(list[msgspec.Raw])
 
@@ -350,17 +360,18 @@ def split(body: bytes, media_type: bytes, most: int) -> Records:
             _too_many(most)
         wires = record.read_array(body)
         if wires is None:
-            return list(enumerate(_elements(body, most)))
+            return Records(texts=list(enumerate(_elements(body, most))))
         if len(wires) > most:
             _too_many(most)
-        return list(enumerate(wires))
+        return Records(wires)
     text = body.rstrip()
     if text.count(b"\n") >= most:
         _too_many(most)
     wires = record.read_lines(text)
     if wires is not None and len(wires) == text.count(b"\n") + 1:
-        return list(enumerate(wires))
-    return [(n, line) for n, line in enumerate(text.split(b"\n")) if line and not line.isspace()]
+        return Records(wires)
+    lines = enumerate(text.split(b"\n"))
+    return Records(texts=[(n, line) for n, line in lines if line and not line.isspace()])
 
 
 def _elements(body: bytes, most: int) -> list[bytes]:

@@ -186,17 +186,17 @@ class Batch:
 
     async def _sort(self, records: Records) -> _Sorted:
         batch = _Sorted()
-        judge = record.Judge(self._backend.now_ms(), self._bounds)
+        now_ms, bounds = self._backend.now_ms(), self._bounds
         for start in range(0, len(records), SLICE):
             if start:
                 await asyncio.sleep(0)
-            for index, found in records[start : start + SLICE]:
-                if isinstance(found, record.Wire):
-                    batch.add(index, judge.wire(found))
-                else:
-                    heartbeat, unknown = judge.text(found)
-                    batch.unknown_fields += unknown
-                    batch.add(index, heartbeat)
+            some = records.wires[start : start + SLICE]
+            for index, found in enumerate(record.judge(some, now_ms, bounds), start):
+                batch.add(index, found)
+            for index, text in records.texts[start : start + SLICE]:
+                found, unknown = record.parse(text, now_ms, bounds)
+                batch.unknown_fields += unknown
+                batch.add(index, found)
         return batch
 
     def _hold_back(self, batch: _Sorted) -> None:

@@ -305,7 +305,7 @@ def test_exactly_the_valid_ones_are_stored(
 
 def test_media_type_decides_before_the_first_character() -> None:
     body = b"[1]\n[2]"
-    assert split(body, b"application/x-ndjson", 9) == [(0, b"[1]"), (1, b"[2]")]
+    assert split(body, b"application/x-ndjson", 9).texts == [(0, b"[1]"), (1, b"[2]")]
     with pytest.raises(ProblemError, match="byte 5"):
         split(body, b"application/json", 9)
 
@@ -313,4 +313,4 @@ def test_media_type_decides_before_the_first_character() -> None:
 @given(st.binary(max_size=200))
 def test_split_takes_any_bytes(body: bytes) -> None:
     with contextlib.suppress(ProblemError):
-        assert all(text.strip() for _, text in split(body, b"", 50))
+        assert all(text.strip() for _, text in split(body, b"", 50).texts)
