@@ -130,6 +130,14 @@ class Limiter:
                 self._due[subject] = None
         return None
 
+    def is_low(self, subjects: Iterable[Subject]) -> bool:
+        """Whether one of them has less than half of its quota left."""
+        now = self._clock() * 1e6
+        for subject in subjects:
+            if subject.arrival_us - now > subject.policy.window_us / 2:
+                return True
+        return False
+
     def states(self, subjects: Iterable[Subject]) -> list[tuple[str, int, int]]:
         """For each its policy, what is left of its quota, and in how many seconds all is back."""
         now = self._clock() * 1e6

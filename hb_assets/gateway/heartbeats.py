@@ -84,7 +84,7 @@ class One:
             self._metrics.refused(problems.storage_reason(error))
             raise error
         self._metrics.accepted.inc()
-        headers = [*_ACCEPTED_HEADERS, *limits.headers(subjects)]
+        headers = [*_ACCEPTED_HEADERS, *limits.warnings(subjects)]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send(_ACCEPTED_BODY)
 

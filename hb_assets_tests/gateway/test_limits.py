@@ -32,10 +32,10 @@ def limited(settings: Settings, **quotas: Any) -> Settings:
 @one_server
 def test_a_user_over_his_limit(serving: Serving, settings: Settings, client: Any) -> None:
     with serving(limited(settings, user=Quota(2, HOUR))) as http:
-        first = http.post(PATH, json=heartbeat())
-        assert '"user";r=1;t=1800' in first.headers["ratelimit"]
-        assert '"user";q=2;w=3600' in first.headers["ratelimit-policy"]
-        http.post(PATH, json=heartbeat(heart_rate=76))
+        assert "ratelimit" not in http.post(PATH, json=heartbeat()).headers
+        second = http.post(PATH, json=heartbeat(heart_rate=76))
+        assert '"user";r=0;t=3600' in second.headers["ratelimit"]
+        assert '"user";q=2;w=3600' in second.headers["ratelimit-policy"]
         refused = http.post(PATH, json=heartbeat(heart_rate=77))
         body = problem(refused, 429, "rate-limited")
         assert body["policy"] == "user"
