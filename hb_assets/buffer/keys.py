@@ -65,6 +65,7 @@ acknowledged.
 from __future__ import annotations
 
 import datetime as dt
+from functools import cache
 
 GROUP = "hb"
 """The consumer group that drains each stream."""
@@ -92,3 +93,9 @@ def stream(shard: int) -> str:
 def ledger(shard: int) -> str:
     """Key of the shard's ledger."""
     return f"hb:{{{shard:02d}}}:ledger"
+
+
+@cache
+def of_shard(shard: int) -> tuple[str, str]:
+    """Keys of the shard's stream and of its ledger."""
+    return stream(shard), ledger(shard)

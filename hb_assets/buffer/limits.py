@@ -133,10 +133,7 @@ class Limiter:
     def is_low(self, subjects: Iterable[Subject]) -> bool:
         """Whether one of them has less than half of its quota left."""
         now = self._clock() * 1e6
-        for subject in subjects:
-            if subject.arrival_us - now > subject.policy.window_us / 2:
-                return True
-        return False
+        return any(one.arrival_us - now > one.policy.window_us / 2 for one in subjects)
 
     def states(self, subjects: Iterable[Subject]) -> list[tuple[str, int, int]]:
         """For each its policy, what is left of its quota, and in how many seconds all is back."""

@@ -69,14 +69,14 @@ class Producer:
         """
         shards = [shard for shard, lines in lines_by_shard.items() if lines]
         known = self._receipts.known()
-        commands = [
-            self._bound.command(shard, lines_by_shard[shard], known[shard]) for shard in shards
-        ]
+        sends = [_Send(shard, lines_by_shard[shard], []) for shard in shards]
         outcomes: Outcomes = dict.fromkeys(lines_by_shard)
         try:
-            replies = exchange_confirmed(self._client, commands, self._bound.confirm)
+            commands = [self._bound.command(sends, known)] if sends else []
+            found = exchange_confirmed(self._client, commands, self._bound.confirm)
         except (failures.RedisError, OSError) as error:
-            replies = [(error, None)] * len(shards)
+            found = [(error, None)]
+        replies = _by_send(sends, found)
         confirmed: _Confirmed = []
         for shard, reply in zip(shards, replies, strict=True):
             added = len(lines_by_shard[shard])
@@ -176,16 +176,13 @@ class AsyncProducer:
         sends = list(self._sends(batch))
         known = self._receipts.known()
         charges, charged = self._limiter.charges()
-        commands = charges + [
-            self._bound.command(send.shard, send.lines, known[send.shard]) for send in sends
-        ]
-        replies: Sequence[tuple[Any, Any]]
+        commands = [*charges, self._bound.command(sends, known)] if sends else charges
         try:
-            replies = await exchange_confirmed_async(self._client, commands, self._bound.confirm)
+            found = await exchange_confirmed_async(self._client, commands, self._bound.confirm)
         except (failures.RedisError, OSError) as error:
-            replies = [(error, None)] * len(commands)
-        self._limiter.hear(charged, (reply for reply, _ in replies[: len(charges)]))
-        replies = replies[len(charges) :]
+            found = [(error, None)] * len(commands)
+        self._limiter.hear(charged, (reply for reply, _ in found[: len(charges)]))
+        replies = _by_send(sends, found[len(charges) :])
         failed: dict[tuple[int, int], HbError] = {}
         confirmed: _Confirmed = []
         for send, reply in zip(sends, replies, strict=True):
@@ -237,6 +234,15 @@ class AsyncProducer:
                     send.lines += lines  # type: ignore[operator]  # ours is a list, made above
                     send.calls.append(number)
         yield from shared.values()
+
+
+def _by_send(sends: Sequence[_Send], found: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """The reply to each send, out of the one to them all, each with what confirms it."""
+    if not sends:
+        return []
+    [(reply, confirmation)] = found
+    replies = reply if isinstance(reply, list) else [reply] * len(sends)
+    return [(one, confirmation) for one in replies]
 
 
 def _hear(replies: tuple[Any, Any], clock: ServerClock) -> None:
@@ -310,15 +316,19 @@ class Bound:
         """What has to be sent behind the appends."""
         return self.confirmation.commands if self.confirmation else ()
 
-    def command(self, shard: int, lines: Sequence[bytes], receipt: int) -> Command:
-        """The script call that appends `lines` to the shard; `receipt` as `Receipts.of` has it."""
-        arguments: list[bytes | int] = [self.heartbeats, self.size, receipt]
+    def command(self, sends: Sequence[_Send], known: Sequence[int]) -> Command:
+        """The script call that makes all of the sends; `known` as `Receipts.known` has it."""
+        arguments: list[bytes | int] = [self.heartbeats, self.size]
+        names: list[str] = []
         size = self.entry_heartbeats
-        for start in range(0, len(lines), size):
-            chunk = lines[start : start + size]
-            arguments.append(len(chunk))
-            arguments.append(b"\n".join(chunk))
-        return script("append", (keys.stream(shard), keys.ledger(shard)), arguments)
+        for send in sends:
+            names += keys.of_shard(send.shard)
+            lines = send.lines
+            arguments += (known[send.shard], -(-len(lines) // size))
+            for start in range(0, len(lines), size):
+                chunk = lines[start : start + size]
+                arguments += (len(chunk), b"\n".join(chunk))
+        return script("append", names, arguments)
 
     def outcome(
         self, shard: int, added: int, replies: tuple[Any, Any], client: Client | AsyncClient
