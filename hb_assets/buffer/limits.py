@@ -104,6 +104,13 @@ class Limiter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._due: dict[Subject, None] = {}
+        self.wake: Callable[[], None] = lambda: None
+        """Called when something is to be charged: whoever sends charges sets it."""
+
+    @property
+    def due(self) -> bool:
+        """Whether something is to be charged."""
+        return bool(self._due)
 
     def admit(self, wanted: Sequence[tuple[Subject, int]]) -> Denial | None:
         """Admit a request that costs each subject so much, or say whom it has to wait for.
@@ -128,6 +135,7 @@ class Limiter:
             subject.owed_us += cost_us
             if subject.owed_us >= policy.owing_us:
                 self._due[subject] = None
+                self.wake()
         return None
 
     def is_low(self, subjects: Iterable[Subject]) -> bool:

@@ -39,7 +39,7 @@ Outcomes: TypeAlias = dict[int, HbError | None]
 
 _log = logging.getLogger(__name__)
 
-_APART_SECONDS = 0.002
+_APART_SECONDS = 0.001
 """How far apart round trips begin while several calls share one: a command costs as much for one
 heartbeat as for fifty. A single caller never waits for it."""
 _ROUND_TRIP_HEARTBEATS = 50_000
@@ -98,7 +98,8 @@ class AsyncProducer:
     """Appends from one event loop; concurrent calls share entries and round trips.
 
     While one round trip is under way, calls queue up, and leave together in the next; what
-    `limiter` has to charge goes along. `clock` as `Producer` has it.
+    `limiter` has to charge goes along, or alone while nothing is appended. `clock` as `Producer`
+    has it.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class AsyncProducer:
         self.clock = ServerClock()
         self._waiting: list[_Call] = []
         self._wake: asyncio.Event = asyncio.Event()
+        self._limiter.wake = self._wake.set
         self._flusher: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -147,7 +149,7 @@ class AsyncProducer:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._waiting:
+            while self._waiting or self._limiter.due:
                 if pause > 0:
                     await asyncio.sleep(pause)
                 began = time.monotonic()

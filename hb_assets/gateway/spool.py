@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import os
 import re
 import sqlite3
@@ -115,6 +116,7 @@ class Spool:
         self._db: sqlite3.Connection | None = None
         self._number = 0
         self._marks: int | None = None
+        self._seen: mmap.mmap | None = None
 
     def open(self) -> None:
         """Make or open it. Any other method does the same when it has to.
@@ -130,15 +132,16 @@ class Spool:
             self._close()
             if self._marks is not None:
                 os.close(self._marks)
-                self._marks = None
+                self._marks = self._seen = None
 
     def queued(self) -> bytes:
-        """The mark of each shard; takes a microsecond, in any thread.
+        """The mark of each shard; takes a tenth of a microsecond, in any thread.
 
         A mark is set before a commit and cleared after one: whoever asks after a `put` has
         returned, in whatever process, sees that it isn't FREE.
         """
-        return ALL_FREE if self._marks is None else os.pread(self._marks, len(ALL_FREE), 0)
+        seen = self._seen
+        return ALL_FREE if seen is None else seen[: len(ALL_FREE)]
 
     def put(self, calls: Sequence[Lines]) -> list[Outcomes]:
         """Store the lines of many calls in one transaction; all of a call's shard or none.
@@ -329,6 +332,8 @@ class Spool:
         else:  # in one step: the event loop may read it at any moment
             os.dup2(fresh, self._marks, inheritable=False)
             os.close(fresh)
+        # Its bytes were written above, and nobody makes it shorter: reading it can't fail.
+        self._seen = mmap.mmap(self._marks, len(ALL_FREE), prot=mmap.PROT_READ)
 
     def _mark(self, changes: Mapping[int, int]) -> None:
         """Change the marks of some shards; only with access.lock."""

@@ -169,6 +169,24 @@ def test_small_use_of_a_large_quota_costs_redis_nothing(
     assert 0 < client.pttl(key) <= 6001
 
 
+def test_what_is_due_leaves_without_an_append(settings: Settings, client: redis.Redis) -> None:
+    """A gateway that only answers questions shares their limit, too."""
+
+    async def ask() -> None:
+        asked, limiter = subject(10, 3600, "ip-queries"), Limiter()
+        connection = connect_async(settings)
+        producer = AsyncProducer(connection, settings, limiter)
+        await producer.start()
+        assert limiter.admit([(asked, 1)]) is None
+        async with asyncio.timeout(20):
+            while not client.keys("*limit:ip-queries*"):  # noqa: ASYNC110  # Redis tells nobody
+                await asyncio.sleep(0.01)
+        await producer.close()
+        await connection.aclose()
+
+    asyncio.run(ask())
+
+
 def test_without_redis_the_limit_holds_locally(settings: Settings) -> None:
     away = settings.model_copy(update={"redis_url": None})
     limiter, whom = Limiter(), subject(5, 60)
