@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -28,7 +28,7 @@ from hb_assets.gateway.problems import ProblemError
 from hb_assets.settings import Settings
 
 SLICE = 500
-"""Records of a batch that are read in one go, before other requests get their turn."""
+"""Records of a batch, or users, that are dealt with in one go; then others get their turn."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -109,6 +109,14 @@ _ACCEPTED_HEADERS = (
 _ACCEPTED_BODY = {"type": "http.response.body", "body": _ACCEPTED}
 
 
+class _Why(NamedTuple):
+    """Why a valid heartbeat is refused, and after how many seconds it might not be."""
+
+    reason: str
+    message: str
+    wait: float
+
+
 @dataclass(slots=True)
 class _Sorted:
     """A batch's records, each with its index: those that are valid, and the others as refused."""
@@ -125,13 +133,17 @@ class _Sorted:
         else:
             self.refused.append(Refused(index, found.field, found.reason, found.message, False))
 
-    def hold_back(self, users: Collection[str], reason: str, message: str, wait: float) -> int:
-        """Refuse what is valid of users, for another reason than what it says; how much it was."""
-        held = [index for index, heartbeat in self.valid if heartbeat.user_id in users]
-        self.valid = [one for one in self.valid if one[1].user_id not in users]
-        self.refused += [Refused(index, None, reason, message, True) for index in held]
-        self.retry_after = max(self.retry_after, wait)
-        return len(held)
+    def hold_back(self, whys: Mapping[str, _Why]) -> None:
+        """Refuse what is valid of these users, for other reasons than what it says.
+
+        All of them in one pass: a batch may be of as many users as it has heartbeats.
+        """
+        held = [(index, whys.get(heartbeat.user_id)) for index, heartbeat in self.valid]
+        self.valid = [one for one, (_, why) in zip(self.valid, held, strict=True) if why is None]
+        self.refused += [
+            Refused(index, None, why.reason, why.message, True) for index, why in held if why
+        ]
+        self.retry_after = max([self.retry_after, *(why.wait for why in whys.values())])
 
     def members(self, accepted: int) -> dict[str, object]:
         """What every answer to a batch says, whatever its status."""
@@ -168,7 +180,7 @@ class Batch:
         records = split(body, media_type(scope), self._most)
         self._limits.admit(sender, cost=len(records))
         batch = await self._sort(records)
-        self._hold_back(batch)
+        await self._hold_back(batch)
         accepted, errors = await self._store(batch)
         self._count(batch, accepted)
         if not accepted:
@@ -199,11 +211,17 @@ class Batch:
                 batch.add(index, found)
         return batch
 
-    def _hold_back(self, batch: _Sorted) -> None:
+    async def _hold_back(self, batch: _Sorted) -> None:
         """Leave out whoever sends more than a user may."""
-        users = Counter([heartbeat.user_id for _, heartbeat in batch.valid])
-        for user, denial in self._limits.over(users).items():
-            batch.hold_back({user}, "rate_limited", limits.denied(denial), denial.seconds)
+        users = list(Counter([heartbeat.user_id for _, heartbeat in batch.valid]).items())
+        whys: dict[str, _Why] = {}
+        for start in range(0, len(users), SLICE):
+            if start:
+                await asyncio.sleep(0)
+            for user, denial in self._limits.over(dict(users[start : start + SLICE])).items():
+                whys[user] = _Why("rate_limited", limits.denied(denial), denial.seconds)
+        if whys:
+            batch.hold_back(whys)
 
     async def _store(self, batch: _Sorted) -> tuple[int, list[HbError]]:
         """Append what is valid: how much was stored, and the errors of shards that were not."""
@@ -212,16 +230,14 @@ class Batch:
         for _, heartbeat in batch.valid:
             by_shard[shard_of(heartbeat.user_id, shards)].append(encode(heartbeat))
         outcome = await self._backend.append(by_shard) if by_shard else {}
-        errors = [(shard, error) for shard, error in outcome.items() if error is not None]
-        for shard, error in errors:
-            users = {
-                heartbeat.user_id
-                for _, heartbeat in batch.valid
-                if shard_of(heartbeat.user_id, shards) == shard
-            }
-            reason, message = problems.storage_reason(error), problems.storage_message(error)
-            batch.hold_back(users, reason, message, problems.retry_after(error))
-        return len(batch.valid), [error for _, error in errors]
+        errors = {shard: error for shard, error in outcome.items() if error is not None}
+        if errors:
+            whys = {shard: _why(error) for shard, error in errors.items()}
+            users = {heartbeat.user_id for _, heartbeat in batch.valid}
+            batch.hold_back(
+                {user: whys[shard] for user in users if (shard := shard_of(user, shards)) in whys}
+            )
+        return len(batch.valid), list(errors.values())
 
     def _count(self, batch: _Sorted, accepted: int) -> None:
         self._metrics.accepted.inc(accepted)
@@ -251,3 +267,11 @@ class Batch:
             f"none of the {sent} heartbeats is valid; `refused` lists each with its reason",
             members=members,
         )
+
+
+def _why(error: HbError) -> _Why:
+    return _Why(
+        problems.storage_reason(error),
+        problems.storage_message(error),
+        problems.retry_after(error),
+    )

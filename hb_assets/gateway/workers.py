@@ -8,6 +8,7 @@ gateway doesn't, and the others go on.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -121,8 +122,8 @@ class Workers:
         for place, worker in enumerate(self._workers):
             if self._stopping or worker.process.exitcode is None:
                 continue
-            how = _how(worker.process.exitcode)
-            _log.error("a worker of the gateway died (%s); another one takes its place", how)
+            why = _last_words(worker) or _how(worker.process.exitcode)
+            _log.error("a worker of the gateway died (%s); another one takes its place", why)
             worker.news.close()
             wait([self._wake], timeout=_PAUSE_SECONDS)
             if not self._stopping:
@@ -139,6 +140,16 @@ class Workers:
                 worker.process.kill()
                 worker.process.join()
             worker.news.close()
+
+
+def _last_words(worker: _Worker) -> str:
+    """What kept it from serving, by itself; nothing where it didn't say."""
+    with contextlib.suppress(EOFError):
+        while worker.news.poll():
+            told = worker.news.recv()
+            if told is not None:
+                return str(told[1])
+    return ""
 
 
 def _how(code: int | None) -> str:

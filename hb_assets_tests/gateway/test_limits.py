@@ -152,3 +152,15 @@ def test_a_flood_of_one_user_does_not_slow_another(serving: Serving, settings: S
         assert 'hb_rate_limited_total{policy="user"}' in http.get("/metrics").text
     # clients share this process with the gateway, so that the tails are rough
     assert refused < 10 * empty
+
+
+@one_server
+def test_a_batch_of_very_many_users_over_their_limits(serving: Serving, settings: Settings) -> None:
+    """It is refused in a second, not in the square of its users."""
+    batch = [heartbeat(user_id=f"u{number}") for number in range(20_000)]
+    with serving(limited(settings, user=Quota(1, HOUR))) as http:
+        assert http.post(BATCH, json=batch).json()["accepted"] == 20_000
+        began = time.monotonic()
+        body = problem(http.post(BATCH, json=batch), 429, "rate-limited")
+        assert len(body["refused"]) == 20_000
+        assert time.monotonic() - began < 5

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 import psutil
 import pytest
 
+from hb_assets.errors import SettingsError
+from hb_assets.gateway.workers import Workers
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings, environment
 from hb_assets_tests.gateway.conftest import PATH, heartbeat
@@ -81,6 +84,28 @@ def test_no_worker_outlives_its_parent(settings: Settings) -> None:
         orphans = workers(parent)
         parent.kill()
         wait_for(lambda: ended(orphans), "the workers to end")
+
+
+def fail(_listener: socket.socket, _settings: Settings, _ready: Callable[[], None]) -> None:
+    raise SettingsError("the keys are damaged")
+
+
+def test_why_another_one_cannot_start_is_in_the_log(
+    settings: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hb_assets.gateway.workers._PAUSE_SECONDS", 0)
+    with socket.socket() as listener:
+        few = Workers(settings, listener, fail)
+        few._workers = [few._start()]
+
+        def told() -> bool:
+            few._watch()
+            return "died (the keys are damaged)" in caplog.text
+
+        try:
+            wait_for(told, "the log to tell why")
+        finally:
+            few._end()
 
 
 def test_what_keeps_a_worker_from_starting_is_one_line(settings: Settings) -> None:
