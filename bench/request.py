@@ -1,0 +1,119 @@
+"""CPU time of one request, without sockets: `python -m bench.request`.
+
+Belongs here: the way of a single POST from the bytes of its connection to the bytes of its answer,
+through uvicorn's protocol and the whole gateway to a real Redis and back, against a no-op app on
+the same protocol. Doesn't belong here: requests per second (`gateway`), in which kernel, network,
+load and Redis have their share. CPU time is what a noisy machine disturbs least.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from bench import noop, servers
+from hb_assets.gateway.app import Gateway
+from hb_assets.gateway.connections import Guard
+from hb_assets.settings import Settings
+
+CONNECTIONS = 32
+ROUNDS = 100
+RUNS = 9
+
+
+class _Wire(asyncio.Transport):
+    """A connection that takes all that is written to it."""
+
+    def write(self, data: Any) -> None:
+        """Taken."""
+
+    def is_closing(self) -> bool:
+        """Never."""
+        return False
+
+    def pause_reading(self) -> None:
+        """Nothing more comes anyway."""
+
+    def resume_reading(self) -> None:
+        """The next request comes when it is sent."""
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Both ends are on this machine."""
+        return ("127.0.0.1", 8000) if name in ("peername", "sockname") else default
+
+
+def _request(number: int) -> bytes:
+    body = (
+        b'{"user_id":"u%d","device_id":"device_a","timestamp":"2025-01-15T10:00:00Z",'
+        b'"heart_rate":75}' % number
+    )
+    head = b"POST /metrics/heart-rate HTTP/1.1\r\nHost: 127.0.0.1:8000\r\n"
+    head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    return head + body
+
+
+async def _measure(app: Any, protocol: Any) -> list[float]:
+    """Microseconds of CPU time a request, of each run."""
+    config = uvicorn.Config(
+        app, http=protocol, interface="asgi3", ws="none", log_config=None, access_log=False
+    )
+    config.load()
+    state = ServerState()
+    connections: list[HttpToolsProtocol] = []
+    for _ in range(CONNECTIONS):
+        connections.append(config.http_protocol_class(config, state, {}))  # type: ignore[call-arg, arg-type]  # uvicorn's protocols are called so
+        connections[-1].connection_made(_Wire())
+    requests = [_request(number) for number in range(1000)]
+    sent = 0
+
+    async def rounds(count: int) -> None:
+        nonlocal sent
+        for _ in range(count):
+            for connection in connections:
+                connection.data_received(requests[sent % len(requests)])
+                sent += 1
+            # nothing tells when they are all answered, and waiting costs no CPU time
+            while not all(connection.cycle.response_complete for connection in connections):  # noqa: ASYNC110
+                await asyncio.sleep(0.0002)
+
+    await rounds(20)
+    found = []
+    for _ in range(RUNS):
+        began = time.process_time()
+        await rounds(ROUNDS)
+        found.append((time.process_time() - began) / (ROUNDS * CONNECTIONS) * 1e6)
+    return found
+
+
+async def _compare(settings: Settings) -> dict[str, list[float]]:
+    gateway = Gateway(settings)
+    async with gateway.opened():
+        ours = await _measure(gateway, Guard(settings).protocol)
+        floor = await _measure(noop.app, HttpToolsProtocol)
+    return {"hb_assets": ours, "no-op app": floor}
+
+
+def main() -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory(prefix="hb-bench-") as name:
+        folder = Path(name)
+        with servers.buffer(folder / "redis") as buffer:
+            settings = Settings(home=folder / "gateway", redis_url=buffer.url)
+            found = uvloop.run(_compare(settings))
+    print("| single POST without sockets | us of CPU time, median | best |")
+    print("|---|---|---|")
+    for what, times in found.items():
+        print(f"| {what} | {statistics.median(times):.1f} | {min(times):.1f} |")
+
+
+if __name__ == "__main__":
+    main()
