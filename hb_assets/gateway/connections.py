@@ -25,8 +25,14 @@ _SWEEP_SECONDS = 0.5
 _HEAD_BYTES = 64 * 2**10
 """Longest request line and headers."""
 
-_Wait: TypeAlias = tuple[Literal["first byte", "head", "body", "reader"], int]
-"""What a connection is waiting for: which part, and of which request."""
+_HEADERS = 256
+_AHEAD = 64
+"""Requests that wait on a connection for the answers to others (pipelining)."""
+_STEP_BYTES = 16 * 2**10
+"""Bytes that are taken apart before these bounds are looked at."""
+
+_Part: TypeAlias = Literal["first byte", "head", "body", "rest", "reader"]
+"""What a connection is waiting for."""
 
 
 class Guard:
@@ -68,7 +74,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._guard = guard
         self._closed = False
         self._head_bytes = 0
-        self._waits_for: _Wait | None = None
+        self._part: _Part | None = None
+        self._request: object = None
         self._since = 0.0
 
     @override
@@ -88,14 +95,30 @@ class GuardedProtocol(HttpToolsProtocol):
 
     @override
     def data_received(self, data: bytes) -> None:
+        if len(data) <= _STEP_BYTES:
+            self._feed(data)
+            return
+        for start in range(0, len(data), _STEP_BYTES):
+            self._feed(data[start : start + _STEP_BYTES])
+
+    def _feed(self, data: bytes) -> None:
         if self._closed:
             return
         super().data_received(data)
+        if len(self.pipeline) > _AHEAD:
+            self._refuse(
+                503,
+                "too-many-requests-ahead",
+                f"at most {_AHEAD} requests may be sent ahead of their answers",
+                retry_after=1,
+            )
         if self._head_is_incomplete():
             self._head_bytes += len(data)
-            if self._head_bytes > _HEAD_BYTES:
+            if self._head_bytes > _HEAD_BYTES or len(self.headers) > _HEADERS:
                 self._refuse(
-                    431, "head-too-large", f"the headers may have at most {_HEAD_BYTES} bytes"
+                    431,
+                    "head-too-large",
+                    f"a request may have {_HEADERS} headers with {_HEAD_BYTES} bytes at most",
                 )
         else:
             self._head_bytes = 0
@@ -104,40 +127,60 @@ class GuardedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "malformed-request", "the request isn't well-formed HTTP/1.1")
 
+    @override
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing in the log, which anybody could fill; but the parser has lost what follows."""
+        if any(
+            name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+            for name, value in self.headers
+        ):
+            self._refuse(
+                400,
+                "upgrade-with-a-body",
+                "a body can't come with an Upgrade: only HTTP/1.1 is spoken here "
+                "(Java: HttpClient.newBuilder().version(Version.HTTP_1_1))",
+            )
+
     def sweep(self) -> None:
         """Close it when its client has kept us waiting for too long."""
         now = self.loop.time()
-        waits_for = self._waiting()
-        if waits_for != self._waits_for:
-            self._waits_for, self._since = waits_for, now
-        if waits_for is None:
-            return
-        part, _ = waits_for
+        part, request = self._waiting()
+        if part != self._part or request is not self._request:
+            self._part, self._request, self._since = part, request, now
         seconds = now - self._since
-        if part in ("first byte", "head") and seconds > self._guard.head_seconds:
+        if part in ("first byte", "head"):
+            if seconds <= self._guard.head_seconds:
+                return
             if part == "head":
                 detail = "the headers took too long to come (HB_HEAD_TIMEOUT)"
                 self._refuse(408, "head-timeout", detail)
             else:
                 self.transport.close()
-        elif part == "body" and seconds > self._guard.body_seconds:
-            detail = "the body took too long to come (HB_BODY_TIMEOUT)"
-            self._refuse(408, "body-timeout", detail)
-        elif part == "reader" and seconds > self._guard.body_seconds:
-            self.transport.abort()
+        elif part is not None and seconds > self._guard.body_seconds:
+            if part == "body":
+                detail = "the body took too long to come (HB_BODY_TIMEOUT)"
+                self._refuse(408, "body-timeout", detail)
+            elif part == "rest":
+                self.transport.close()
+            else:
+                self.transport.abort()
 
-    def _waiting(self) -> _Wait | None:
-        """What its client has to do next; None: it is our turn, or nothing is under way."""
+    def _waiting(self) -> tuple[_Part | None, object]:
+        """What its client has to do next, of which request.
+
+        None: it is our turn, or uvicorn watches a connection that rests.
+        """
         cycle: RequestResponseCycle | None = self.cycle  # None before the first request
+        if self.flow.write_paused or self.transport.is_closing():  # closed once all is sent
+            return "reader", cycle
         if self._head_is_incomplete():
-            return "head", id(self.scope)
+            return "head", self.scope
         if cycle is None:
-            return "first byte", 0
-        if cycle.response_complete:
-            return None
-        if self.flow.write_paused:
-            return "reader", id(cycle)
-        return ("body", id(cycle)) if cycle.more_body else None
+            return "first byte", None
+        if not cycle.response_complete:
+            return ("body" if cycle.more_body else None), cycle
+        # Whatever comes ends uvicorn's watch: a blank line, a body that was answered by its head.
+        return ("rest" if self.timeout_keep_alive_task is None else None), cycle
 
     def _head_is_incomplete(self) -> bool:
         """Whether a request has begun to come whose headers aren't all there."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import gzip
+import json
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -13,6 +15,7 @@ import pytest
 
 from hb_assets.settings import Settings
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
+from hb_assets_tests.servers import wait_for
 
 # which server it is makes no difference here
 pytestmark = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
@@ -108,3 +111,90 @@ def test_unfinished_bodies_take_bounded_memory(serving: Serving, settings: Setti
         batch = [heartbeat(user_id=f"u{n}") for n in range(5000)]
         for _ in range(4):  # what was received counts no longer
             assert http.post(BATCH, json=batch).json()["accepted"] == 5000
+
+
+LIVE = b"GET /health/live HTTP/1.1\r\nhost: hb\r\n\r\n"
+
+
+def test_blank_lines_do_not_keep_a_connection(serving: Serving, settings: Settings) -> None:
+    shortly = settings.model_copy(update={"body_timeout": SHORTLY})
+    with serving(shortly) as http, connected(http, LIVE) as client:
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+        client.sendall(b"\r\n")
+        assert answer(client) == b""
+        refused = b"POST /nothing HTTP/1.1\r\nhost: hb\r\ncontent-length: 100\r\n\r\n"
+        with connected(http, refused) as dripping:
+            assert dripping.recv(65536).startswith(b"HTTP/1.1 404 ")
+            dripping.sendall(b" ")
+            assert answer(dripping) == b""
+
+
+def test_what_comes_after_the_answer_takes_no_room(serving: Serving, settings: Settings) -> None:
+    """Who is refused by his head alone may go on sending; it is dropped, and counts nowhere."""
+    with serving(settings.model_copy(update={"bodies_max_bytes": 2**20})) as http:
+        head = b"POST /nothing HTTP/1.1\r\nhost: hb\r\ncontent-length: 9000000\r\n\r\n"
+        with connected(http, head) as client:
+            assert client.recv(65536).startswith(b"HTTP/1.1 404 ")
+            client.sendall(b" " * 900_000)
+            batch = [heartbeat(user_id=f"u{n}") for n in range(5000)]
+            assert http.post(BATCH, json=batch).json()["accepted"] == 5000
+
+
+def test_requests_ahead_of_their_answers(serving: Serving, settings: Settings) -> None:
+    padded = LIVE.replace(b"\r\n\r\n", b"\r\nx-pad: " + b"y" * 2000 + b"\r\n\r\n")
+    with serving(settings) as http:
+        with connected(http, padded * 60 + padded[:1000]) as client:
+            client.sendall(padded[1000:] + LIVE.replace(b"host", b"connection: close\r\nhost"))
+            assert answer(client).count(b"HTTP/1.1 200 ") == 62
+        with connected(http, LIVE * 3000) as client:
+            assert b"too-many-requests-ahead" in answer(client)
+
+
+def test_a_client_that_reads_no_answer(serving: Serving, settings: Settings) -> None:
+    """It is gone after a while, although what it was told can't be sent."""
+    shortly = {"head_timeout": SHORTLY, "body_timeout": SHORTLY, "max_connections": 2}
+    with serving(settings.model_copy(update=shortly)) as http, socket.socket() as deaf:
+        assert http.get("/health/live").status_code == 200
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((http.base_url.host, http.base_url.port or 80))
+        body = b"[%s1]" % (b"1," * 5000)  # each is refused, with a reason
+        deaf.sendall((HEAD + b"content-length: %d\r\n\r\n%s" % (len(body), body)) * 10 + HEAD)
+
+        def let_in() -> bool:
+            with connected(http, LIVE) as another:
+                return another.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+        wait_for(lambda: not let_in(), "the gateway to know of the client that doesn't read")
+        wait_for(let_in, "that client to be gone")
+
+
+def test_very_many_headers(serving: Serving, settings: Settings) -> None:
+    with serving(settings) as http, connected(http, HEAD + b"a:b\r\n" * 300) as client:
+        assert answer(client).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_body_behind_an_upgrade_is_not_lost_silently(
+    serving: Serving, settings: Settings
+) -> None:
+    """Java's HttpClient asks for HTTP/2 that way; without a body it is answered as usual."""
+    upgrade = b"connection: upgrade, http2-settings\r\nupgrade: h2c\r\n"
+    with serving(settings) as http:
+        with connected(http, HEAD + upgrade + b"content-length: 2\r\n\r\n[]") as client:
+            told = answer(client)
+            assert told.startswith(b"HTTP/1.1 400 ")
+            assert b"upgrade-with-a-body" in told
+        with connected(http, LIVE[:-2] + upgrade + b"\r\n") as client:
+            assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_expanded_bodies_take_bounded_memory(serving: Serving, settings: Settings) -> None:
+    """A few bytes that become megabytes count as what they become, until they are answered."""
+    body = gzip.compress(b"[" + b" " * 700_000)[:-8]  # its end is yet to come
+    head = HEAD + b"content-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % (len(body) + 8)
+    with serving(settings.model_copy(update={"bodies_max_bytes": 2**20})) as http:
+        with connected(http, head + body), connected(http, head + body) as two:
+            assert two.recv(65536).startswith(b"HTTP/1.1 503 ")
+        batch = gzip.compress(json.dumps([heartbeat()] * 5000).encode())
+        for _ in range(4):  # what was answered, or whose client has gone, counts no longer
+            sent = http.post(BATCH, content=batch, headers={"content-encoding": "gzip"})
+            assert sent.json()["accepted"] == 5000
