@@ -16,6 +16,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -107,7 +108,7 @@ class Server(uvicorn.Server):
 
         with (
             _stopped_by_signals(self),
-            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+            asyncio.Runner(loop_factory=lambda: _Loop(self._guard.head_seconds)) as runner,
         ):
             try:
                 runner.run(serve_requests())
@@ -123,6 +124,23 @@ class Server(uvicorn.Server):
         gc.freeze()
         if self._ready is not None:
             self._ready()
+
+
+class _Loop(uvloop.Loop):
+    """A loop whose servers wait so many seconds for a TLS handshake, not 60.
+
+    Nobody knows of the connection before it is made, and uvicorn hands no such option on.
+    """
+
+    def __init__(self, handshake_seconds: float) -> None:
+        super().__init__()
+        self._handshake_seconds = handshake_seconds
+
+    @override
+    async def create_server(self, *args: Any, **options: Any) -> Any:
+        if options.get("ssl") is not None:
+            options["ssl_handshake_timeout"] = self._handshake_seconds
+        return await super().create_server(*args, **options)
 
 
 def _allow_files(connections: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import socket
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from hb_assets.errors import SettingsError
 from hb_assets.gateway import keyring, tls
 from hb_assets.gateway.server import serve
 from hb_assets.settings import Settings
-from hb_assets_tests.gateway.conftest import PATH, heartbeat
+from hb_assets_tests.gateway.conftest import PATH, heartbeat, running
 from hb_assets_tests.gateway.test_server import process
 from hb_assets_tests.servers import free_port
 
@@ -128,3 +130,14 @@ def test_files_that_can_not_be_used_are_named_before_anything_is_bound(
 def test_an_address_for_all_needs_a_key_before_anything_is_bound(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="hb keys create"):
         serve(Settings(home=tmp_path / "home", gateway_host="0.0.0.0", gateway_port=free_port()))
+
+
+def test_a_handshake_that_does_not_come(
+    settings: Settings, server_urls: Callable[[str], str]
+) -> None:
+    url = Settings(redis_url=server_urls("valkey")).redis_url
+    shortly = {"redis_url": url, "shards": 4, "head_timeout": dt.timedelta(milliseconds=300)}
+    with running(settings.model_copy(update=shortly)) as http:
+        where = (http.base_url.host, http.base_url.port or 80)
+        with socket.create_connection(where, timeout=20) as silent:
+            assert silent.recv(1) == b""
