@@ -361,8 +361,8 @@ class Settings(BaseSettings):
     )
     bodies_max_bytes: Annotated[Bytes, Field(ge=2**20)] = Field(
         default=256 * 2**20,
-        description="Bound of all request bodies that one worker is receiving at once, as they "
-        "come over the network; above it 503.",
+        description="Bound of all request bodies that one worker receives at once, expanded, or "
+        "takes apart as batches (in several times as much memory); above it 503.",
     )
     body_max_bytes: Annotated[Bytes, Field(ge=1024)] = Field(
         default=16 * 2**20, description="Largest request body."

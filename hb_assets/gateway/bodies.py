@@ -70,7 +70,7 @@ class ClientGoneError(Exception):
 
 
 class Room:
-    """What all bodies may take together that are being received: `most` bytes, expanded."""
+    """What all bodies may take together that are received, or batches: `most` bytes, expanded."""
 
     def __init__(self, most: int) -> None:
         self._most = most

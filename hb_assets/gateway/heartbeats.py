@@ -176,12 +176,17 @@ class Batch:
                 when none could be stored.
         """
         sender = self._limits.sender(scope)
-        body = await read_body(scope, receive, self._body_max, BATCH_TYPES, self._backend.room)
-        records = split(body, media_type(scope), self._most)
-        self._limits.admit(sender, cost=len(records))
-        batch = await self._sort(records)
-        await self._hold_back(batch)
-        accepted, errors = await self._store(batch)
+        room = self._backend.room
+        body = await read_body(scope, receive, self._body_max, BATCH_TYPES, room)
+        try:
+            room.take(len(body))  # what is made of it takes several times as much
+            records = split(body, media_type(scope), self._most)
+            self._limits.admit(sender, cost=len(records))
+            batch = await self._sort(records)
+            await self._hold_back(batch)
+            accepted, errors = await self._store(batch)
+        finally:
+            room.give_back(len(body))
         self._count(batch, accepted)
         if not accepted:
             self._fail(batch, errors)

@@ -6,12 +6,14 @@ import contextlib
 import datetime as dt
 import gzip
 import json
+import select
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import httpx
 import pytest
+import redis
 
 from hb_assets.settings import Settings
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
@@ -198,3 +200,26 @@ def test_expanded_bodies_take_bounded_memory(serving: Serving, settings: Setting
         for _ in range(4):  # what was answered, or whose client has gone, counts no longer
             sent = http.post(BATCH, content=batch, headers={"content-encoding": "gzip"})
             assert sent.json()["accepted"] == 5000
+
+
+def test_batches_in_work_take_bounded_memory(
+    serving: Serving, settings: Settings, client: redis.Redis
+) -> None:
+    """What is made of a batch is larger than its body: it counts until it is stored."""
+    batch = json.dumps([heartbeat(user_id=f"u{n}") for n in range(7000)]).encode()
+    sent = HEAD + b"content-length: %d\r\n\r\n%s" % (len(batch), batch)
+    with serving(settings.model_copy(update={"bodies_max_bytes": 2**20})) as http:
+        client.client_pause(60_000, all=False)
+        try:
+            with connected(http, sent) as first, connected(http, sent) as second:
+                first.setblocking(False)
+                second.setblocking(False)
+                found, _, _ = select.select([first, second], [], [], 20)
+                assert found[0].recv(65536).startswith(b"HTTP/1.1 503 ")
+                client.client_unpause()
+                (other,) = {first, second} - set(found)
+                select.select([other], [], [], 20)
+                assert other.recv(65536).startswith(b"HTTP/1.1 200 ")
+        finally:
+            client.client_unpause()
+        assert http.post(BATCH, content=batch).json()["accepted"] == 7000
