@@ -37,7 +37,7 @@ def that_may_concern(client: Client, shard: int, settings: Settings) -> list[Ent
         commands = [
             script(
                 "peek",
-                (keys.stream(one),),
+                keys.of_shard(one),
                 (start, _PAGE_ENTRIES, _PAGE_BYTES, 0 if one == shard else 1),
             )
             for one, start in starts.items()

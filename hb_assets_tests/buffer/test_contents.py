@@ -52,6 +52,21 @@ def test_more_than_may_be_read(client: redis.Redis, settings: Settings) -> None:
         contents.that_may_concern(client, 2, small)
 
 
+def test_our_own_appends_of_other_shards_are_not_gone_through(
+    client: redis.Redis, settings: Settings, consumer: Consumer
+) -> None:
+    producer = Producer(client, settings)
+    foreign.append(client, 3, b"drained")
+    producer.append({shard: [b"drained"] for shard in range(4)})
+    consumer.acknowledge([(entry, 1) for entry in consumer.claim(100, 10**6)])
+    producer.append({shard: [b"one"] for shard in range(4)})
+    foreign.append(client, 2, b"foreign")
+    client.config_resetstat()
+    found = contents.that_may_concern(client, 1, settings)
+    assert [(one.shard, one.data) for one in found] == [(1, b"one"), (2, b"foreign")]
+    assert client.info("commandstats")["cmdstat_xrange"]["calls"] == 2
+
+
 def test_something_else_at_a_key(client: redis.Redis, settings: Settings) -> None:
     client.set("hb:{02}:stream", "text")
     with pytest.raises(BufferUnavailableError, match="something else"):
