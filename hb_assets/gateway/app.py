@@ -43,10 +43,10 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self._backend = Backend(settings)
-        self._metrics = Metrics(settings)
-        routes = _routes(settings, self._backend, self._metrics)
+        self.metrics = Metrics(settings)
+        routes = _routes(settings, self._backend, self.metrics)
         table = _Table(routes, self._backend.access)
-        self._edge = Edge(table, self._metrics, frozenset(routes))
+        self._edge = Edge(table, self.metrics, frozenset(routes))
         self._events = Router(lifespan=lambda _app: self.opened())
 
     @asynccontextmanager
@@ -56,7 +56,7 @@ class Gateway:
         Raises BufferUnavailableError, LakeMismatchError and SettingsError.
         """
         async with self._backend.opened():
-            with self._metrics.kept():
+            with self.metrics.kept():
                 yield
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal, TypeAlias
 
 from typing_extensions import override
@@ -38,7 +38,9 @@ _Part: TypeAlias = Literal["first byte", "head", "body", "rest", "reader"]
 class Guard:
     """The bounds of one gateway process, and all its connections."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, count: Callable[[str], None]) -> None:
+        """`count` is told of each refusal, by reason."""
+        self.count = count
         self.most = settings.max_connections
         self.head_seconds = settings.head_timeout.total_seconds()
         self.body_seconds = settings.body_timeout.total_seconds()
@@ -195,6 +197,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._closed:
             return
         self._closed = True
+        self._guard.count(kind.replace("-", "_"))
         title = "The connection was closed"
         problem = ProblemError(status, kind, title, detail, retry_after=retry_after)
         cycle: RequestResponseCycle | None = self.cycle

@@ -86,6 +86,11 @@ TABLE = _table(
         "route method",
         "Time from a request's head to the end of its answer.",
     ),
+    (
+        "hb_connections_refused_total",
+        "reason",
+        "Connections that were closed before a request was whole, by reason.",
+    ),
     ("hb_heartbeats_accepted_total", "", "Heartbeats that the buffer or the spool took."),
     ("hb_heartbeats_refused_total", "reason", "Heartbeats refused, by reason."),
     ("hb_rate_limited_total", "policy", "Heartbeats (or questions) that a rate limit refused."),
@@ -197,6 +202,7 @@ class Metrics:
         self.unknown_fields = Cell()
         self._refused: dict[str, Cell] = {}
         self._limited: dict[str, Cell] = {}
+        self._closed: dict[str, Cell] = {}
         self._requests: dict[tuple[str, str, int], list[float]] = {}
         self._process = ProcessCollector(registry=None)
         self.tallies = Tallies(settings, self.counts)
@@ -217,6 +223,10 @@ class Metrics:
         """Count what a limit refused: `cost` heartbeats, or questions."""
         _inc(self._limited, policy, cost)
 
+    def connection_refused(self, reason: str) -> None:
+        """Count a connection that was closed before a request was whole."""
+        _inc(self._closed, reason, 1)
+
     def kept(self) -> AbstractContextManager[None]:
         """Let other workers of this gateway know what is counted, for the time of the block."""
         return self.tallies.kept()
@@ -234,6 +244,7 @@ class Metrics:
             for name, cells in (
                 ("hb_heartbeats_refused_total", self._refused),
                 ("hb_rate_limited_total", self._limited),
+                ("hb_connections_refused_total", self._closed),
             )
             for label, cell in list(cells.items())
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import traceback
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -89,9 +90,11 @@ class ProblemError(Exception):
 
 def raw_answer(problem: ProblemError) -> bytes:
     """The last answer of an HTTP/1.1 connection, for a request that no handler gets to see."""
-    response = problem.response("")
+    request_id = secrets.token_hex(8)
+    response = problem.response(request_id)
     head = [f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}".encode()]
-    head += [b"%s: %s" % header for header in (*response.raw_headers, (b"connection", b"close"))]
+    ours = (b"x-request-id", request_id.encode()), (b"connection", b"close")
+    head += [b"%s: %s" % header for header in (*response.raw_headers, *ours)]
     return b"\r\n".join([*head, b"", bytes(response.body)])
 
 

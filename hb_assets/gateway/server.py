@@ -76,7 +76,8 @@ class Server(uvicorn.Server):
     """uvicorn with a gateway in it, which says when it is ready; `should_exit` ends it."""
 
     def __init__(self, settings: Settings, ready: Callable[[], None] | None = None) -> None:
-        self._app, self._guard = Gateway(settings), Guard(settings)
+        self._app = Gateway(settings)
+        self._guard = Guard(settings, self._app.metrics.connection_refused)
         self._ready = ready
         context = tls.server_context(settings)
         config = uvicorn.Config(

@@ -78,6 +78,9 @@ def test_what_is_not_http(serving: Serving, settings: Settings) -> None:
         told = answer(client)
         assert told.startswith(b"HTTP/1.1 400 ")
         assert b"application/problem+json" in told
+        assert b"x-request-id: " in told
+        counted = 'hb_connections_refused_total{reason="malformed_request"} 1.0'
+        assert counted in http.get("/metrics").text
 
 
 def test_a_head_without_an_end(serving: Serving, settings: Settings) -> None:
