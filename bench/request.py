@@ -97,7 +97,7 @@ async def _measure(app: Any, protocol: Any) -> list[float]:
 async def _compare(settings: Settings) -> dict[str, list[float]]:
     gateway = Gateway(settings)
     async with gateway.opened():
-        ours = await _measure(gateway, Guard(settings).protocol)
+        ours = await _measure(gateway, Guard(settings, gateway.metrics.connection_refused).protocol)
         floor = await _measure(noop.app, HttpToolsProtocol)
     return {"hb_assets": ours, "no-op app": floor}
 
