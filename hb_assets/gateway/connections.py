@@ -106,6 +106,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _feed(self, data: bytes) -> None:
         if self._closed:
             return
+        before: object = self.scope
         super().data_received(data)
         if len(self.pipeline) > _AHEAD:
             self._refuse(
@@ -115,15 +116,15 @@ class GuardedProtocol(HttpToolsProtocol):
                 retry_after=1,
             )
         if self._head_is_incomplete():
-            self._head_bytes += len(data)
+            # a head that begins here counts with what came before it, a step at most
+            known = self._head_bytes if self.scope is before else 0
+            self._head_bytes = known + len(data)
             if self._head_bytes > _HEAD_BYTES or len(self.headers) > _HEADERS:
                 self._refuse(
                     431,
                     "head-too-large",
                     f"a request may have {_HEADERS} headers with {_HEAD_BYTES} bytes at most",
                 )
-        else:
-            self._head_bytes = 0
 
     @override
     def send_400_response(self, msg: str) -> None:

@@ -146,7 +146,7 @@ def test_what_comes_after_the_answer_takes_no_room(serving: Serving, settings: S
 
 
 def test_requests_ahead_of_their_answers(serving: Serving, settings: Settings) -> None:
-    padded = LIVE.replace(b"\r\n\r\n", b"\r\nx-pad: " + b"y" * 2000 + b"\r\n\r\n")
+    padded = LIVE.replace(b"\r\n\r\n", b"\r\nx-pad: " + b"y" * 2500 + b"\r\n\r\n")
     with serving(settings) as http:
         with connected(http, padded * 60 + padded[:1000]) as client:
             client.sendall(padded[1000:] + LIVE.replace(b"host", b"connection: close\r\nhost"))
