@@ -5,7 +5,7 @@ time that a head and a body may take. Doesn't belong here: what a request says, 
 bodies (`bodies`).
 
 uvicorn's protocol bounds none of these. A slow client (slow loris) costs nothing on the way of a
-request: one sweep a second looks at what each connection is waiting for, and since when.
+request: a sweep twice a second looks at what each connection is waiting for, and since when.
 """
 
 from __future__ import annotations
