@@ -210,9 +210,15 @@ def _consolidate_shard(task: _Task) -> _ShardResult | None:
         raw = task.raw()
         published = task.published()
         if not pending(published, raw):
-            result = _unchanged(task, published, raw)
-            if task.is_published(published):
-                return result
+            try:
+                result = _unchanged(task, published, raw)
+            except parquet.engine_errors():
+                # A file that is replaced between two reads fits no engine's idea of one file.
+                if task.is_published(published):
+                    raise
+            else:
+                if task.is_published(published):
+                    return result
     with TempFile(task.lake.root, task.final.parent) as temp:
         # The order of these three is invariant 4: a pruner that deletes what the file of another
         # consolidator lists has unlinked this temp file first.
