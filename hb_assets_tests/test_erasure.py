@@ -341,10 +341,10 @@ def test_a_consolidator_that_slept_publishes_nobody_who_was_forgotten(
     house.fill()
     original = getattr(consolidation, where)
 
-    def asleep(*arguments: Any) -> Any:
+    def asleep(*arguments: Any, **named: Any) -> Any:
         monkeypatch.setattr(consolidation, where, original)
         assert house.forget().left == []
-        return original(*arguments)
+        return original(*arguments, **named)
 
     monkeypatch.setattr(consolidation, where, asleep)
     with contextlib.suppress(FencedError):

@@ -1,4 +1,4 @@
-"""Checks of a file before it is published: pandera for values, DuckDB for what spans the file.
+"""Checks of a file before it is published: pandera for values, and what spans the file.
 
 Belongs here: rules, their figures, and their names (Dagster shows them under these names). Doesn't
 belong here: publishing. A figure is a count or a bound of something that is no health data; the
@@ -9,18 +9,19 @@ runs: the gateway, which only reads the lake, starts without them.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import duckdb
-
 from hb_assets.errors import CheckFailedError
-from hb_assets.lake.engine import figures
+from hb_assets.lake import parquet
+from hb_assets.lake.engine import engine, figures
 from hb_assets.schema import KEY, ORDER
+from hb_assets.settings import Settings
 
 if TYPE_CHECKING:
+    import polars as pl
     from pandera.polars import DataFrameSchema
 
 SCHEMA_AND_RANGES = "schema_and_ranges"
@@ -54,84 +55,137 @@ class Figure:
     message: str = ""
 
 
-def values(path: Path, model: DataFrameSchema, name: str) -> Figure:
-    """Validate every row of the file against a pandera model, at full depth."""
+def heartbeats(path: Path, day: dt.date, settings: Settings) -> list[Figure]:
+    """Check every row of a file in one pass: schema, ranges, the day, order and unique keys.
+
+    Args:
+        path: the file, published or not.
+        day: in which every timestamp has to lie.
+        settings: for the engine that counts the keys of a file that isn't in order.
+    """
+    from hb_assets import contracts
+
+    rules = {
+        SCHEMA_AND_RANGES: contracts.heartbeats_model(),
+        PARTITION_DAY: contracts.day_model(day),
+    }
+    faults: dict[str, set[str]] = {name: set() for name in rules}
+    sequence = _Sequence()
+    for rows in _rows(path):
+        for name, model in rules.items():
+            faults[name] |= _faults(rows, model)
+        sequence.go_on(rows)
+    if sequence.disorder:
+        with engine(settings) as connection:
+            (sequence.twins,) = figures(connection, _DUPLICATES, {"path": str(path)})
+    return [*(_of_values(name, found) for name, found in faults.items()), *sequence.figures()]
+
+
+def passed(rows: int) -> list[Figure]:
+    """What `heartbeats` said of a file with so many rows before it was published."""
+    sequence = _Sequence()
+    sequence.rows = rows
+    return [
+        *(_of_values(name, set()) for name in (SCHEMA_AND_RANGES, PARTITION_DAY)),
+        *sequence.figures(),
+    ]
+
+
+def minutes(path: Path) -> Figure:
+    """Columns, types, nulls and ranges of minutes."""
+    from hb_assets import contracts
+
+    faults = {fault for rows in _rows(path) for fault in _faults(rows, contracts.minutes_model())}
+    return _of_values(MINUTES_SCHEMA, faults)
+
+
+_AT_ONCE = 2**20
+"""Rows that are checked at once: pandera takes some 15 ms for each time."""
+
+
+def _rows(path: Path) -> Iterator[pl.DataFrame]:
+    """The file's rows, piece by piece; at least one piece, which may be empty."""
     import polars as pl
+
+    scan = pl.scan_parquet(path, hive_partitioning=False)
+    for start in range(0, max(1, parquet.footer(path).num_rows), _AT_ONCE):
+        yield scan.slice(start, _AT_ONCE).collect()
+
+
+def _faults(rows: pl.DataFrame, model: DataFrameSchema) -> set[str]:
+    """What a pandera model finds at full depth: columns and rules, never a value."""
     from pandera.config import ValidationDepth, config_context
     from pandera.errors import SchemaErrors
 
-    rows = pl.scan_parquet(path, hive_partitioning=False)
     with config_context(validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA):
         try:
             model.validate(rows, lazy=True)
         except SchemaErrors as errors:
-            faults = sorted(
-                {
-                    f"{fault.schema.name}: {fault.check or fault.reason_code}"
-                    for fault in errors.schema_errors
-                }
-            )
-            return Figure(name, False, {"faults": len(faults)}, "; ".join(faults[:5]))
-    return Figure(name, True, {"faults": 0})
+            return {
+                f"{fault.schema.name}: {fault.check or fault.reason_code}"
+                for fault in errors.schema_errors
+            }
+    return set()
 
 
-def schema_and_ranges(path: Path) -> Figure:
-    """Columns, types, nulls, lengths and ranges of heartbeats."""
-    from hb_assets import contracts
-
-    return values(path, contracts.heartbeats_model(), SCHEMA_AND_RANGES)
+def _of_values(name: str, faults: set[str]) -> Figure:
+    return Figure(name, not faults, {"faults": len(faults)}, "; ".join(sorted(faults)[:5]))
 
 
-def partition_day(path: Path, day: dt.date) -> Figure:
-    """Every timestamp lies within the day."""
-    from hb_assets import contracts
+class _Sequence:
+    """Counts rows that stand before one that they should follow, and keys that stand twice.
 
-    return values(path, contracts.day_model(day), PARTITION_DAY)
-
-
-def minutes_schema_and_ranges(path: Path) -> Figure:
-    """Columns, types, nulls and ranges of minutes."""
-    from hb_assets import contracts
-
-    return values(path, contracts.minutes_model(), MINUTES_SCHEMA)
-
-
-_FILE = "read_parquet($path, hive_partitioning = false)"
-_KEY = ", ".join(KEY)
-_ROW = f"({', '.join(ORDER)})"
-_DISORDER = f"""
-SELECT count(*) AS rows, count(*) FILTER (this < before) AS disorder,
-    count(*) FILTER (this = before) AS twins
-FROM (SELECT row{_ROW} AS this, lag(row{_ROW}) OVER () AS before FROM {_FILE})
-"""
-_DUPLICATES = f"""
-SELECT coalesce(sum(n - 1), 0) FROM (SELECT count(*) AS n FROM {_FILE} GROUP BY {_KEY})
-"""
-
-
-def order_and_key(connection: duckdb.DuckDBPyConnection, path: Path) -> tuple[Figure, Figure]:
-    """Whether rows are sorted, and keys unique.
-
-    In a sorted file twins stand side by side, so that one pass over it settles both; only a file
-    that isn't sorted is grouped by its keys.
+    In sorted rows twins stand side by side, so that one pass settles both.
     """
-    parameters = {"path": str(path)}
-    rows, disorder, twins = figures(connection, _DISORDER, parameters)
-    if disorder:
-        (twins,) = figures(connection, _DUPLICATES, parameters)
-    in_order = Figure(
-        SORTED,
-        disorder == 0,
-        {"rows": rows, "out_of_order": disorder},
-        f"{disorder} rows stand before a row they should follow" if disorder else "",
-    )
-    unique = Figure(
-        KEY_UNIQUE,
-        twins == 0,
-        {"rows": rows, "duplicates": twins},
-        f"{twins} rows repeat a key" if twins else "",
-    )
-    return in_order, unique
+
+    def __init__(self) -> None:
+        self.rows = self.disorder = self.twins = 0
+        self._last: pl.DataFrame | None = None
+
+    def go_on(self, rows: pl.DataFrame) -> None:
+        """Count the file's next rows; none where a column of the key is missing."""
+        import polars as pl
+
+        if not set(ORDER) <= set(rows.columns):
+            return
+        self.rows += rows.height
+        rows = rows.select(ORDER)
+        if self._last is not None:
+            rows = pl.concat([self._last, rows])
+        self._last = rows.tail(1)
+        less, same = pl.lit(False), pl.lit(True)
+        for name in ORDER:
+            this, before = pl.col(name), pl.col(name).shift(1)
+            less |= same & (this < before)
+            same &= this == before
+        disorder, twins = rows.select(less.sum().alias("less"), same.sum().alias("same")).row(0)
+        self.disorder += disorder
+        self.twins += twins
+
+    def figures(self) -> list[Figure]:
+        disorder, twins = self.disorder, self.twins
+        return [
+            Figure(
+                KEY_UNIQUE,
+                twins == 0,
+                {"rows": self.rows, "duplicates": twins},
+                f"{twins} rows repeat a key" if twins else "",
+            ),
+            Figure(
+                SORTED,
+                disorder == 0,
+                {"rows": self.rows, "out_of_order": disorder},
+                f"{disorder} rows stand before a row they should follow" if disorder else "",
+            ),
+        ]
+
+
+_DUPLICATES = f"""
+SELECT coalesce(sum(n - 1), 0) FROM (
+    SELECT count(*) AS n FROM read_parquet($path, hive_partitioning = false)
+    GROUP BY {", ".join(KEY)}
+)
+"""
 
 
 def counts_add_up(

@@ -1,5 +1,7 @@
 """Consolidation: pending fragments of a day into one deduplicated, sorted file per shard.
 
+Shards are worked on side by side, a thread each, as cores and memory allow.
+
 Belongs here: the order of steps that keeps two consolidators and a pruner at once from losing a
 row (invariant 4), and what becomes of a damaged file. Doesn't belong here: the merge itself
 (`merge`), reading what is published (`consolidated`), when a day is due (`policy`), minutes, and
@@ -9,8 +11,11 @@ deleting fragments (`pruning`).
 from __future__ import annotations
 
 import datetime as dt
+import os
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,15 +23,18 @@ from typing import TypeAlias
 
 import duckdb
 
-from hb_assets.errors import DamagedFileError, HbError
+from hb_assets.errors import DamagedFileError
 from hb_assets.lake import checks, damage, fragments, layout, parquet, tombstones
 from hb_assets.lake.checks import Figure
+from hb_assets.lake.columns import BYTES_PER_ROW
 from hb_assets.lake.consolidated import ConsolidatedNote, Current, current, is_published, pending
-from hb_assets.lake.engine import engine
+from hb_assets.lake.engine import another, engine
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.fragments import Fragment
+from hb_assets.lake.inputs import Inputs
 from hb_assets.lake.layout import FragmentName
-from hb_assets.lake.merge import Inputs, Tally, merged
+from hb_assets.lake.memory import Memory
+from hb_assets.lake.merge import Tally, merged
 from hb_assets.lake.store import FORMAT, Lake
 from hb_assets.schema import HEARTBEATS as SCHEMA
 from hb_assets.schema import ORDER
@@ -108,22 +116,40 @@ def consolidate(
         OSError: a disk can't be read or written.
     """
     chosen = range(lake.shards) if shards is None else shards
-    results = []
+    memory, stop = Memory(settings.duckdb_memory // 2), threading.Event()
     set_aside: list[str] = []
-    failure: HbError | OSError | None = None
-    with engine(settings) as connection:
-        for done, shard in enumerate(chosen, start=1):
-            task = _Task(lake, day, shard, connection, watermarks or {}, rebuild, rewrite)
-            try:
-                with lock(day, shard):
-                    results.append(_without_damage(task, set_aside))
-            except (HbError, OSError) as error:
-                failure = failure or error
-            if progress:
-                progress(done, len(chosen))
-    if failure:
-        raise failure
-    return _summary(day, [one for one in results if one is not None], set_aside)
+
+    def work(shard: int, connection: duckdb.DuckDBPyConnection) -> _ShardResult | None:
+        bounds = _Bounds(settings, connection, memory, stop)
+        task = _Task(lake, day, shard, bounds, watermarks or {}, rebuild, rewrite)
+        with lock(day, shard):
+            return _without_damage(task, set_aside)
+
+    with engine(settings) as whole, ThreadPoolExecutor(_threads(settings)) as pool:
+        working = [pool.submit(work, shard, another(whole)) for shard in chosen]
+        try:
+            for done, _ in enumerate(as_completed(working), start=1):
+                if progress:
+                    progress(done, len(chosen))
+        except BaseException:
+            stop.set()
+            raise
+    results = [one.result() for one in working]
+    return _summary(day, [one for one in results if one is not None], sorted(set_aside))
+
+
+def _threads(settings: Settings) -> int:
+    return settings.duckdb_threads or len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """What the work on a shard may use: a connection, and memory that it shares with the others."""
+
+    settings: Settings
+    connection: duckdb.DuckDBPyConnection
+    memory: Memory
+    stop: threading.Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +157,7 @@ class _Task:
     lake: Lake
     day: dt.date
     shard: int
-    connection: duckdb.DuckDBPyConnection
+    bounds: _Bounds
     watermarks: Watermarks
     rebuild: bool
     rewrite: bool
@@ -256,35 +282,35 @@ def _require_all(task: _Task, published: Current | None, raw: Sequence[Fragment]
 def _unchanged(
     task: _Task, published: Current | None, raw: Sequence[Fragment]
 ) -> _ShardResult | None:
+    """A published file that stays: it was checked before it was published, and still is that."""
     if published is None:
         return None
-    figures = _figures(task, published.path, published.note, raw)
+    parquet.verify(published.path)
+    figures = [*checks.passed(published.note.unique), _ledger(task, published, raw)]
     return _ShardResult(published.note, 0, 0, published.path.stat().st_size, figures)
 
 
 def _figures(
     task: _Task, path: Path, note: ConsolidatedNote, raw: Sequence[Fragment]
 ) -> list[Figure]:
-    names = frozenset(note.fragments)
-    listed = [fragment for fragment in raw if str(fragment.name) in names]
-    whole = len(listed) == len(names) and not note.pruned
+    found = checks.heartbeats(path, task.day, task.bounds.settings)
+    return [*found, _ledger(task, Current(path, note), raw)]
+
+
+def _ledger(task: _Task, file: Current, raw: Sequence[Fragment]) -> Figure:
+    note = file.note
+    listed = [fragment for fragment in raw if str(fragment.name) in file.names]
+    whole = len(listed) == len(file.names) and not note.pruned
     rows_in = note.rows
     if whole:
-        rows_in = fragments.distinct_rows(task.connection, listed) - note.uncounted
-    in_order, unique = checks.order_and_key(task.connection, path)
-    return [
-        checks.schema_and_ranges(path),
-        checks.partition_day(path, task.day),
-        unique,
-        in_order,
-        checks.counts_add_up(
-            rows_in=rows_in,
-            unique=note.unique,
-            superseded=note.superseded,
-            erased=note.erased,
-            rows_in_file=parquet.footer(path).num_rows,
-        ),
-    ]
+        rows_in = fragments.distinct_rows(task.bounds.connection, listed) - note.uncounted
+    return checks.counts_add_up(
+        rows_in=rows_in,
+        unique=note.unique,
+        superseded=note.superseded,
+        erased=note.erased,
+        rows_in_file=parquet.footer(file.path).num_rows,
+    )
 
 
 def _merge(
@@ -299,10 +325,14 @@ def _merge(
     before = base.note if base else _NOTHING
     inputs = _inputs(task, base, new, raw)
     tally = Tally()
-    with parquet.writer(path, SCHEMA, ORDER) as out:
-        for rows in merged(inputs, task.connection, tally):
+    arrived = sum(fragment.rows for fragment in new)
+    room = arrived * BYTES_PER_ROW + sum(fragment.unpacked for fragment in new)
+    bounds = task.bounds
+    with bounds.memory.lent(room) as lent, parquet.writer(path, SCHEMA, ORDER) as out:
+        for rows in merged(inputs, arrived, tally, bounds.connection, in_memory=lent):
+            if bounds.stop.is_set():
+                raise _Stopped
             out.write(rows)
-        arrived = sum(fragment.rows for fragment in new)
         replayed = arrived + before.unique - tally.survivors - tally.superseded - tally.erased
         watermark = _later(published.note.watermark if published else {}, _sound(task))
         names, pruned = _still_listed(before, new, raw, watermark)
@@ -328,6 +358,10 @@ def _merge(
     return note
 
 
+class _Stopped(Exception):  # noqa: N818  # nothing went wrong: nobody waits for it any more
+    """The work on other shards ended before its time."""
+
+
 _NOTHING = ConsolidatedNote.nothing()
 
 
@@ -341,7 +375,7 @@ def _inputs(
         parquet.verify(base.path)
     found = Inputs.of(task.lake, base, new, raw)
     paths = [*([found.base] if found.base else []), *found.new]
-    erased = tombstones.of_files(task.lake, task.shard, paths, task.connection)
+    erased = tombstones.of_files(task.lake, task.shard, paths, task.bounds.connection)
     return replace(found, erased=erased)
 
 

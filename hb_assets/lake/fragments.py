@@ -51,7 +51,12 @@ class Fragment:
     @property
     def rows(self) -> int:
         """Rows in it (immutable, so the footer is read once per process)."""
-        return _rows(self.path)
+        return _size(self.path)[0]
+
+    @property
+    def unpacked(self) -> int:
+        """Bytes of its rows without compression, by its footer."""
+        return _size(self.path)[1]
 
     @property
     def bytes(self) -> int:
@@ -60,8 +65,10 @@ class Fragment:
 
 
 @lru_cache(maxsize=200_000)
-def _rows(path: Path) -> int:
-    return int(parquet.footer(path).num_rows)
+def _size(path: Path) -> tuple[int, int]:
+    found = parquet.footer(path)
+    groups = (found.row_group(number) for number in range(found.num_row_groups))
+    return found.num_rows, sum(group.total_byte_size for group in groups)
 
 
 def publish(lake: Lake, rows: pa.Table) -> list[Fragment]:

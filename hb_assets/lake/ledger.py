@@ -19,9 +19,10 @@ from hb_assets.errors import DamagedFileError
 from hb_assets.lake import consolidated, erased, fragments, inventory, layout, parquet, quarantine
 from hb_assets.lake.consolidated import Current
 from hb_assets.lake.engine import engine, figures
+from hb_assets.lake.external_sort import fresh_rows
 from hb_assets.lake.fragments import Fragment
+from hb_assets.lake.inputs import Inputs
 from hb_assets.lake.layout import RAW, FragmentName
-from hb_assets.lake.merge import Inputs, fresh_rows
 from hb_assets.lake.store import Lake
 from hb_assets.schema import ARRIVAL, HEARTBEATS, KEY, MINUTES
 from hb_assets.settings import Settings

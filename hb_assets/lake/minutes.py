@@ -187,7 +187,7 @@ FROM read_parquet($path, hive_partitioning = false)
 def _figures(path: Path, published: Current, connection: duckdb.DuckDBPyConnection) -> list[Figure]:
     counted, kept, rows = figures(connection, _TOTALS, {"path": str(path)})
     return [
-        checks.minutes_schema_and_ranges(path),
+        checks.minutes(path),
         checks.minutes_add_up(
             readings=published.note.unique, counted=counted, kept=kept, rows=rows
         ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -69,17 +69,35 @@ class Writer:
     def __init__(self, sink: _Sink, out: pq.ParquetWriter) -> None:
         self._sink = sink
         self._out = out
+        self._waiting: list[pa.Table] = []
 
     def write(self, rows: pa.Table) -> None:
-        """Write rows, in row groups of ROW_GROUP at most."""
-        self._out.write_table(rows, row_group_size=ROW_GROUP)
+        """Write rows, in row groups of ROW_GROUP: what isn't a whole one waits for more."""
+        self._waiting.append(rows)
+        if sum(part.num_rows for part in self._waiting) >= ROW_GROUP:
+            whole = pa.concat_tables(self._waiting)
+            end = whole.num_rows - whole.num_rows % ROW_GROUP
+            self._out.write_table(whole.slice(0, end), row_group_size=ROW_GROUP)
+            self._waiting = [whole.slice(end)]
 
     def close_with(self, note: msgspec.Struct) -> None:
-        """Write the footer; nothing can be written after it."""
+        """Write what waits, and the footer; nothing can be written after it."""
+        if any(part.num_rows for part in self._waiting):
+            self._out.write_table(pa.concat_tables(self._waiting), row_group_size=ROW_GROUP)
         said = msgspec.json.encode(note)
         digest = msgspec.structs.replace(self._sink.digest, note=zlib.crc32(said))
         self._out.add_key_value_metadata({KEY: said, DIGEST: msgspec.json.encode(digest)})
         self._out.close()
+
+
+def tables(paths: Iterable[Path], texts: Sequence[str]) -> Iterator[pa.Table]:
+    """Rows of files, file by file; these columns of text as dictionaries, as they are stored.
+
+    Raises: what pyarrow raises; see `UNREADABLE`.
+    """
+    for path in paths:
+        with pq.ParquetFile(path, read_dictionary=list(texts)) as file:
+            yield file.read(use_threads=False)
 
 
 @contextmanager
@@ -130,8 +148,12 @@ def footer(path: Path) -> pq.FileMetaData:
         FileNotFoundError: it isn't there (any more).
         OSError: the disk can't be read.
     """
+    return _footer(path, path)
+
+
+def _footer(source: Path | BinaryIO, path: Path) -> pq.FileMetaData:
     try:
-        return pq.read_metadata(path)
+        return pq.read_metadata(source)
     except UNREADABLE as error:
         raise meaning(error, path) from None
 
@@ -173,8 +195,10 @@ def verify(path: Path) -> None:
         FileNotFoundError: it isn't there (any more).
         OSError: the disk can't be read.
     """
-    _, digest = _sealed(path, footer(path))
     with path.open("rb") as file:
+        # of this very file: another one may get its name meanwhile
+        _, digest = _sealed(path, _footer(file, path))
+        file.seek(0)
         crc32, left = 0, digest.bytes
         while left and (part := file.read(min(left, _READ))):
             crc32, left = zlib.crc32(part, crc32), left - len(part)

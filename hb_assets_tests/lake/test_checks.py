@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +13,6 @@ from hb_assets import days
 from hb_assets.errors import CheckFailedError
 from hb_assets.lake import checks
 from hb_assets.lake.checks import Figure
-from hb_assets.lake.engine import engine
 from hb_assets.schema import HEARTBEATS, MINUTES
 from hb_assets.settings import Settings
 from hb_assets_tests.lake.deliveries import DAY, NOON
@@ -45,23 +42,21 @@ def loose(schema: pa.Schema) -> pa.Schema:
     return pa.schema([field.with_nullable(True) for field in schema])
 
 
-@pytest.fixture
-def connection(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
-    with engine(settings) as opened:
-        yield opened
+def figure_of(name: str, path: Path, settings: Settings) -> Figure:
+    [found] = [one for one in checks.heartbeats(path, DAY, settings) if one.name == name]
+    return found
 
 
-def test_a_file_that_passes(tmp_path: Path, connection: duckdb.DuckDBPyConnection) -> None:
+def test_a_file_that_passes(tmp_path: Path, settings: Settings) -> None:
     path = written(tmp_path, [beat(), beat(timestamp=NOON + 1)], HEARTBEATS)
     results = [
-        checks.schema_and_ranges(path),
-        checks.partition_day(path, DAY),
-        *checks.order_and_key(connection, path),
+        *checks.heartbeats(path, DAY, settings),
         checks.counts_add_up(rows_in=3, unique=2, superseded=1, erased=0, rows_in_file=2),
     ]
     assert {one.name for one in results} == set(checks.HEARTBEAT_CHECKS)
     assert all(one.passed and not one.message for one in results)
     checks.require(results, "day")
+    assert results[:-1] == checks.passed(2)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +77,11 @@ def test_a_file_that_passes(tmp_path: Path, connection: duckdb.DuckDBPyConnectio
         {"arrival_ms": None},
     ],
 )
-def test_nulls_lengths_and_ranges(tmp_path: Path, other: dict[str, object]) -> None:
+def test_nulls_lengths_and_ranges(
+    tmp_path: Path, settings: Settings, other: dict[str, object]
+) -> None:
     path = written(tmp_path, [beat(), beat(**other)], loose(HEARTBEATS))
-    assert_refused(checks.schema_and_ranges(path), next(iter(other)))
+    assert_refused(figure_of(checks.SCHEMA_AND_RANGES, path, settings), next(iter(other)))
 
 
 def assert_refused(figure: Figure, column: str) -> None:
@@ -106,19 +103,28 @@ def assert_refused(figure: Figure, column: str) -> None:
         ("arrival_ms", pa.int64()),
     ],
 )
-def test_wrong_type(tmp_path: Path, column: str, arrow: pa.DataType) -> None:
+def test_wrong_type(tmp_path: Path, settings: Settings, column: str, arrow: pa.DataType) -> None:
     place = HEARTBEATS.get_field_index(column)
     schema = HEARTBEATS.set(place, pa.field(column, arrow))
-    assert_refused(checks.schema_and_ranges(written(tmp_path, [beat()], schema)), column)
+    assert_refused(
+        figure_of(checks.SCHEMA_AND_RANGES, written(tmp_path, [beat()], schema), settings), column
+    )
 
 
-def test_columns_too_many_too_few_and_out_of_order(tmp_path: Path) -> None:
+def test_columns_too_many_too_few_and_out_of_order(tmp_path: Path, settings: Settings) -> None:
     extra = HEARTBEATS.append(pa.field("surplus", pa.int16()))
-    assert_refused(checks.schema_and_ranges(written(tmp_path, [beat()], extra)), "column_in_schema")
+    assert_refused(
+        figure_of(checks.SCHEMA_AND_RANGES, written(tmp_path, [beat()], extra), settings),
+        "column_in_schema",
+    )
     fewer = HEARTBEATS.remove(HEARTBEATS.get_field_index("device_id"))
-    assert not checks.schema_and_ranges(written(tmp_path, [beat()], fewer)).passed
+    assert not figure_of(
+        checks.SCHEMA_AND_RANGES, written(tmp_path, [beat()], fewer), settings
+    ).passed
     turned = pa.schema(list(HEARTBEATS)[::-1])
-    assert not checks.schema_and_ranges(written(tmp_path, [beat()], turned)).passed
+    assert not figure_of(
+        checks.SCHEMA_AND_RANGES, written(tmp_path, [beat()], turned), settings
+    ).passed
 
 
 @pytest.mark.parametrize(
@@ -130,8 +136,9 @@ def test_columns_too_many_too_few_and_out_of_order(tmp_path: Path) -> None:
         (days.end_ms(DAY), False),
     ],
 )
-def test_partition_day(tmp_path: Path, at: int, passed: bool) -> None:
-    figure = checks.partition_day(written(tmp_path, [beat(), beat(timestamp=at)], HEARTBEATS), DAY)
+def test_partition_day(tmp_path: Path, settings: Settings, at: int, passed: bool) -> None:
+    path = written(tmp_path, [beat(), beat(timestamp=at)], HEARTBEATS)
+    figure = figure_of(checks.PARTITION_DAY, path, settings)
     assert figure.passed == passed
     assert SECRET not in figure.message
 
@@ -146,15 +153,23 @@ def test_partition_day(tmp_path: Path, at: int, passed: bool) -> None:
         ([1, 0, 1, 0], 2, 2),
     ],
 )
+@pytest.mark.parametrize("at_once", [1, 2, 10])
 def test_order_and_key(
     tmp_path: Path,
-    connection: duckdb.DuckDBPyConnection,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
     instants: list[int],
     disorder: int,
     duplicates: int,
+    at_once: int,
 ) -> None:
+    """Across the borders of what is read at once, too."""
+    monkeypatch.setattr(checks, "_AT_ONCE", at_once)
     rows = [beat(timestamp=NOON + at, heart_rate=60 + n) for n, at in enumerate(instants)]
-    in_order, unique = checks.order_and_key(connection, written(tmp_path, rows, HEARTBEATS))
+    path = written(tmp_path, rows, HEARTBEATS)
+    in_order, unique = (
+        figure_of(name, path, settings) for name in (checks.SORTED, checks.KEY_UNIQUE)
+    )
     assert in_order.figures == {"rows": len(rows), "out_of_order": disorder}
     assert unique.figures == {"rows": len(rows), "duplicates": duplicates}
     assert (in_order.passed, unique.passed) == (not disorder, not duplicates)
@@ -164,12 +179,11 @@ def test_order_and_key(
     ("first", "second"), [("a", "\x00a"), ("b", "a"), ("é", "e"), ("a\x00", "a")]
 )
 def test_order_of_users_is_that_of_their_bytes(
-    tmp_path: Path, connection: duckdb.DuckDBPyConnection, first: str, second: str
+    tmp_path: Path, settings: Settings, first: str, second: str
 ) -> None:
     path = written(tmp_path, [beat(user_id=first), beat(user_id=second)], HEARTBEATS)
-    in_order, unique = checks.order_and_key(connection, path)
-    assert not in_order.passed
-    assert unique.passed
+    assert not figure_of(checks.SORTED, path, settings).passed
+    assert figure_of(checks.KEY_UNIQUE, path, settings).passed
 
 
 @pytest.mark.parametrize(
@@ -227,7 +241,7 @@ def minute(**other: object) -> dict[str, object]:
 )
 def test_minutes_values(tmp_path: Path, other: dict[str, object], passed: bool) -> None:
     path = written(tmp_path, [minute(**other)], loose(MINUTES))
-    figure = checks.minutes_schema_and_ranges(path)
+    figure = checks.minutes(path)
     assert figure.passed == passed
     if not passed:
         assert_refused(figure, next(iter(other)))

@@ -414,15 +414,15 @@ def test_failed_check_leaves_everything_in_place(
     before = consolidated(lake)
     deliver(lake, settings, entry([line(bpm=61), line(OTHER, bpm=62)], 1))
     failing = Figure(checks.SORTED, False, {"out_of_order": 1}, "1 row stands before another")
-    original = checks.order_and_key
+    original = checks.heartbeats
     path = layout.consolidated_file(lake.root, DAY, one_user(lake))
     monkeypatch.setattr(
         checks,
-        "order_and_key",
-        lambda connection, file: (
-            (failing, original(connection, file)[1])
-            if file.parent.name == layout.TEMP and path.parent.name in file.name
-            else original(connection, file)
+        "heartbeats",
+        lambda file, *others: (
+            [*original(file, *others)[:-1], failing]
+            if path.parent.name in file.name
+            else original(file, *others)
         ),
     )
     shard = f"{one_user(lake):02d}"
@@ -487,7 +487,7 @@ def test_damaged_fragment(lake: Lake, settings: Settings, how: str) -> None:
     )
     rows = rows_of(bad.path)
     deliver(lake, settings, entry([line("u1", at=NOON + 1)], 2))
-    fragments._rows.cache_clear()
+    fragments._size.cache_clear()
     whole = bad.path.read_bytes()
     spoil(bad.path, how)
     done = consolidate(lake, DAY, settings)

@@ -31,7 +31,7 @@ def test_a_fragment_that_is_included_already_is_missed_by_nobody_but_a_rebuild(
     consolidate(lake, DAY, settings)
     whole = one.path.read_bytes()
     one.path.write_bytes(whole[:-1])
-    fragments._rows.cache_clear()
+    fragments._size.cache_clear()
     error = parquet.damaged(one.path, "cut short")
     said = damage.set_aside(lake, error)
     assert said is not None
@@ -51,7 +51,7 @@ def test_no_watermark_is_claimed_for_rows_that_were_set_aside(
     deliver(lake, settings, entry([line(at=NOON + 1)], 1))
     whole = bad.path.read_bytes()
     bad.path.write_bytes(whole[:-1])
-    fragments._rows.cache_clear()
+    fragments._size.cache_clear()
     done = consolidate(lake, DAY, settings, watermarks={0: (2**60, 0)})
     assert len(done.set_aside) == 1
     found = consolidated.current(lake, DAY, shard_of("u1", lake.shards))
@@ -77,7 +77,7 @@ def test_too_little_memory_damages_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(parquet.pq, "read_metadata", starving)
-        fragments._rows.cache_clear()
+        fragments._size.cache_clear()
         with pytest.raises((HbError, MemoryError)) as raised:
             consolidate(lake, DAY, settings)
         assert not isinstance(raised.value, DamagedFileError)

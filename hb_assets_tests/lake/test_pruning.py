@@ -267,13 +267,13 @@ def test_consolidator_overtaken_by_a_pruner(
     arrives(1)
     original = getattr(consolidation, where)
 
-    def overtaken(*arguments: Any) -> Any:
+    def overtaken(*arguments: Any, **named: Any) -> Any:
         monkeypatch.setattr(consolidation, where, original)
         arrives(2)
         consolidate(lake, DAY, settings, watermarks=LATEST)
         prune(lake, settings)
         arrives(3)
-        return original(*arguments)
+        return original(*arguments, **named)
 
     monkeypatch.setattr(consolidation, where, overtaken)
     with contextlib.suppress(FencedError):
@@ -499,7 +499,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(lake: Lake, settings: Settings, k
         content = bytearray(whole)
         content[at] ^= 1 << at % 8
         path.write_bytes(content)
-        fragments._rows.cache_clear()
+        fragments._size.cache_clear()
         try:
             if kind == "fragment":
                 fragments.verify(fragment)

@@ -1,0 +1,185 @@
+"""Rows of one shard as arrays, sorted in memory; a text stands there as its rank in its column.
+
+Belongs here: reading tables into arrays, and their order. Doesn't belong here: which row of a key
+survives (`merge`), and what doesn't fit into memory (`external_sort`).
+
+Ranks turn the sort by two texts and an instant into the sort of one integer. That is a merge of the
+sorted runs that fragments are: NumPy's stable sort finds them.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hb_assets.schema import ARRIVAL, HEARTBEATS, ORDER
+
+Numbers: TypeAlias = npt.NDArray[Any]
+
+TEXTS = tuple(field.name for field in HEARTBEATS if pa.types.is_string(field.type))
+
+
+def _kind(field: pa.Field) -> np.dtype[Any]:
+    if pa.types.is_string(field.type):
+        return np.dtype(np.int32)
+    if pa.types.is_timestamp(field.type):
+        return np.dtype(np.int64)
+    kind: np.dtype[Any] = np.dtype(field.type.to_pandas_dtype())
+    return kind
+
+
+_KINDS = {field.name: _kind(field) for field in HEARTBEATS}
+BYTES_PER_ROW = sum(kind.itemsize for kind in _KINDS.values()) + 3 * np.dtype(np.int64).itemsize
+"""Memory that a row takes while it is sorted: its numbers, its key, its place, and one column anew.
+Texts come on top, once each."""
+
+
+@dataclass(slots=True)
+class Columns:
+    """Rows: by column an array of numbers, and the sorted texts that ranks point into."""
+
+    numbers: dict[str, Numbers]
+    texts: Mapping[str, pa.LargeStringArray]
+
+    @classmethod
+    def of(cls, tables: Iterable[pa.Table], rows: int) -> Columns:
+        """Take in tables of the schema HEARTBEATS, texts as dictionaries or as they are.
+
+        Args:
+            tables: they may go once they were taken in.
+            rows: how many all of them have together.
+        """
+        numbers: dict[str, Numbers] = {name: np.empty(rows, kind) for name, kind in _KINDS.items()}
+        entries: dict[str, list[pa.Array]] = {name: [] for name in TEXTS}
+        known = dict.fromkeys(TEXTS, 0)
+        start = 0
+        for table in tables:
+            for name in HEARTBEATS.names:
+                place = start
+                for chunk in table[name].chunks:
+                    into = numbers[name][place : place + len(chunk)]
+                    place += len(chunk)
+                    if name not in TEXTS:
+                        into[:] = _of_chunk(chunk)
+                        continue
+                    encoded = (
+                        chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+                    )
+                    np.add(_of_chunk(encoded.indices), known[name], out=into, casting="unsafe")
+                    entries[name].append(encoded.dictionary.cast(pa.large_string()))
+                    known[name] += len(encoded.dictionary)
+            start += table.num_rows
+        texts = {}
+        for name in TEXTS:
+            texts[name], ranks = _ranked(entries.pop(name))
+            numbers[name] = ranks[numbers[name]]
+        return cls(numbers, texts)
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return len(self.numbers["timestamp"])
+
+    def sort(self) -> Numbers:
+        """Sort by key and arrival; returns places of rows that share their key with a neighbour."""
+        order = _order([self.numbers[name] for name in ORDER])
+        self._arrange(slice(None), order)
+        same = np.ones(max(0, self.rows - 1), bool)
+        for name in ORDER:
+            same &= self.numbers[name][1:] == self.numbers[name][:-1]
+        (twins,) = np.nonzero(np.append(same, False) | np.insert(same, 0, False))
+        if len(twins):
+            group = np.cumsum(~np.insert(same, 0, False))[twins]
+            arrival = [self.numbers[name][twins] for name in reversed(ARRIVAL)]
+            self._arrange(twins, twins[np.lexsort((*arrival, group))])
+        return twins
+
+    def _arrange(self, places: slice | Numbers, origins: Numbers) -> None:
+        for name, column in self.numbers.items():
+            if isinstance(places, slice):
+                self.numbers[name] = column[origins]
+            else:
+                column[places] = column[origins]
+
+    def table(self, rows: slice | Numbers) -> pa.Table:
+        """These rows, in the schema HEARTBEATS."""
+        arrays = []
+        for field in HEARTBEATS:
+            found = pa.array(self.numbers[field.name][rows])
+            if field.name in TEXTS:
+                found = self.texts[field.name].take(found)
+            arrays.append(found.cast(field.type))
+        return pa.Table.from_arrays(arrays, schema=HEARTBEATS)
+
+    def place_after(self, key: Mapping[str, Any]) -> int:
+        """In sorted rows, the place behind all rows whose key isn't after this one.
+
+        Args:
+            key: by column of ORDER a text, or epoch milliseconds.
+        """
+        low, high = 0, self.rows
+        for name in ORDER:
+            numbers = self.numbers[name][low:high]
+            low, high = (
+                low + int(np.searchsorted(numbers, n)) for n in self._bounds(name, key[name])
+            )
+        return high
+
+    def _bounds(self, name: str, value: Any) -> tuple[int, int]:
+        """The number that stands for a value, and the next one; the same where it isn't there."""
+        if name not in TEXTS:
+            return value, value + 1
+        texts = self.texts[name]
+        places = range(len(texts))
+
+        def text(place: int) -> Any:
+            return texts[place].as_py()
+
+        left = bisect.bisect_left(places, value, key=text)
+        return left, bisect.bisect_right(places, value, left, key=text)
+
+
+def _of_chunk(chunk: pa.Array) -> Numbers:
+    if pa.types.is_timestamp(chunk.type):
+        chunk = chunk.cast(pa.int64())
+    found: Numbers = chunk.to_numpy()
+    return found
+
+
+def _ranked(entries: Sequence[pa.Array]) -> tuple[pa.LargeStringArray, Numbers]:
+    """Distinct texts in order, and of each entry its rank among them."""
+    encoded = pa.concat_arrays([pa.array([], pa.large_string()), *entries]).dictionary_encode()
+    order = pc.sort_indices(encoded.dictionary)
+    ranks = np.empty(len(order), np.int32)
+    ranks[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
+    return encoded.dictionary.take(order), ranks[encoded.indices.to_numpy()]
+
+
+_WORD = 63
+"""Bits of a signed integer that is never negative."""
+
+
+def _order(columns: Sequence[Numbers]) -> Numbers:
+    """Places of rows sorted by these columns, the first one first; stable.
+
+    Numbers that fit into one word side by side are sorted as one.
+    """
+    least = [int(column.min(initial=np.iinfo(column.dtype).max)) for column in columns]
+    widths = [
+        max(0, int(column.max(initial=low)) - low).bit_length()
+        for column, low in zip(columns, least, strict=True)
+    ]
+    if sum(widths) > _WORD:
+        return np.lexsort(tuple(reversed(columns)))
+    word = np.zeros(len(columns[0]), np.int64)
+    for column, low, width in zip(columns, least, widths, strict=True):
+        word <<= width
+        word |= column - low
+    return np.argsort(word, kind="stable")

@@ -1,0 +1,71 @@
+"""What a consolidation merges: the published file and fragments, with what may know rows of theirs.
+
+Belongs here: which files, marks and cutoffs a merge has to heed. Doesn't belong here: the merge
+(`merge`), and reading rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hb_assets.lake import erased
+from hb_assets.lake.consolidated import Current
+from hb_assets.lake.fragments import Fragment
+from hb_assets.lake.store import Lake
+from hb_assets.lake.tombstones import Cutoffs
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What is merged.
+
+    Attributes:
+        base: the published file, if there is one.
+        new: pending fragments.
+        included: fragments that `base` includes and that may hold rows of `new`, after a drain that
+            died between publication and acknowledgement; survivors alone wouldn't tell.
+        erased_before: lists of identities that were counted as erased before they came here.
+        watermark: per source shard the entry id up to which `base` includes every row there ever
+            was: such a row can only come again.
+        erased: users whose rows are to go, each with the latest arrival that goes by source shard.
+    """
+
+    base: Path | None
+    new: Sequence[Path]
+    included: Sequence[Path] = ()
+    erased_before: Sequence[Path] = ()
+    watermark: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    erased: Mapping[str, Cutoffs] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> bool:
+        """Whether no row came before, and none has to go: the key and the arrival tell all."""
+        return not (self.included or self.erased_before or self.watermark or self.erased)
+
+    @classmethod
+    def of(
+        cls, lake: Lake, base: Current | None, new: Sequence[Fragment], raw: Sequence[Fragment]
+    ) -> Inputs:
+        """The published file and pending fragments, with what may know rows of theirs already.
+
+        Args:
+            lake: which lake.
+            base: the published file, if there is one.
+            new: pending fragments.
+            raw: all fragments that are there.
+        """
+        paths = [one.path for one in new]
+        known = erased.near(lake, [one.name for one in new])
+        if base is None:
+            return cls(None, paths, erased_before=known)
+        listed = base.names
+        included = [
+            one.path
+            for one in raw
+            if str(one.name) in listed and any(one.name.overlaps(other.name) for other in new)
+        ]
+        again = {one.name.source for one in new if base.note.reaches(one.name)}
+        watermark = {source: base.note.watermark[source] for source in again}
+        return cls(base.path, paths, included, known, watermark)

@@ -1,0 +1,35 @@
+"""Memory that pieces of work side by side share.
+
+Belongs here: the bound, and waiting for room. Doesn't belong here: how much a piece takes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Memory:
+    """So many bytes, lent to one piece of work or to several at once."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._free = size
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def lent(self, size: int) -> Iterator[bool]:
+        """Wait until so many bytes are free, and have them; False at once where there never are."""
+        if size > self._size:
+            yield False
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield True
+        finally:
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
