@@ -21,14 +21,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
-import duckdb
-
 from hb_assets.errors import DamagedFileError
 from hb_assets.lake import checks, damage, fragments, layout, parquet, tombstones
 from hb_assets.lake.checks import Figure
 from hb_assets.lake.columns import BYTES_PER_ROW
 from hb_assets.lake.consolidated import ConsolidatedNote, Current, current, is_published, pending
-from hb_assets.lake.engine import another, engine
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.inputs import Inputs
@@ -119,14 +116,14 @@ def consolidate(
     memory, stop = Memory(settings.duckdb_memory // 2), threading.Event()
     set_aside: list[str] = []
 
-    def work(shard: int, connection: duckdb.DuckDBPyConnection) -> _ShardResult | None:
-        bounds = _Bounds(settings, connection, memory, stop)
+    def work(shard: int) -> _ShardResult | None:
+        bounds = _Bounds(settings, memory, stop)
         task = _Task(lake, day, shard, bounds, watermarks or {}, rebuild, rewrite)
         with lock(day, shard):
             return _without_damage(task, set_aside)
 
-    with engine(settings) as whole, ThreadPoolExecutor(_threads(settings)) as pool:
-        working = [pool.submit(work, shard, another(whole)) for shard in chosen]
+    with ThreadPoolExecutor(_threads(settings)) as pool:
+        working = [pool.submit(work, shard) for shard in chosen]
         try:
             for done, _ in enumerate(as_completed(working), start=1):
                 if progress:
@@ -144,10 +141,9 @@ def _threads(settings: Settings) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Bounds:
-    """What the work on a shard may use: a connection, and memory that it shares with the others."""
+    """What the work on a shard may use, and when it has to end."""
 
     settings: Settings
-    connection: duckdb.DuckDBPyConnection
     memory: Memory
     stop: threading.Event
 
@@ -303,7 +299,7 @@ def _ledger(task: _Task, file: Current, raw: Sequence[Fragment]) -> Figure:
     whole = len(listed) == len(file.names) and not note.pruned
     rows_in = note.rows
     if whole:
-        rows_in = fragments.distinct_rows(task.bounds.connection, listed) - note.uncounted
+        rows_in = fragments.distinct_rows(listed, task.bounds.settings) - note.uncounted
     return checks.counts_add_up(
         rows_in=rows_in,
         unique=note.unique,
@@ -329,7 +325,7 @@ def _merge(
     room = arrived * BYTES_PER_ROW + sum(fragment.unpacked for fragment in new)
     bounds = task.bounds
     with bounds.memory.lent(room) as lent, parquet.writer(path, SCHEMA, ORDER) as out:
-        for rows in merged(inputs, arrived, tally, bounds.connection, in_memory=lent):
+        for rows in merged(inputs, arrived, tally, bounds.settings, in_memory=lent):
             if bounds.stop.is_set():
                 raise _Stopped
             out.write(rows)
@@ -375,7 +371,7 @@ def _inputs(
         parquet.verify(base.path)
     found = Inputs.of(task.lake, base, new, raw)
     paths = [*([found.base] if found.base else []), *found.new]
-    erased = tombstones.of_files(task.lake, task.shard, paths, task.bounds.connection)
+    erased = tombstones.of_files(task.lake, task.shard, paths, task.bounds.settings)
     return replace(found, erased=erased)
 
 

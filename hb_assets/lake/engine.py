@@ -47,16 +47,10 @@ def engine(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
         except OSError:
             spill = ""
         whole = stack.enter_context(_one_to_oneself(settings))
-        connection = stack.enter_context(another(whole))
+        connection = stack.enter_context(whole.cursor())
+        connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET temp_directory = $spill", {"spill": spill})
         yield connection
-
-
-def another(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
-    """One more connection to the same engine, within the same bounds, for another thread."""
-    cursor = connection.cursor()
-    cursor.execute("SET TimeZone = 'UTC'")
-    return cursor
 
 
 @contextmanager

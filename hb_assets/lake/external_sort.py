@@ -7,17 +7,19 @@ memory (`columns`), which most merges take.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 
 import duckdb
 import pyarrow as pa
 
 from hb_assets.lake import parquet
-from hb_assets.lake.engine import figures
+from hb_assets.lake.engine import engine, figures
 from hb_assets.lake.inputs import Inputs
 from hb_assets.lake.tombstones import Cutoffs
 from hb_assets.schema import ARRIVAL, KEY, ORDER
 from hb_assets.schema import HEARTBEATS as SCHEMA
+from hb_assets.settings import Settings
 
 _COLUMNS = ", ".join(SCHEMA.names)
 _IDENTITY = ", ".join(ARRIVAL)
@@ -91,11 +93,20 @@ _MARKS = pa.schema([("source", pa.int16()), ("ms", pa.uint64()), ("seq", pa.uint
 _ERASED = pa.schema([("forgotten", pa.string()), *_MARKS])
 
 
-def sorted_rows(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> Iterator[pa.RecordBatch]:
+_turn = threading.Lock()
+"""One sort after the other: each may take all of HB_DUCKDB_MEMORY."""
+
+
+def sorted_rows(inputs: Inputs, settings: Settings) -> Iterator[pa.RecordBatch]:
     """All rows by key and arrival, in batches; with the columns of FLAGGED where some aren't plain.
 
     `late` is a row that counts elsewhere, or came before; `gone` is a forgotten user's.
     """
+    with _turn, engine(settings) as connection:
+        yield from _sorted(inputs, connection)
+
+
+def _sorted(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> Iterator[pa.RecordBatch]:
     which = inputs.base is not None, _kind(inputs) if inputs.new else None
     flagged = bool(inputs.erased or inputs.watermark or inputs.erased_before)
     _register(inputs, connection)

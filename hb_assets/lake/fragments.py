@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import duckdb
 import msgspec
 import numpy as np
 import pyarrow as pa
 
 from hb_assets.days import MS_PER_DAY, day_of
 from hb_assets.lake import layout, parquet
-from hb_assets.lake.engine import figures
+from hb_assets.lake.engine import engine, figures
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.layout import RAW, FragmentName
 from hb_assets.lake.store import FORMAT, Lake
 from hb_assets.schema import ARRIVAL, HEARTBEATS, KEY, ORDER
+from hb_assets.settings import Settings
 
 _WRITERS = 4
 """Files written at once: their fsyncs overlap, even on one core."""
@@ -158,7 +158,7 @@ def overlapping(fragments: Sequence[Fragment]) -> list[list[Fragment]]:
     return groups
 
 
-def distinct_rows(connection: duckdb.DuckDBPyConnection, fragments: Sequence[Fragment]) -> int:
+def distinct_rows(fragments: Sequence[Fragment], settings: Settings) -> int:
     """Distinct rows (key and identity) of the fragments: one delivered twice counts once.
 
     Only fragments with overlapping id ranges are read; of the others the footer says enough.
@@ -169,7 +169,8 @@ def distinct_rows(connection: duckdb.DuckDBPyConnection, fragments: Sequence[Fra
             total += group[0].rows
             continue
         paths = [str(fragment.path) for fragment in group]
-        total += figures(connection, _DISTINCT, {"paths": paths})[0]
+        with engine(settings) as connection:
+            total += figures(connection, _DISTINCT, {"paths": paths})[0]
     return total
 
 

@@ -71,11 +71,10 @@ def of_days(lake: Lake, settings: Settings, *, deep: bool = False) -> list[DayLe
         deep: verify every file, and count distinct keys from raw as well, to be held against the
             unique rows.
     """
-    with engine(settings) as connection:
-        return [_day(lake, day, connection, deep) for day in inventory.days(lake)]
+    return [_day(lake, day, settings, deep) for day in inventory.days(lake)]
 
 
-def _day(lake: Lake, day: dt.date, connection: duckdb.DuckDBPyConnection, deep: bool) -> DayLedger:
+def _day(lake: Lake, day: dt.date, settings: Settings, deep: bool) -> DayLedger:
     ledger = DayLedger(day)
     for shard in range(lake.shards):
         where = f"day {day.isoformat()}, shard {shard:02d}"
@@ -84,7 +83,7 @@ def _day(lake: Lake, day: dt.date, connection: duckdb.DuckDBPyConnection, deep: 
         try:
             if deep:
                 ledger.faults += _damage(lake, day, shard)
-            _add(ledger, _shard(lake, day, shard, where, connection, deep))
+            _add(ledger, _shard(lake, day, shard, where, settings, deep))
         except DamagedFileError as error:
             ledger.faults.append(str(error))
         except FileNotFoundError:
@@ -146,7 +145,7 @@ def _shard(
     day: dt.date,
     shard: int,
     where: str,
-    connection: duckdb.DuckDBPyConnection,
+    settings: Settings,
     deep: bool,
 ) -> DayLedger:
     """A shard's part, counted again when its file was replaced or a fragment went meanwhile."""
@@ -154,7 +153,7 @@ def _shard(
         part = DayLedger(day)
         seen = consolidated.current(lake, day, shard)
         try:
-            _count_shard(part, lake, shard, where, connection, deep)
+            _count_shard(part, lake, shard, where, settings, deep)
         except (FileNotFoundError, duckdb.IOException):
             if attempt == _ATTEMPTS - 1:
                 raise
@@ -169,13 +168,13 @@ def _count_shard(
     lake: Lake,
     shard: int,
     where: str,
-    connection: duckdb.DuckDBPyConnection,
+    settings: Settings,
     deep: bool,
 ) -> None:
     raw = fragments.listed(lake, ledger.day, shard)
     published = consolidated.current(lake, ledger.day, shard)
     waiting = consolidated.pending(published, raw)
-    pending = _pending_rows(lake, published, waiting, raw, connection)
+    pending = _pending_rows(lake, published, waiting, raw, settings)
     ledger.rows += pending
     ledger.pending += pending
     if published is None:
@@ -185,7 +184,7 @@ def _count_shard(
     listed = [one for one in raw if one.name not in waiting_names]
     whole = len(listed) == len(note.fragments) and not note.pruned
     if whole:
-        listed_rows = fragments.distinct_rows(connection, listed)
+        listed_rows = fragments.distinct_rows(listed, settings)
         if listed_rows != note.rows + note.uncounted:
             ledger.faults.append(
                 f"{where}: {listed_rows:,} distinct rows lie in the listed fragments, "
@@ -206,7 +205,8 @@ def _count_shard(
         ledger.faults.append(f"{where}: the file has {in_file:,} rows, {note.unique:,} are unique")
     if deep and whole and listed and not note.erased and not note.uncounted:
         paths = [str(one.path) for one in listed]
-        (keys,) = figures(connection, _DISTINCT_KEYS, {"paths": paths})
+        with engine(settings) as connection:
+            (keys,) = figures(connection, _DISTINCT_KEYS, {"paths": paths})
         if keys != note.unique:
             ledger.faults.append(
                 f"{where}: raw has {keys:,} distinct keys, the consolidated file {note.unique:,}"
@@ -225,13 +225,14 @@ def _pending_rows(
     published: Current | None,
     waiting: Sequence[Fragment],
     raw: Sequence[Fragment],
-    connection: duckdb.DuckDBPyConnection,
+    settings: Settings,
 ) -> int:
     """Distinct rows that wait for their consolidation; a row that comes again is none."""
     inputs = Inputs.of(lake, published, waiting, raw)
     if inputs.included or inputs.watermark or inputs.erased_before:
-        return fresh_rows(inputs, connection)
-    return fragments.distinct_rows(connection, waiting)
+        with engine(settings) as connection:
+            return fresh_rows(inputs, connection)
+    return fragments.distinct_rows(waiting, settings)
 
 
 _ERASED = f"""

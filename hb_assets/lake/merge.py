@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +26,7 @@ from hb_assets.lake.external_sort import FLAGGED
 from hb_assets.lake.inputs import Inputs
 from hb_assets.schema import ARRIVAL, KEY, ORDER
 from hb_assets.schema import HEARTBEATS as SCHEMA
+from hb_assets.settings import Settings
 
 
 @dataclass(slots=True)
@@ -49,12 +49,7 @@ class Tally:
 
 
 def merged(
-    inputs: Inputs,
-    rows: int,
-    tally: Tally,
-    connection: duckdb.DuckDBPyConnection,
-    *,
-    in_memory: bool,
+    inputs: Inputs, rows: int, tally: Tally, settings: Settings, *, in_memory: bool
 ) -> Iterator[pa.Table]:
     """Survivors in order, table by table; `tally` is whole when the last one was taken.
 
@@ -62,11 +57,11 @@ def merged(
         inputs: what to merge.
         rows: how many rows the pending fragments have.
         tally: counts what becomes of the rows.
-        connection: for what is sorted out of core, or isn't plain.
+        settings: bounds of the engine that sorts out of core, and what isn't plain.
         in_memory: whether there is room for `rows`.
     """
     if not (in_memory and inputs.plain):
-        yield from _survivors(external_sort.sorted_rows(inputs, connection), tally)
+        yield from _survivors(external_sort.sorted_rows(inputs, settings), tally)
         return
     new = Columns.of(parquet.tables(inputs.new, TEXTS), rows)
     if inputs.base is None:
@@ -103,6 +98,10 @@ def _last_key(rows: pa.Table) -> dict[str, object]:
     }
 
 
+_BATCH = 2**15
+"""Rows that leave memory at once."""
+
+
 def _settled(rows: Columns, tally: Tally) -> Iterator[pa.Table]:
     """Survivors of rows in memory: only those that share their key are looked at."""
     twins = rows.sort()
@@ -110,8 +109,8 @@ def _settled(rows: Columns, tally: Tally) -> Iterator[pa.Table]:
     if len(twins):
         kept[twins[:-1]] = ~_succeeded(rows.table(twins), tally).to_numpy()
     tally.survivors += int(kept.sum())
-    for start in range(0, rows.rows, parquet.ROW_GROUP):
-        batch = slice(start, start + parquet.ROW_GROUP)
+    for start in range(0, rows.rows, _BATCH):
+        batch = slice(start, start + _BATCH)
         whole = kept[batch].all()
         yield rows.table(batch if whole else start + np.flatnonzero(kept[batch]))
 

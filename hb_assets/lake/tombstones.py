@@ -17,7 +17,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
-import duckdb
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +24,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hb_assets.lake import parquet
+from hb_assets.lake.engine import engine
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.layout import TOMBSTONES
 from hb_assets.lake.store import FORMAT, Lake
 from hb_assets.schema import ARRIVAL
+from hb_assets.settings import Settings
 
 Cutoffs: TypeAlias = Mapping[int, tuple[int, int]]
 """Per source shard the last entry id that is forgotten."""
@@ -160,12 +161,13 @@ def table(of_one: Cutoffs) -> pa.Table:
 
 
 def of_files(
-    lake: Lake, shard: int, paths: Sequence[Path], connection: duckdb.DuckDBPyConnection
+    lake: Lake, shard: int, paths: Sequence[Path], settings: Settings
 ) -> dict[str, Cutoffs]:
     """Forgotten users of one shard that these files hold, each with its cutoffs."""
     if not paths or all(tombstone.shard != shard for tombstone in listed(lake)):
         return {}
-    users = connection.sql(_USERS, params={"paths": [str(path) for path in paths]}).fetchall()
+    with engine(settings) as connection:
+        users = connection.sql(_USERS, params={"paths": [str(path) for path in paths]}).fetchall()
     return cutoffs(lake, (user for (user,) in users))
 
 

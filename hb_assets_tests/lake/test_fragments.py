@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hb_assets import days
 from hb_assets.lake import fragments, layout
 from hb_assets.lake.decode import decode
-from hb_assets.lake.engine import engine
 from hb_assets.lake.fragments import Fragment, FragmentNote
 from hb_assets.lake.layout import RAW, FragmentName
 from hb_assets.lake.parquet import note
@@ -47,8 +46,7 @@ def test_the_same_batch_twice_is_two_fragments(lake: Lake, settings: Settings) -
     [one] = deliver(lake, settings, entry([line()]))
     [two] = deliver(lake, settings, entry([line()]))
     assert one.path != two.path
-    with engine(settings) as connection:
-        assert fragments.distinct_rows(connection, [one, two]) == 1
+    assert fragments.distinct_rows([one, two], settings) == 1
 
 
 def test_digest_is_of_the_set(lake: Lake, settings: Settings) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hb_assets.lake import columns, parquet
-from hb_assets.lake.engine import engine
+from hb_assets.lake import columns
+from hb_assets.lake import merge as merge_module
 from hb_assets.lake.inputs import Inputs
 from hb_assets.lake.merge import Tally, merged
 from hb_assets.schema import ARRIVAL, HEARTBEATS, ORDER
@@ -28,17 +26,13 @@ fragments = st.lists(st.lists(rows, min_size=1, max_size=12), min_size=1, max_si
 
 
 @pytest.fixture(scope="module")
-def connection() -> Iterator[duckdb.DuckDBPyConnection]:
-    with (
-        tempfile.TemporaryDirectory() as home,
-        engine(Settings(home=Path(home))) as opened,
-    ):
-        yield opened
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("merge")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("merge")
+def bounds(folder: Path) -> Settings:
+    return Settings(home=folder)
 
 
 def written(path: Path, found: pa.Table) -> Path:
@@ -59,13 +53,13 @@ def table(found: Sequence[tuple[object, ...]]) -> pa.Table:
 def merge(
     base: Path | None,
     new: Sequence[Path],
-    connection: duckdb.DuckDBPyConnection,
+    bounds: Settings,
     *,
     in_memory: bool,
 ) -> tuple[pa.Table, Tally]:
     tally = Tally()
     arrived = sum(pq.read_metadata(path).num_rows for path in new)
-    found = merged(Inputs(base, new), arrived, tally, connection, in_memory=in_memory)
+    found = merged(Inputs(base, new), arrived, tally, bounds, in_memory=in_memory)
     return pa.concat_tables([HEARTBEATS.empty_table(), *found]).combine_chunks(), tally
 
 
@@ -73,7 +67,7 @@ def merge(
 @given(before=st.lists(rows, max_size=30), new=fragments)
 def test_both_sorts_agree(
     folder: Path,
-    connection: duckdb.DuckDBPyConnection,
+    bounds: Settings,
     word: int,
     before: list[tuple[object, ...]],
     new: list[list[tuple[object, ...]]],
@@ -82,19 +76,19 @@ def test_both_sorts_agree(
     base = None
     if before:
         first = written(folder / "first.parquet", table(before))
-        survivors, _ = merge(None, [first], connection, in_memory=False)
+        survivors, _ = merge(None, [first], bounds, in_memory=False)
         base = written(folder / "base.parquet", survivors)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parquet, "ROW_GROUP", 4)
+        patch.setattr(merge_module, "_BATCH", 4)
         patch.setattr(columns, "_WORD", word)
-        found, counted = merge(base, paths, connection, in_memory=True)
-    expected, expected_tally = merge(base, paths, connection, in_memory=False)
+        found, counted = merge(base, paths, bounds, in_memory=True)
+    expected, expected_tally = merge(base, paths, bounds, in_memory=False)
     assert found == expected
     assert counted == expected_tally
 
 
 def test_a_row_group_that_no_row_falls_into_is_passed_on(
-    folder: Path, connection: duckdb.DuckDBPyConnection, monkeypatch: pytest.MonkeyPatch
+    folder: Path, bounds: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = written(
         folder / "base.parquet", table([("u", "d", n, 60, 0, n, 0, 0) for n in range(50)])
@@ -108,7 +102,7 @@ def test_a_row_group_that_no_row_falls_into_is_passed_on(
         return original(tables, rows)
 
     monkeypatch.setattr(columns.Columns, "of", noted)
-    found, tally = merge(base, [new], connection, in_memory=True)
+    found, tally = merge(base, [new], bounds, in_memory=True)
     assert taken == [1, 5 + 1, 0]
     assert tally == Tally(survivors=50, corrections=1)
     assert found["heart_rate"].to_pylist() == [61 if n == 22 else 60 for n in range(50)]
@@ -132,16 +126,14 @@ def test_place_after(name: str) -> None:
     assert sorted_rows.place_after(key | {name: more}) == (2 if name == "user_id" else 1)
 
 
-def test_arrival_decides_whatever_the_order_of_files(
-    folder: Path, connection: duckdb.DuckDBPyConnection
-) -> None:
+def test_arrival_decides_whatever_the_order_of_files(folder: Path, bounds: Settings) -> None:
     arrivals = [(2, 0, 0, 0), (1, 9, 0, 0), (2, 0, 0, 1), (1, 9, 1, 0), (2, 0, 1, 0), (10, 0, 0, 0)]
     files = [
         written(folder / f"{n}.parquet", table([("u", "d", 0, 60 + n, *arrival)]))
         for n, arrival in enumerate(arrivals)
     ]
     for order in (files, files[::-1]):
-        found, tally = merge(None, order, connection, in_memory=True)
+        found, tally = merge(None, order, bounds, in_memory=True)
         assert [tuple(row[name] for name in ARRIVAL) for row in found.to_pylist()] == [
             max(arrivals)
         ]
