@@ -11,12 +11,17 @@ from __future__ import annotations
 import datetime as dt
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from hb_assets.errors import CheckFailedError
 from hb_assets.lake import parquet
+from hb_assets.lake.columns import TEXTS, ranks
 from hb_assets.lake.engine import engine, figures
 from hb_assets.schema import KEY, ORDER
 from hb_assets.settings import Settings
@@ -56,13 +61,17 @@ class Figure:
     message: str = ""
 
 
-def heartbeats(path: Path, day: dt.date, settings: Settings) -> list[Figure]:
-    """Check every row of a file in one pass: schema, ranges, the day, order and unique keys.
+def heartbeats(
+    path: Path, day: dt.date, settings: Settings, new: Sequence[Path] | None = None
+) -> list[Figure]:
+    """Check a file: schema, ranges, the day, order and unique keys.
 
     Args:
         path: the file, published or not.
         day: in which every timestamp has to lie.
         settings: for the engine that counts the keys of a file that isn't in order.
+        new: files whose rows came in; all others were checked before they were published, and are
+            bit for bit what they were. None: all rows are to be looked at.
     """
     from hb_assets import contracts
 
@@ -71,33 +80,29 @@ def heartbeats(path: Path, day: dt.date, settings: Settings) -> list[Figure]:
         PARTITION_DAY: contracts.day_model(day),
     }
     faults: dict[str, set[str]] = {name: set() for name in rules}
-    sequence = _Sequence()
     with _turn:
-        for rows in _rows(path):
+        for rows in _rows([path] if new is None else new):
             for name, model in rules.items():
                 faults[name] |= _faults(rows, model)
-            sequence.go_on(rows)
+    sequence = _sequence(path)
     if sequence.disorder:
         with engine(settings) as connection:
-            (sequence.twins,) = figures(connection, _DUPLICATES, {"path": str(path)})
+            (twins,) = figures(connection, _DUPLICATES, {"path": str(path)})
+        sequence = replace(sequence, twins=twins)
     return [*(_of_values(name, found) for name, found in faults.items()), *sequence.figures()]
 
 
 def passed(rows: int) -> list[Figure]:
     """What `heartbeats` said of a file with so many rows before it was published."""
-    sequence = _Sequence()
-    sequence.rows = rows
-    return [
-        *(_of_values(name, set()) for name in (SCHEMA_AND_RANGES, PARTITION_DAY)),
-        *sequence.figures(),
-    ]
+    of_values = [_of_values(name, set()) for name in (SCHEMA_AND_RANGES, PARTITION_DAY)]
+    return [*of_values, *_Sequence(rows).figures()]
 
 
 def minutes(path: Path) -> Figure:
     """Columns, types, nulls and ranges of minutes."""
     from hb_assets import contracts
 
-    faults = {fault for rows in _rows(path) for fault in _faults(rows, contracts.minutes_model())}
+    faults = {fault for rows in _rows([path]) for fault in _faults(rows, contracts.minutes_model())}
     return _of_values(MINUTES_SCHEMA, faults)
 
 
@@ -107,12 +112,15 @@ _turn = threading.Lock()
 """One file after the other: Polars uses all cores by itself, and memory for each file."""
 
 
-def _rows(path: Path) -> Iterator[pl.DataFrame]:
-    """The file's rows, piece by piece; at least one piece, which may be empty."""
+def _rows(paths: Sequence[Path]) -> Iterator[pl.DataFrame]:
+    """Rows of these files, piece by piece; at least one piece, which may be empty."""
     import polars as pl
 
-    scan = pl.scan_parquet(path, hive_partitioning=False)
-    for start in range(0, max(1, parquet.footer(path).num_rows), _AT_ONCE):
+    if not paths:
+        return
+    scan = pl.scan_parquet(list(paths), hive_partitioning=False)
+    rows = sum(parquet.footer(path).num_rows for path in paths)
+    for start in range(0, max(1, rows), _AT_ONCE):
         yield scan.slice(start, _AT_ONCE).collect()
 
 
@@ -136,35 +144,13 @@ def _of_values(name: str, faults: set[str]) -> Figure:
     return Figure(name, not faults, {"faults": len(faults)}, "; ".join(sorted(faults)[:5]))
 
 
+@dataclass(frozen=True, slots=True)
 class _Sequence:
-    """Counts rows that stand before one that they should follow, and keys that stand twice.
+    """How many rows stand before one that they should follow, and how many repeat a key."""
 
-    In sorted rows twins stand side by side, so that one pass settles both.
-    """
-
-    def __init__(self) -> None:
-        self.rows = self.disorder = self.twins = 0
-        self._last: pl.DataFrame | None = None
-
-    def go_on(self, rows: pl.DataFrame) -> None:
-        """Count the file's next rows; none where a column of the key is missing."""
-        import polars as pl
-
-        if not set(ORDER) <= set(rows.columns):
-            return
-        self.rows += rows.height
-        rows = rows.select(ORDER)
-        if self._last is not None:
-            rows = pl.concat([self._last, rows])
-        self._last = rows.tail(1)
-        less, same = pl.lit(False), pl.lit(True)
-        for name in ORDER:
-            this, before = pl.col(name), pl.col(name).shift(1)
-            less |= same & (this < before)
-            same &= this == before
-        disorder, twins = rows.select(less.sum().alias("less"), same.sum().alias("same")).row(0)
-        self.disorder += disorder
-        self.twins += twins
+    rows: int = 0
+    disorder: int = 0
+    twins: int = 0
 
     def figures(self) -> list[Figure]:
         disorder, twins = self.disorder, self.twins
@@ -182,6 +168,34 @@ class _Sequence:
                 f"{disorder} rows stand before a row they should follow" if disorder else "",
             ),
         ]
+
+
+def _sequence(path: Path) -> _Sequence:
+    """Look at each row of a file and the one before it: where rows are sorted, twins stand so.
+
+    What lacks a part of the key is left out: its schema is wrong already.
+    """
+    footer = parquet.footer(path)
+    if not set(ORDER) <= set(footer.schema.names):
+        return _Sequence(footer.num_rows)
+    disorder = twins = 0
+    last: pa.Table | None = None
+    with pq.ParquetFile(path, read_dictionary=list(TEXTS)) as file:
+        for number in range(file.num_row_groups):
+            group = file.read_row_group(number, columns=list(ORDER), use_threads=False)
+            group = group.drop_null()
+            group = group if last is None else pa.concat_tables([last, group])
+            last = group.slice(max(0, group.num_rows - 1))
+            less = np.zeros(max(0, group.num_rows - 1), bool)
+            same = ~less
+            for name in ORDER:
+                column = ranks(group[name])
+                this, before = column[1:], column[:-1]
+                less |= same & (this < before)
+                same &= this == before
+            disorder += int(less.sum())
+            twins += int(same.sum())
+    return _Sequence(footer.num_rows, disorder, twins)
 
 
 _DUPLICATES = f"""

@@ -24,6 +24,11 @@ from hb_assets.schema import ARRIVAL, HEARTBEATS, ORDER
 Numbers: TypeAlias = npt.NDArray[Any]
 
 TEXTS = tuple(field.name for field in HEARTBEATS if pa.types.is_string(field.type))
+ENCODED: pa.Schema = pa.schema(
+    field.with_type(pa.dictionary(pa.int32(), pa.string())) if field.name in TEXTS else field
+    for field in HEARTBEATS
+)
+"""The schema HEARTBEATS with texts as dictionaries, as Parquet stores them."""
 
 
 def _kind(field: pa.Field) -> np.dtype[Any]:
@@ -49,19 +54,22 @@ class Columns:
     texts: Mapping[str, pa.LargeStringArray]
 
     @classmethod
-    def of(cls, tables: Iterable[pa.Table], rows: int) -> Columns:
+    def of(
+        cls, tables: Iterable[pa.Table], rows: int, names: Sequence[str] = HEARTBEATS.names
+    ) -> Columns:
         """Take in tables of the schema HEARTBEATS, texts as dictionaries or as they are.
 
         Args:
             tables: they may go once they were taken in.
             rows: how many all of them have together.
+            names: only these columns.
         """
-        numbers: dict[str, Numbers] = {name: np.empty(rows, kind) for name, kind in _KINDS.items()}
-        entries: dict[str, list[pa.Array]] = {name: [] for name in TEXTS}
+        numbers: dict[str, Numbers] = {name: np.empty(rows, _KINDS[name]) for name in names}
+        entries: dict[str, list[pa.Array]] = {name: [] for name in names if name in TEXTS}
         known = dict.fromkeys(TEXTS, 0)
         start = 0
         for table in tables:
-            for name in HEARTBEATS.names:
+            for name in names:
                 place = start
                 for chunk in table[name].chunks:
                     into = numbers[name][place : place + len(chunk)]
@@ -77,8 +85,8 @@ class Columns:
                     known[name] += len(encoded.dictionary)
             start += table.num_rows
         texts = {}
-        for name in TEXTS:
-            texts[name], ranks = _ranked(entries.pop(name))
+        for name, found in entries.items():
+            texts[name], ranks = _ranked(found)
             numbers[name] = ranks[numbers[name]]
         return cls(numbers, texts)
 
@@ -89,7 +97,13 @@ class Columns:
 
     def sort(self) -> Numbers:
         """Sort by key and arrival; returns places of rows that share their key with a neighbour."""
-        order = _order([self.numbers[name] for name in ORDER])
+        columns = [self.numbers[name] for name in ORDER]
+        words = in_one_word(columns)
+        if words is None:
+            order = np.lexsort(tuple(reversed(columns)))
+        else:
+            order = np.argsort(words, kind="stable")
+        del columns, words
         self._arrange(slice(None), order)
         same = np.ones(max(0, self.rows - 1), bool)
         for name in ORDER:
@@ -109,14 +123,15 @@ class Columns:
                 column[places] = column[origins]
 
     def table(self, rows: slice | Numbers) -> pa.Table:
-        """These rows, in the schema HEARTBEATS."""
+        """These rows, in the schema ENCODED."""
         arrays = []
         for field in HEARTBEATS:
-            found = pa.array(self.numbers[field.name][rows])
+            numbers = self.numbers[field.name][rows]
             if field.name in TEXTS:
-                found = self.texts[field.name].take(found)
-            arrays.append(found.cast(field.type))
-        return pa.Table.from_arrays(arrays, schema=HEARTBEATS)
+                arrays.append(_encoded(numbers, self.texts[field.name]))
+            else:
+                arrays.append(pa.array(numbers).cast(field.type))
+        return pa.Table.from_arrays(arrays, schema=ENCODED)
 
     def place_after(self, key: Mapping[str, Any]) -> int:
         """In sorted rows, the place behind all rows whose key isn't after this one.
@@ -146,6 +161,37 @@ class Columns:
         return left, bisect.bisect_right(places, value, left, key=text)
 
 
+def ranks(column: pa.ChunkedArray) -> Numbers:
+    """A column without nulls as numbers that sort as its values do; of texts the ranks."""
+    if pa.types.is_integer(column.type) or pa.types.is_timestamp(column.type):
+        return _of_chunk(column.combine_chunks())
+    whole = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+    whole = whole.unify_dictionaries().combine_chunks()
+    _, found = _ranked([whole.dictionary.cast(pa.large_string())])
+    of_rows: Numbers = found[whole.indices.to_numpy()]
+    return of_rows
+
+
+def encoded(rows: pa.Table) -> pa.Table:
+    """Rows of the schema HEARTBEATS in the schema ENCODED."""
+    for place, field in enumerate(ENCODED):
+        if field.name in TEXTS:
+            rows = rows.set_column(place, field, rows[field.name].dictionary_encode())
+    return rows
+
+
+def _encoded(ranks: Numbers, texts: pa.LargeStringArray) -> pa.DictionaryArray:
+    """Texts as a dictionary that holds few others: each row group is written with its own."""
+    low, high = (int(ranks.min()), int(ranks.max()) + 1) if len(ranks) else (0, 0)
+    if high - low > max(len(ranks), _SMALL):
+        return texts.take(pa.array(ranks)).cast(pa.string()).dictionary_encode()
+    part = texts.slice(low, high - low).cast(pa.string())
+    return pa.DictionaryArray.from_arrays(pa.array(ranks - low), part)
+
+
+_SMALL = 1024
+
+
 def _of_chunk(chunk: pa.Array) -> Numbers:
     if pa.types.is_timestamp(chunk.type):
         chunk = chunk.cast(pa.int64())
@@ -166,20 +212,17 @@ _WORD = 63
 """Bits of a signed integer that is never negative."""
 
 
-def _order(columns: Sequence[Numbers]) -> Numbers:
-    """Places of rows sorted by these columns, the first one first; stable.
-
-    Numbers that fit into one word side by side are sorted as one.
-    """
+def in_one_word(columns: Sequence[Numbers]) -> Numbers | None:
+    """Numbers side by side in an integer, which sorts as they do; None where it can't hold them."""
     least = [int(column.min(initial=np.iinfo(column.dtype).max)) for column in columns]
     widths = [
         max(0, int(column.max(initial=low)) - low).bit_length()
         for column, low in zip(columns, least, strict=True)
     ]
     if sum(widths) > _WORD:
-        return np.lexsort(tuple(reversed(columns)))
+        return None
     word = np.zeros(len(columns[0]), np.int64)
     for column, low, width in zip(columns, least, widths, strict=True):
         word <<= width
         word |= column - low
-    return np.argsort(word, kind="stable")
+    return word

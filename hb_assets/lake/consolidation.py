@@ -24,7 +24,7 @@ from typing import TypeAlias
 from hb_assets.errors import DamagedFileError
 from hb_assets.lake import checks, damage, fragments, layout, parquet, tombstones
 from hb_assets.lake.checks import Figure
-from hb_assets.lake.columns import BYTES_PER_ROW
+from hb_assets.lake.columns import BYTES_PER_ROW, ENCODED
 from hb_assets.lake.consolidated import ConsolidatedNote, Current, current, is_published, pending
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.fragments import Fragment
@@ -33,7 +33,6 @@ from hb_assets.lake.layout import FragmentName
 from hb_assets.lake.memory import Memory
 from hb_assets.lake.merge import Tally, merged
 from hb_assets.lake.store import FORMAT, Lake
-from hb_assets.schema import HEARTBEATS as SCHEMA
 from hb_assets.schema import ORDER
 from hb_assets.settings import Settings
 
@@ -113,7 +112,7 @@ def consolidate(
         OSError: a disk can't be read or written.
     """
     chosen = range(lake.shards) if shards is None else shards
-    memory, stop = Memory(settings.duckdb_memory // 2), threading.Event()
+    memory, stop = Memory(settings.duckdb_memory), threading.Event()
     set_aside: list[str] = []
 
     def work(shard: int) -> _ShardResult | None:
@@ -256,7 +255,7 @@ def _consolidate_shard(task: _Task) -> _ShardResult | None:
         if not task.is_published(published):
             # Overtaken: the rows that were read needn't be those that the note speaks of.
             return _consolidate_shard(task)
-        figures = _figures(task, temp.path, note, raw)
+        figures = _figures(task, temp.path, note, raw, new if base else None)
         checks.require(figures, task.where)
         size = temp.path.stat().st_size
         temp.publish_replacing(task.final)
@@ -287,9 +286,15 @@ def _unchanged(
 
 
 def _figures(
-    task: _Task, path: Path, note: ConsolidatedNote, raw: Sequence[Fragment]
+    task: _Task,
+    path: Path,
+    note: ConsolidatedNote,
+    raw: Sequence[Fragment],
+    new: Sequence[Fragment] | None,
 ) -> list[Figure]:
-    found = checks.heartbeats(path, task.day, task.bounds.settings)
+    """Check the new file; of its values only those of `new` where it was made of a checked one."""
+    files = None if new is None else [fragment.path for fragment in new]
+    found = checks.heartbeats(path, task.day, task.bounds.settings, files)
     return [*found, _ledger(task, Current(path, note), raw)]
 
 
@@ -324,7 +329,7 @@ def _merge(
     arrived = sum(fragment.rows for fragment in new)
     room = arrived * BYTES_PER_ROW + sum(fragment.unpacked for fragment in new)
     bounds = task.bounds
-    with bounds.memory.lent(room) as lent, parquet.writer(path, SCHEMA, ORDER) as out:
+    with bounds.memory.lent(room) as lent, parquet.writer(path, ENCODED, ORDER) as out:
         for rows in merged(inputs, arrived, tally, bounds.settings, in_memory=lent):
             if bounds.stop.is_set():
                 raise _Stopped

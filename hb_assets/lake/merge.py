@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hb_assets.lake import external_sort, parquet
-from hb_assets.lake.columns import TEXTS, Columns
+from hb_assets.lake.columns import ENCODED, TEXTS, Columns, Numbers, encoded, in_one_word
 from hb_assets.lake.external_sort import FLAGGED
 from hb_assets.lake.inputs import Inputs
 from hb_assets.schema import ARRIVAL, KEY, ORDER
@@ -53,6 +53,8 @@ def merged(
 ) -> Iterator[pa.Table]:
     """Survivors in order, table by table; `tally` is whole when the last one was taken.
 
+    Their schema is ENCODED.
+
     Args:
         inputs: what to merge.
         rows: how many rows the pending fragments have.
@@ -61,7 +63,8 @@ def merged(
         in_memory: whether there is room for `rows`.
     """
     if not (in_memory and inputs.plain):
-        yield from _survivors(external_sort.sorted_rows(inputs, settings), tally)
+        batches = external_sort.sorted_rows(inputs, settings)
+        yield from map(encoded, _survivors(batches, tally))
         return
     new = Columns.of(parquet.tables(inputs.new, TEXTS), rows)
     if inputs.base is None:
@@ -75,7 +78,7 @@ def _into(base: Path, new: Columns, tally: Tally) -> Iterator[pa.Table]:
 
     A row group that no row falls into is passed on as it is.
     """
-    new.sort()
+    twins = new.sort()
     done = 0
     with pq.ParquetFile(base, read_dictionary=list(TEXTS)) as file:
         for number in range(file.num_row_groups):
@@ -83,12 +86,46 @@ def _into(base: Path, new: Columns, tally: Tally) -> Iterator[pa.Table]:
             end = new.place_after(_last_key(group))
             if end == done:
                 tally.survivors += group.num_rows
-                yield group.cast(SCHEMA)
+                yield group.cast(ENCODED)
                 continue
-            parts = [group, new.table(slice(done, end))]
-            yield from _settled(Columns.of(parts, group.num_rows + end - done), tally)
+            part = new.table(slice(done, end))
+            whole = None
+            if end - done <= group.num_rows // _FEW and not _any_between(twins, done, end):
+                whole = _put_between(group.cast(ENCODED), part)
+            if whole is None:
+                rows = group.num_rows + part.num_rows
+                yield from _settled(Columns.of([group, part], rows), tally)
+            else:
+                tally.survivors += whole.num_rows
+                yield whole
             done = end
     yield from _settled(Columns.of([new.table(slice(done, None))], new.rows - done), tally)
+
+
+_FEW = 100
+"""A row group takes in as much as a hundredth of its rows without a sort."""
+
+
+def _any_between(places: Numbers, start: int, end: int) -> bool:
+    first, behind = np.searchsorted(places, (start, end))
+    return bool(first < behind)
+
+
+def _put_between(group: pa.Table, rows: pa.Table) -> pa.Table | None:
+    """A row group with a few rows more; None where one shares user and instant with another's."""
+    count = group.num_rows
+    both = Columns.of([group, rows], count + rows.num_rows, ORDER[:2])
+    words = in_one_word([both.numbers[name] for name in ORDER[:2]])
+    if words is None:
+        return None
+    places = np.searchsorted(words[:count], words[count:])
+    if np.any(words[np.minimum(places, count - 1)] == words[count:]):
+        return None
+    pieces, start = [], 0
+    for row, place in enumerate(places.tolist()):
+        pieces += [group.slice(start, place - start), rows.slice(row, 1)]
+        start = place
+    return pa.concat_tables([*pieces, group.slice(start)])
 
 
 def _last_key(rows: pa.Table) -> dict[str, object]:
@@ -107,7 +144,7 @@ def _settled(rows: Columns, tally: Tally) -> Iterator[pa.Table]:
     twins = rows.sort()
     kept = np.ones(rows.rows, bool)
     if len(twins):
-        kept[twins[:-1]] = ~_succeeded(rows.table(twins), tally).to_numpy()
+        kept[twins[:-1]] = ~_succeeded(rows.table(twins).cast(SCHEMA), tally).to_numpy()
     tally.survivors += int(kept.sum())
     for start in range(0, rows.rows, _BATCH):
         batch = slice(start, start + _BATCH)

@@ -6,6 +6,7 @@ files lie and which rows they hold.
 
 from __future__ import annotations
 
+import base64
 import io
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,9 +22,13 @@ import pyarrow.parquet as pq
 
 from hb_assets.errors import DamagedFileError, HbError
 from hb_assets.lake import layout
+from hb_assets.schema import ARRIVAL
 
 KEY = b"hb"
 DIGEST = b"hb.digest"
+_SCHEMA = b"ARROW:schema"
+"""Where Arrow keeps a file's Arrow schema: its IPC message in base64 (Arrow's documentation of the
+Parquet format). pyarrow itself would put dictionaries there, as they were written."""
 ROW_GROUP = 122_880
 """Rows of a row group: DuckDB's own, so that its scans run side by side."""
 
@@ -77,17 +82,23 @@ class Writer:
         if sum(part.num_rows for part in self._waiting) >= ROW_GROUP:
             whole = pa.concat_tables(self._waiting)
             end = whole.num_rows - whole.num_rows % ROW_GROUP
-            self._out.write_table(whole.slice(0, end), row_group_size=ROW_GROUP)
+            self._write(whole.slice(0, end))
             self._waiting = [whole.slice(end)]
 
     def close_with(self, note: msgspec.Struct) -> None:
         """Write what waits, and the footer; nothing can be written after it."""
         if any(part.num_rows for part in self._waiting):
-            self._out.write_table(pa.concat_tables(self._waiting), row_group_size=ROW_GROUP)
+            self._write(pa.concat_tables(self._waiting))
         said = msgspec.json.encode(note)
         digest = msgspec.structs.replace(self._sink.digest, note=zlib.crc32(said))
         self._out.add_key_value_metadata({KEY: said, DIGEST: msgspec.json.encode(digest)})
         self._out.close()
+
+    def _write(self, rows: pa.Table) -> None:
+        for start in range(0, rows.num_rows, ROW_GROUP):
+            group = rows.slice(start, ROW_GROUP)
+            # Dictionaries are written as they are where a row group has one a column.
+            self._out.write_table(group.unify_dictionaries().combine_chunks())
 
 
 def tables(paths: Iterable[Path], texts: Sequence[str]) -> Iterator[pa.Table]:
@@ -104,6 +115,11 @@ def tables(paths: Iterable[Path], texts: Sequence[str]) -> Iterator[pa.Table]:
 def writer(path: Path, schema: pa.Schema, sorted_by: Iterable[str] = ()) -> Iterator[Writer]:
     """A writer into a file that is there: a temp file that a pruner unlinked is not made again.
 
+    Args:
+        path: the file.
+        schema: of the rows to write; readers get plain columns for its dictionaries.
+        sorted_by: columns that the rows are sorted by.
+
     Raises:
         FileNotFoundError: it isn't there.
     """
@@ -115,9 +131,13 @@ def writer(path: Path, schema: pa.Schema, sorted_by: Iterable[str] = ()) -> Iter
     by_dictionary = [
         field.name
         for field in schema
-        if field.name not in dense and not pa.types.is_binary(field.type)
+        if field.name not in (*dense, *ARRIVAL) and not pa.types.is_binary(field.type)
     ]
     order = [pq.SortingColumn(schema.get_field_index(name)) for name in sorted_by]
+    plain = pa.schema(
+        field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
+        for field in schema
+    )
     with path.open("r+b") as file:
         file.truncate()
         sink = _Sink(file)
@@ -129,7 +149,9 @@ def writer(path: Path, schema: pa.Schema, sorted_by: Iterable[str] = ()) -> Iter
             column_encoding=dense,
             sorting_columns=order or None,
             write_page_index=True,
+            store_schema=False,
         ) as out:
+            out.add_key_value_metadata({_SCHEMA: base64.b64encode(plain.serialize())})
             yield Writer(sink, out)
 
 

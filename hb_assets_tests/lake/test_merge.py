@@ -60,15 +60,19 @@ def merge(
     tally = Tally()
     arrived = sum(pq.read_metadata(path).num_rows for path in new)
     found = merged(Inputs(base, new), arrived, tally, bounds, in_memory=in_memory)
-    return pa.concat_tables([HEARTBEATS.empty_table(), *found]).combine_chunks(), tally
+    return pa.concat_tables(
+        [part.cast(HEARTBEATS) for part in (columns.ENCODED.empty_table(), *found)]
+    ).combine_chunks(), tally
 
 
 @pytest.mark.parametrize("word", [63, 3], ids=["as one number", "column by column"])
+@pytest.mark.parametrize("few", [1, 100], ids=["few put between", "all sorted"])
 @given(before=st.lists(rows, max_size=30), new=fragments)
 def test_both_sorts_agree(
     folder: Path,
     bounds: Settings,
     word: int,
+    few: int,
     before: list[tuple[object, ...]],
     new: list[list[tuple[object, ...]]],
 ) -> None:
@@ -80,6 +84,7 @@ def test_both_sorts_agree(
         base = written(folder / "base.parquet", survivors)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merge_module, "_BATCH", 4)
+        patch.setattr(merge_module, "_FEW", few)
         patch.setattr(columns, "_WORD", word)
         found, counted = merge(base, paths, bounds, in_memory=True)
     expected, expected_tally = merge(base, paths, bounds, in_memory=False)
