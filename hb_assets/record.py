@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal
@@ -118,6 +118,8 @@ _array_decoder = msgspec.json.Decoder(list[Wire])
 _encoder = msgspec.json.Encoder()
 _fromisoformat = dt.datetime.fromisoformat
 _DATE_LENGTH = len("2025-01-15")
+_REMEMBERED = 2**16
+"""Users whose shards are remembered."""
 
 
 def parse(line: bytes, now_ms: int, bounds: TimeBounds) -> tuple[Heartbeat | Refusal, int]:
@@ -136,7 +138,8 @@ def parse(line: bytes, now_ms: int, bounds: TimeBounds) -> tuple[Heartbeat | Ref
         wire = _wire_decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _read_loosely(line, now_ms, bounds)
-    return judge((wire,), now_ms, bounds)[0], 0
+    found, refused = judge((wire,), now_ms, bounds)
+    return (found[0] if found else refused[0][1]), 0
 
 
 def read_array(text: bytes) -> list[Wire] | None:
@@ -158,33 +161,35 @@ def read_lines(text: bytes) -> list[Wire] | None:
         return None
 
 
-def judge(wires: Sequence[Wire], now_ms: int, bounds: TimeBounds) -> list[Heartbeat | Refusal]:
-    """The heartbeats that records of the common shape are, or their refusals.
+def judge(
+    wires: Iterable[Wire], now_ms: int, bounds: TimeBounds
+) -> tuple[list[Heartbeat], list[tuple[int, Refusal]]]:
+    """What records of the common shape are: heartbeats, and refusals with their indexes.
 
-    One loop that calls as little as it can: a gateway spends half of its time here.
+    One loop that calls as little as it can: a gateway spends a quarter of its time here.
     """
     first, last = bounds.start_ms, min(now_ms + bounds.future_ms, LAST_MS)
     epoch, fromisoformat, unset = EPOCH, _fromisoformat, UNSET
-    found: list[Heartbeat | Refusal] = []
+    found: list[Heartbeat] = []
+    refused: list[tuple[int, Refusal]] = []
     for wire in wires:
-        instant: int | Refusal
-        text = wire.timestamp
-        if wire.timestamp_ms is unset and text is not unset and len(text) > _DATE_LENGTH:
-            try:  # the usual way: it has an offset
-                gap = fromisoformat(text) - epoch
+        instant = wire.timestamp_ms
+        if instant is unset:
+            try:  # the usual way: it has an offset, and so a time
+                gap = fromisoformat(wire.timestamp) - epoch  # type: ignore[arg-type]  # a TypeError
             except (ValueError, TypeError):
-                instant = _instant(text, unset)
+                instant_or_not = _instant(wire.timestamp, unset)
+                if isinstance(instant_or_not, Refusal):
+                    refused.append((len(found) + len(refused), instant_or_not))
+                    continue
+                instant = instant_or_not
             else:
                 instant = gap.days * MS_PER_DAY + gap.seconds * 1000 + gap.microseconds // 1000
-        else:
-            instant = _instant(text, wire.timestamp_ms)
-        if isinstance(instant, Refusal):
-            found.append(instant)
-        elif first <= instant <= last:
+        if first <= instant <= last:
             found.append(Heartbeat(wire.user_id, wire.device_id, instant, wire.heart_rate))
         else:
-            found.append(_outside(instant, bounds))
-    return found
+            refused.append((len(found) + len(refused), _outside(instant, bounds)))
+    return found, refused
 
 
 def parse_object(fields: Any, now_ms: int, bounds: TimeBounds) -> tuple[Heartbeat | Refusal, int]:
@@ -200,11 +205,30 @@ def encode(heartbeat: Heartbeat) -> bytes:
     return _encoder.encode(heartbeat)
 
 
-@lru_cache(maxsize=2**16)
+def encode_lines(heartbeats: Sequence[Heartbeat]) -> bytes:
+    """The same of many, a line each; no line end behind the last."""
+    return _encoder.encode_lines(heartbeats)[:-1]
+
+
+@lru_cache(maxsize=_REMEMBERED)
 def shard_of(user_id: str, shards: int) -> int:
     """Shard of a user: `md5_number_lower(user_id) % shards`, as DuckDB computes it."""
     digest = hashlib.md5(user_id.encode(), usedforsecurity=False).digest()
     return int.from_bytes(digest[8:], "little") % shards
+
+
+class Shards(dict[str, int]):
+    """The shard of each user among `shards`, remembered: looked up faster than `shard_of`."""
+
+    def __init__(self, shards: int) -> None:
+        super().__init__()
+        self._shards = shards
+
+    def __missing__(self, user_id: str) -> int:
+        if len(self) >= _REMEMBERED:
+            self.clear()
+        found = self[user_id] = shard_of(user_id, self._shards)
+        return found
 
 
 def parse_instant(text: str) -> int:

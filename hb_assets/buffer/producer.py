@@ -13,9 +13,10 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import redis.exceptions as failures
+from typing_extensions import override
 
 from hb_assets.buffer import keys
 from hb_assets.buffer.clock import ServerClock
@@ -33,7 +34,7 @@ from hb_assets.errors import BufferFullError, BufferUnavailableError, HbError
 from hb_assets.settings import Settings
 
 Lines: TypeAlias = Mapping[int, Sequence[bytes]]
-"""JSON texts, each without a line end, by shard."""
+"""JSON texts, each without a line end, by shard; `Joined` where they are one text already."""
 Outcomes: TypeAlias = dict[int, HbError | None]
 """For each shard None (stored, as durably as HB_DURABILITY says) or why that isn't known."""
 
@@ -44,6 +45,35 @@ _APART_SECONDS = 0.001
 heartbeat as for fifty. A single caller never waits for it."""
 _ROUND_TRIP_HEARTBEATS = 50_000
 """About how many heartbeats a micro-batch takes along; what waits behind leaves with the next."""
+
+
+class Joined(Sequence[bytes]):
+    """Lines that are one text already, without a line end behind the last.
+
+    Nobody takes it apart unless he looks at them one by one.
+    """
+
+    __slots__ = ("_count", "text")
+
+    def __init__(self, count: int, text: bytes) -> None:
+        self._count = count
+        self.text = text
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        return self.text.split(b"\n")[index]
+
+    @override
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.text.split(b"\n"))
 
 
 class Producer:
@@ -69,7 +99,7 @@ class Producer:
         """
         shards = [shard for shard, lines in lines_by_shard.items() if lines]
         known = self._receipts.known()
-        sends = [_Send(shard, lines_by_shard[shard], []) for shard in shards]
+        sends = [_Send(s, len(lines_by_shard[s]), [lines_by_shard[s]], []) for s in shards]
         outcomes: Outcomes = dict.fromkeys(lines_by_shard)
         try:
             commands = [self._bound.command(sends, known)] if sends else []
@@ -188,7 +218,7 @@ class AsyncProducer:
         failed: dict[tuple[int, int], HbError] = {}
         confirmed: _Confirmed = []
         for send, reply in zip(sends, replies, strict=True):
-            outcome = self._bound.outcome(send.shard, len(send.lines), reply, self._client)
+            outcome = self._bound.outcome(send.shard, send.count, reply, self._client)
             _hear(reply, self.clock)
             if outcome is not None:
                 failed.update(((call, send.shard), outcome) for call in send.calls)
@@ -227,13 +257,15 @@ class AsyncProducer:
         shared: dict[int, _Send] = {}
         for number, (lines_by_shard, _) in enumerate(batch):
             for shard, lines in lines_by_shard.items():
-                if len(lines) > self._bound.entry_heartbeats:
-                    yield _Send(shard, lines, [number])
-                elif lines:
+                count = len(lines)
+                if count > self._bound.entry_heartbeats:
+                    yield _Send(shard, count, [lines], [number])
+                elif count:
                     send = shared.get(shard)
                     if send is None:
-                        send = shared[shard] = _Send(shard, [], [])
-                    send.lines += lines  # type: ignore[operator]  # ours is a list, made above
+                        send = shared[shard] = _Send(shard, 0, [], [])
+                    send.count += count
+                    send.parts.append(lines)
                     send.calls.append(number)
         yield from shared.values()
 
@@ -283,9 +315,44 @@ _Call: TypeAlias = tuple[Lines, "asyncio.Future[Outcomes]"]
 
 @dataclass(slots=True)
 class _Send:
+    """What is stored of a shard, all or none: `count` lines in parts, of the calls numbered so."""
+
     shard: int
-    lines: Sequence[bytes]
+    count: int
+    parts: list[Sequence[bytes]]
     calls: list[int]
+
+    def entries(self, most: int) -> list[tuple[int, bytes]]:
+        """Number of lines and data of each entry, of `most` lines or less.
+
+        A part is cut only when it is larger than an entry.
+        """
+        if self.count <= most:
+            return [(self.count, _joined(self.parts))]
+        found: list[tuple[int, bytes]] = []
+        held: list[Sequence[bytes]] = []
+        count = 0
+        for part in self.parts:
+            for piece in _cut(part, most):
+                if count + len(piece) > most:
+                    found.append((count, _joined(held)))
+                    held, count = [], 0
+                held.append(piece)
+                count += len(piece)
+        return [*found, (count, _joined(held))]
+
+
+def _cut(part: Sequence[bytes], most: int) -> list[Sequence[bytes]]:
+    if len(part) <= most:
+        return [part]
+    lines = list(part)
+    return [lines[start : start + most] for start in range(0, len(lines), most)]
+
+
+def _joined(parts: Sequence[Sequence[bytes]]) -> bytes:
+    return b"\n".join(
+        [part.text if isinstance(part, Joined) else b"\n".join(part) for part in parts]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,11 +392,10 @@ class Bound:
         size = self.entry_heartbeats
         for send in sends:
             names += keys.of_shard(send.shard)
-            lines = send.lines
-            arguments += (known[send.shard], -(-len(lines) // size))
-            for start in range(0, len(lines), size):
-                chunk = lines[start : start + size]
-                arguments += (len(chunk), b"\n".join(chunk))
+            entries = send.entries(size)
+            arguments += (known[send.shard], len(entries))
+            for entry in entries:
+                arguments += entry
         return script("append", names, arguments)
 
     def outcome(

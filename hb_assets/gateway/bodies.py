@@ -356,7 +356,8 @@ def split(body: bytes, media_type: bytes, most: int) -> Records:
     """
     if media_type not in NDJSON_TYPES and body.lstrip()[:1] == b"[":
         # Counted before it is decoded: a body of `1,1,1,` would take forty times its size.
-        if body.count(b",") > most * COMMAS_PER_HEARTBEAT:
+        commas = most * COMMAS_PER_HEARTBEAT
+        if len(body) > commas and body.count(b",") > commas:
             _too_many(most)
         wires = record.read_array(body)
         if wires is None:

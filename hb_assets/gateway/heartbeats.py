@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple, NoReturn
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from hb_assets import record
+from hb_assets.buffer.limits import Denial
+from hb_assets.buffer.producer import Joined
 from hb_assets.errors import HbError
 from hb_assets.gateway import limits, problems
 from hb_assets.gateway.backend import Backend
@@ -53,7 +56,7 @@ class One:
         self._limits = limits
         self._metrics = metrics
         self._bounds = settings.time_bounds
-        self._shards = settings.shards
+        self._shards = record.Shards(settings.shards)
         self._body_max = settings.body_max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,7 +80,7 @@ class One:
         user = heartbeat.user_id
         subjects = limits.with_user(sender, user)
         limits.admit(subjects)
-        shard = record.shard_of(user, self._shards)
+        shard = self._shards[user]
         outcome = await self._backend.append({shard: (record.encode(heartbeat),)})
         error = outcome[shard]
         if error is not None:
@@ -119,29 +122,44 @@ class _Why(NamedTuple):
 
 @dataclass(slots=True)
 class _Sorted:
-    """A batch's records, each with its index: those that are valid, and the others as refused."""
+    """A batch's records: those that are valid, beside their indexes, and the others as refused."""
 
-    valid: list[tuple[int, record.Heartbeat]] = field(default_factory=list)
+    valid: list[record.Heartbeat] = field(default_factory=list)
+    indexes: list[int] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     unknown_fields: int = 0
     retry_after: float = 0.0
 
-    def add(self, index: int, found: record.Heartbeat | record.Refusal) -> None:
-        """Put a record where it belongs."""
-        if isinstance(found, record.Heartbeat):
-            self.valid.append((index, found))
-        else:
-            self.refused.append(Refused(index, found.field, found.reason, found.message, False))
+    def add(
+        self,
+        indexes: Sequence[int],
+        valid: Sequence[record.Heartbeat],
+        refused: Sequence[tuple[int, record.Refusal]],
+    ) -> None:
+        """Put records where they belong; `refused` says which of the `indexes` aren't valid."""
+        if refused:
+            bad = {at for at, _ in refused}
+            self.refused += [
+                Refused(indexes[at], why.field, why.reason, why.message, False)
+                for at, why in refused
+            ]
+            indexes = [index for at, index in enumerate(indexes) if at not in bad]
+        self.valid += valid
+        self.indexes += indexes
 
     def hold_back(self, whys: Mapping[str, _Why]) -> None:
         """Refuse what is valid of these users, for other reasons than what it says.
 
         All of them in one pass: a batch may be of as many users as it has heartbeats.
         """
-        held = [(index, whys.get(heartbeat.user_id)) for index, heartbeat in self.valid]
-        self.valid = [one for one, (_, why) in zip(self.valid, held, strict=True) if why is None]
+        found = [
+            (index, heartbeat, whys.get(heartbeat.user_id))
+            for index, heartbeat in zip(self.indexes, self.valid, strict=True)
+        ]
+        self.indexes = [index for index, _, why in found if why is None]
+        self.valid = [heartbeat for _, heartbeat, why in found if why is None]
         self.refused += [
-            Refused(index, None, why.reason, why.message, True) for index, why in held if why
+            Refused(index, None, why.reason, why.message, True) for index, _, why in found if why
         ]
         self.retry_after = max([self.retry_after, *(why.wait for why in whys.values())])
 
@@ -164,7 +182,7 @@ class Batch:
         self._limits = limits
         self._metrics = metrics
         self._bounds = settings.time_bounds
-        self._shards = settings.shards
+        self._shards = record.Shards(settings.shards)
         self._body_max = settings.body_max_bytes
         self._most = settings.batch_max_heartbeats
 
@@ -183,8 +201,8 @@ class Batch:
             records = split(body, media_type(scope), self._most)
             self._limits.admit(sender, cost=len(records))
             batch = await self._sort(records)
-            await self._hold_back(batch)
-            accepted, errors = await self._store(batch)
+            users = await self._hold_back(batch)
+            accepted, errors = await self._store(batch, users)
         finally:
             room.give_back(len(body))
         self._count(batch, accepted)
@@ -207,40 +225,54 @@ class Batch:
         for start in range(0, len(records), SLICE):
             if start:
                 await asyncio.sleep(0)
-            some = records.wires[start : start + SLICE]
-            for index, found in enumerate(record.judge(some, now_ms, bounds), start):
-                batch.add(index, found)
+            wires = records.wires[start : start + SLICE]
+            if wires:
+                batch.add(range(start, start + len(wires)), *record.judge(wires, now_ms, bounds))
             for index, text in records.texts[start : start + SLICE]:
                 found, unknown = record.parse(text, now_ms, bounds)
                 batch.unknown_fields += unknown
-                batch.add(index, found)
+                if isinstance(found, record.Heartbeat):
+                    batch.add((index,), (found,), ())
+                else:
+                    batch.add((index,), (), ((0, found),))
         return batch
 
-    async def _hold_back(self, batch: _Sorted) -> None:
-        """Leave out whoever sends more than a user may."""
-        users = list(Counter([heartbeat.user_id for _, heartbeat in batch.valid]).items())
-        whys: dict[str, _Why] = {}
+    async def _hold_back(self, batch: _Sorted) -> Collection[str]:
+        """Leave out whoever sends more than a user may; the users that remain."""
+        users: Mapping[str, int] = Counter([heartbeat.user_id for heartbeat in batch.valid])
+        denials: dict[str, Denial] = {}
         for start in range(0, len(users), SLICE):
             if start:
                 await asyncio.sleep(0)
-            for user, denial in self._limits.over(dict(users[start : start + SLICE])).items():
-                whys[user] = _Why("rate_limited", limits.denied(denial), denial.seconds)
-        if whys:
-            batch.hold_back(whys)
+            whole = len(users) <= SLICE
+            some = users if whole else dict(islice(users.items(), start, start + SLICE))
+            denials |= self._limits.over(some)
+        if denials:
+            batch.hold_back(
+                {
+                    user: _Why("rate_limited", limits.denied(denial), denial.seconds)
+                    for user, denial in denials.items()
+                }
+            )
+        return users.keys() - denials.keys() if denials else users.keys()
 
-    async def _store(self, batch: _Sorted) -> tuple[int, list[HbError]]:
+    async def _store(self, batch: _Sorted, users: Collection[str]) -> tuple[int, list[HbError]]:
         """Append what is valid: how much was stored, and the errors of shards that were not."""
-        shards, shard_of, encode = self._shards, record.shard_of, record.encode
-        by_shard: defaultdict[int, list[bytes]] = defaultdict(list)
-        for _, heartbeat in batch.valid:
-            by_shard[shard_of(heartbeat.user_id, shards)].append(encode(heartbeat))
-        outcome = await self._backend.append(by_shard) if by_shard else {}
+        shards = self._shards
+        by_shard: defaultdict[int, list[record.Heartbeat]] = defaultdict(list)
+        by_user = {user: by_shard[shards[user]] for user in users}
+        for heartbeat in batch.valid:
+            by_user[heartbeat.user_id].append(heartbeat)
+        lines = {
+            shard: Joined(len(found), record.encode_lines(found))
+            for shard, found in by_shard.items()
+        }
+        outcome = await self._backend.append(lines) if lines else {}
         errors = {shard: error for shard, error in outcome.items() if error is not None}
         if errors:
             whys = {shard: _why(error) for shard, error in errors.items()}
-            users = {heartbeat.user_id for _, heartbeat in batch.valid}
             batch.hold_back(
-                {user: whys[shard] for user in users if (shard := shard_of(user, shards)) in whys}
+                {user: whys[shard] for user in by_user if (shard := shards[user]) in whys}
             )
         return len(batch.valid), list(errors.values())
 

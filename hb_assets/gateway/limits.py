@@ -73,14 +73,11 @@ class Limits:
 
     def over(self, users: Mapping[str, int]) -> dict[str, Denial]:
         """Admit each user's heartbeats, all or none of his; those who have to wait."""
-        denied = {}
-        if self._by_user is not None:
-            admit, subject = self._limiter.admit, self._by_user.subject
-            for user, heartbeats in users.items():
-                denial = admit(((subject(user), heartbeats),))
-                if denial is not None:
-                    self._count("user", heartbeats)
-                    denied[user] = denial
+        if self._by_user is None:
+            return {}
+        denied = self._limiter.admit_each(self._by_user, users)
+        for user in denied:
+            self._count("user", users[user])
         return denied
 
     def warnings(self, subjects: Sequence[Subject]) -> Headers:

@@ -71,6 +71,31 @@ def test_who_waits_as_long_as_told_is_admitted(quota: int, window: int, cost: in
     assert limiter.admit([(whom, cost)]) is None
 
 
+@given(
+    batches=st.lists(
+        st.tuples(
+            st.floats(0, 5), st.dictionaries(st.sampled_from("abc"), st.integers(1, 30), min_size=1)
+        ),
+        max_size=20,
+    )
+)
+def test_many_at_once_are_admitted_as_one_by_one(
+    batches: list[tuple[float, dict[str, int]]],
+) -> None:
+    clock = Clock()
+    at_once, by_one = Limiter(clock), Limiter(clock)
+    same, alike = (Policy("user", 20, 10 * SECOND_US, shards=4) for _ in range(2))
+    for pause, batch in batches:
+        clock.seconds += pause
+        found = at_once.admit_each(same, batch)
+        each = {who: by_one.admit([(alike.subject(who), cost)]) for who, cost in batch.items()}
+        assert {who: denial.seconds for who, denial in found.items()} == pytest.approx(
+            {who: denial.seconds for who, denial in each.items() if denial is not None}
+        )
+    assert at_once.due == by_one.due
+    assert at_once.states(same.subjects("abc")) == by_one.states(alike.subjects("abc"))
+
+
 def test_all_admit_or_nobody_pays() -> None:
     limiter, wide, tight = Limiter(Clock()), subject(100, 60, "ip"), subject(2, 60)
     assert limiter.admit([(wide, 2), (tight, 2)]) is None

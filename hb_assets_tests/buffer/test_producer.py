@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hb_assets.buffer import keys
 from hb_assets.buffer.connection import connect_async
 from hb_assets.buffer.depth import depths, scanned
-from hb_assets.buffer.producer import AsyncProducer, Producer
+from hb_assets.buffer.producer import AsyncProducer, Joined, Producer
 from hb_assets.errors import BufferFullError, BufferUnavailableError
 from hb_assets.settings import Settings
 from hb_assets_tests.servers import free_port
@@ -52,6 +52,33 @@ def test_lines_become_entries_of_bounded_size(client: redis.Redis, settings: Set
     assert entries(client, 0) == [{b"data": b"1\n2", b"n": b"2"}, {b"data": b"3", b"n": b"1"}]
     assert entries(client, 2) == [{b"data": b"4", b"n": b"1"}]
     assert entries(client, 3) == []
+
+
+def test_joined_lines_are_taken_apart_only_where_an_entry_would_be_too_large(
+    client: redis.Redis, settings: Settings
+) -> None:
+    small = changed(settings, entry_max_heartbeats=3)
+    five = Joined(5, b"1\n2\n3\n4\n5")
+
+    async def append() -> None:
+        async with producing(small) as producer:
+            calls = [
+                producer.append({1: Joined(2, b"6\n7"), 2: [b"a"]}),
+                producer.append({1: Joined(2, b"8\n9"), 2: Joined(2, b"b\nc")}),
+            ]
+            assert await asyncio.gather(*calls) == [{1: None, 2: None}] * 2
+
+    assert Producer(client, small).append({0: five}) == {0: None}
+    asyncio.run(append())
+
+    assert entries(client, 0) == [
+        {b"data": b"1\n2\n3", b"n": b"3"},
+        {b"data": b"4\n5", b"n": b"2"},
+    ]
+    assert entries(client, 1) == [{b"data": b"6\n7", b"n": b"2"}, {b"data": b"8\n9", b"n": b"2"}]
+    assert entries(client, 2) == [{b"data": b"a\nb\nc", b"n": b"3"}]
+    assert len(five) == 5
+    assert list(five) == five[:] == [b"1", b"2", b"3", b"4", b"5"]
 
 
 def test_scripts_are_loaded_anew_when_the_server_lost_them(
