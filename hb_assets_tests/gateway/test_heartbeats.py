@@ -16,10 +16,14 @@ from hypothesis import strategies as st
 
 from hb_assets.buffer import keys
 from hb_assets.gateway.bodies import split
+from hb_assets.gateway.heartbeats import SLICE
 from hb_assets.gateway.problems import MEDIA_TYPE, ProblemError
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
+
+# which server it is makes no difference here
+one_server = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
 
 Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
 
@@ -171,6 +175,24 @@ def test_batch_lists_what_it_refused(http: httpx.Client, client: Any, settings: 
         assert not any(row["retry"] for row in answer["refused"])
         assert "retry-after" not in response.headers
     assert len(stored(client, settings.shards)) == 4
+
+
+@one_server
+def test_indexes_hold_beyond_the_first_slice(http: httpx.Client) -> None:
+    old = {0: "2001-01-01T00:00:00Z", SLICE - 1: "2001-01-01T00:00:00", SLICE: "1999-12-31T23:59Z"}
+    sent = [heartbeat() | {"timestamp": old.get(n, "2025-01-15T10:00Z")} for n in range(3 * SLICE)]
+    sent[-1]["timestamp"] = "yesterday"
+    for answer in (
+        http.post(BATCH, json=sent).json(),
+        http.post(BATCH, content="\n".join(map(json.dumps, sent))).json(),
+    ):
+        assert answer["accepted"] == 3 * SLICE - 4
+        assert [(row["index"], row["reason"]) for row in answer["refused"]] == [
+            (0, "timestamp_too_old"),
+            (SLICE - 1, "timestamp_too_old"),
+            (SLICE, "timestamp_too_old"),
+            (3 * SLICE - 1, "timestamp_not_a_time"),
+        ]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b" \n \n", b"[ ]"])
