@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from starlette.types import Receive, Scope, Send
 
-_BODY = b'{"status":"accepted"}'
+BODY = b'{"status":"accepted"}'
 _START = {
     "type": "http.response.start",
     "status": 200,
     "headers": [
         (b"content-type", b"application/json"),
-        (b"content-length", str(len(_BODY)).encode()),
+        (b"content-length", str(len(BODY)).encode()),
     ],
 }
-_END = {"type": "http.response.body", "body": _BODY}
+_END = {"type": "http.response.body", "body": BODY}
 
 
 async def app(scope: Scope, _receive: Receive, send: Send) -> None:
