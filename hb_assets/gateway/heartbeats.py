@@ -72,7 +72,11 @@ class One:
         """
         limits = self._limits
         sender = limits.sender(scope)
-        body = await read_body(scope, receive, self._body_max, room=self._backend.room)
+        try:
+            body = await read_body(scope, receive, self._body_max, room=self._backend.room)
+        except ProblemError:
+            limits.admit(sender)  # what can't be used costs us as much
+            raise
         heartbeat, unknown = record.parse(body, self._backend.now_ms(), self._bounds)
         if unknown:
             self._metrics.unknown_fields.inc(unknown)
@@ -198,12 +202,17 @@ class Batch:
         """
         sender = self._limits.sender(scope)
         room = self._backend.room
-        body = await read_body(scope, receive, self._body_max, BATCH_TYPES, room)
-        size = len(body)
+        size = 0
         try:
-            room.take(size)  # what is made of it takes several times as much
-            records = split(body, media_type(scope), self._most)
-            self._limits.admit(sender, cost=len(records))
+            try:
+                body = await read_body(scope, receive, self._body_max, BATCH_TYPES, room)
+                size = len(body)
+                room.take(size)  # what is made of it takes several times as much
+                records = split(body, media_type(scope), self._most)
+            except ProblemError:
+                self._limits.admit(sender)  # what can't be read costs us as much
+                raise
+            self._limits.admit(sender, cost=max(1, len(records)))
             batch = await self._sort(records)
             # What is no longer needed goes at once, here and below: the next batch then finds its
             # memory in the processor's cache, which is a tenth of all time.

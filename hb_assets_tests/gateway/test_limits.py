@@ -23,6 +23,7 @@ one_server = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
 
 Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
 HOUR = dt.timedelta(hours=1)
+UNSUPPORTED = "unsupported-media-type"
 
 
 def limited(settings: Settings, **quotas: Any) -> Settings:
@@ -75,6 +76,18 @@ def test_an_address_pays_for_all_that_it_sends(serving: Serving, settings: Setti
         assert problem(http.post(PATH, json=heartbeat()), 429, "rate-limited")["policy"] == "ip"
         whole = http.post(BATCH, json=batch)
         assert "refused" not in problem(whole, 429, "rate-limited")
+
+
+@one_server
+def test_what_cannot_be_read_costs_as_well(serving: Serving, settings: Settings) -> None:
+    """Or else whoever sends nothing but rubbish is never told to wait."""
+    with serving(limited(settings, ip=Quota(4, HOUR))) as http:
+        problem(http.post(BATCH, content=b"[1,"), 422, "not-json")
+        problem(http.post(BATCH, content=b""), 422, "empty-batch")
+        problem(http.post(BATCH, content=b"x", headers={"content-type": "x/y"}), 415, UNSUPPORTED)
+        problem(http.post(PATH, content=b"x", headers={"content-type": "x/y"}), 415, UNSUPPORTED)
+        problem(http.post(BATCH, content=b"[1,"), 429, "rate-limited")
+        problem(http.post(PATH, json=heartbeat()), 429, "rate-limited")
 
 
 @one_server
