@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal, TypeAlias
 
@@ -41,6 +42,9 @@ class Guard:
     def __init__(self, settings: Settings, count: Callable[[str], None]) -> None:
         """`count` is told of each refusal, by reason."""
         self.count = count
+        # Its warnings say that somebody sent what isn't HTTP, a line each: counted is enough.
+        self.log = logging.getLogger("uvicorn.error").getChild("connections")
+        self.log.setLevel(logging.ERROR)
         self.most = settings.max_connections
         self.head_seconds = settings.head_timeout.total_seconds()
         self.body_seconds = settings.body_timeout.total_seconds()
@@ -74,6 +78,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def __init__(self, guard: Guard, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._guard = guard
+        self.logger = guard.log
         self._closed = False
         self._head_bytes = 0
         self._part: _Part | None = None
