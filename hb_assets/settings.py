@@ -336,6 +336,11 @@ class Settings(BaseSettings):
         description="Address the gateway binds to. Any other than loopback needs an API key "
         "(`hb keys create`).",
     )
+    gateway_names: Words = Field(
+        default=(),
+        description="Further names, comma separated, that a gateway without API keys may be asked "
+        "by, besides localhost, 127.0.0.1, [::1] and HB_GATEWAY_HOST. With keys any name will do.",
+    )
     gateway_port: Port = Field(default=8000, description="Port of the gateway.")
     gateway_cert: Path | None = Field(
         default=None,
@@ -360,7 +365,7 @@ class Settings(BaseSettings):
         "answer.",
     )
     bodies_max_bytes: Annotated[Bytes, Field(ge=2**20)] = Field(
-        default=256 * 2**20,
+        default=64 * 2**20,
         description="Bound of all request bodies that one worker receives at once, expanded, or "
         "takes apart as batches (in several times as much memory); above it 503.",
     )
@@ -479,6 +484,14 @@ class Settings(BaseSettings):
             except ValueError:
                 raise ValueError(f"not an address or a network: {one}") from None
         return proxies
+
+    @field_validator("gateway_names")
+    @classmethod
+    def _host_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for one in names:
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", one):
+                raise ValueError(f"not a host name (no port, no scheme): {one}")
+        return names
 
     @field_validator("redis_url")
     @classmethod

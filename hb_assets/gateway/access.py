@@ -14,9 +14,11 @@ import ipaddress
 import logging
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
+from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
 
@@ -81,6 +83,8 @@ class Access:
     def __init__(self, settings: Settings) -> None:
         self._path = keyring.path(settings)
         self._host = settings.gateway_host
+        names = {"localhost", "127.0.0.1", "::1", self._host, *settings.gateway_names}
+        self._names = frozenset(name.lower().strip("[]").encode() for name in names)
         self._known: dict[bytes, _Known] = {}
         self._keyless = False
         self._seen: tuple[int, ...] | None = None
@@ -170,9 +174,11 @@ class Access:
         The key comes as `Authorization: Bearer …` or as `X-API-Key`.
 
         Raises:
-            ProblemError: 401 without a valid key, 403 without that scope.
+            ProblemError: 401 without a valid key, 403 without that scope; 421 where no key is asked
+                for, and the request was sent to a name that isn't ours.
         """
         if self._keyless:
+            self._check_name(scope)
             scope[PRINCIPAL] = ANYBODY
             return
         token = b""
@@ -195,6 +201,29 @@ class Access:
         if needed not in known.principal.scopes:
             raise forbidden(f"this needs an API key with the scope {needed}")
         scope[PRINCIPAL] = known.principal
+
+    def _check_name(self, scope: Scope) -> None:
+        """Keep out web pages that had their own name point here (DNS rebinding).
+
+        To the browser we are then that page's origin, and it may read our answers.
+        """
+        for name, value in scope["headers"]:
+            if name == b"host" and _host_of(value) not in self._names:
+                raise ProblemError(
+                    421,
+                    "misdirected-request",
+                    "Not a name of this gateway",
+                    "without API keys it may be asked by localhost, 127.0.0.1, [::1] and "
+                    "HB_GATEWAY_HOST alone: use one of these, name yours in HB_GATEWAY_NAMES, or "
+                    "make a key (`hb keys create`)",
+                )
+
+
+@lru_cache(maxsize=256)
+def _host_of(header: bytes) -> bytes:
+    """The host in a Host header: no port, no brackets, small letters."""
+    found = re.fullmatch(rb"(?:\[([^\[\]]*)\]|([^:]*))(?::\d*)?", header.strip().lower())
+    return (found[1] or found[2] or b"") if found else header
 
 
 def check_user(scope: Scope, user_id: str) -> None:

@@ -281,6 +281,7 @@ _LIMITS = ("RateLimit", "RateLimit-Policy")
 _NOT_ALLOWED = {
     "401": _problem("No API key, or one that isn't known here or has expired.", "WWW-Authenticate"),
     "403": _problem("The API key isn't for this."),
+    "421": _problem("No API key is asked for here, and the Host isn't a name of this gateway."),
 }
 _LIMITED = _problem("Too much in too short a time.", "Retry-After", *_LIMITS)
 _FAILED = _problem("The gateway failed; its log says where, by the request's id.")

@@ -143,6 +143,41 @@ def test_without_keys_everybody_may_on_loopback_only(settings_alone: Settings) -
     assert refused(opened(settings_alone), ""), "a file without keys opens nothing at home either"
 
 
+@pytest.mark.parametrize(
+    ("host", "ours"),
+    [
+        ("localhost", True),
+        ("LocalHost:8000", True),
+        ("127.0.0.1:1", True),
+        ("[::1]:8000", True),
+        ("hb.test:8000", True),
+        ("evil.example:8000", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example:8000", False),
+        ("evil.example:80:localhost", False),
+        ("[::1", False),
+        ("", False),
+    ],
+)
+def test_without_keys_a_gateway_answers_to_its_own_names_alone(
+    settings_alone: Settings, host: str, ours: bool
+) -> None:
+    """A page whose name was made to point to this machine (DNS rebinding) reads nothing."""
+    named = settings_alone.model_copy(update={"gateway_names": ("HB.test",)})
+    scope: dict[str, Any] = {"headers": [(b"host", host.encode())]}
+    access = opened(named)
+    if ours:
+        access.check(scope, "read")
+        assert scope[PRINCIPAL] is ANYBODY
+    else:
+        with pytest.raises(ProblemError, match="HB_GATEWAY_NAMES") as caught:
+            access.check(scope, "read")
+        assert caught.value.status == 421
+    _, token = keyring.create(named, "a", ["read"])
+    scope["headers"].append((b"x-api-key", token.encode()))
+    opened(named).check(scope, "read")
+
+
 def test_a_running_gateway_follows_the_file(settings_alone: Settings) -> None:
     access = opened(settings_alone)
     key, token = keyring.create(settings_alone, "a", ["ingest"])

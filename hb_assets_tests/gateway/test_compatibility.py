@@ -77,7 +77,7 @@ def test_one_connection_for_many_requests(http: httpx.Client) -> None:
     good, bad = (json.dumps(heartbeat(heart_rate=bpm)).encode() for bpm in (75, 0))
     sent = [(PATH, good, 200), (PATH, bad, 422), ("/nowhere", good, 404), (BATCH, good, 200)] * 5
     requests = b"".join(
-        b"POST %s HTTP/1.1\r\nHost: hb\r\nContent-Type: application/json\r\n"
+        b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"X-Request-ID: n%d\r\nContent-Length: %d\r\n\r\n%s" % (path.encode(), n, len(body), body)
         for n, (path, body, _) in enumerate(sent)
     )
