@@ -1,15 +1,16 @@
-"""Lakes to ask: consolidated files of any size, made fast and the same every time.
+"""Lakes of any size, made fast and the same every time, and kept.
 
-Belongs here: rows as devices send them, written by the lake's own writer, as a consolidation leaves
-them. Doesn't belong here: what arrives unsorted (that goes through a buffer and a drain).
+Belongs here: consolidated files to ask questions of, and raw fragments to consolidate, written by
+the lake's own writers. Doesn't belong here: which rows come in, and when (`traffic`).
 
-All rows are of one day, and each user has a reading a second: whatever a lake has more of lies in
-the files that a question has to read. More days would only be more folders.
+All rows are of one day. In consolidated files each user has a reading a second: whatever a lake has
+more of lies in the files that a question has to read. More days would only be more folders.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +19,9 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from bench.traffic import Traffic
 from hb_assets import days
-from hb_assets.lake import layout, parquet
+from hb_assets.lake import fragments, layout, parquet
 from hb_assets.lake.consolidated import ConsolidatedNote
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.store import FORMAT, Lake
@@ -54,6 +56,31 @@ def lake_of(rows: int, cache: Path, say: Callable[[str], None]) -> Path:
     for shard, users in by_shard.items():
         _write(lake, shard, sorted(users))
     return making.rename(root)
+
+
+def raw_of(traffic: Traffic, cache: Path, say: Callable[[str], None]) -> Path:
+    """A lake with the fragments of a day's traffic under `cache`, as a drain leaves them.
+
+    It is the one of before, or a new one. Consolidate a `copy_of` it.
+    """
+    root = cache / f"raw-{traffic.name}-{FORMAT}"
+    if root.is_dir():
+        return root
+    making = root.with_suffix(".part")
+    shutil.rmtree(making, ignore_errors=True)
+    say(f"making fragments of {traffic.rows:,} rows; they are kept under {cache}")
+    lake = Lake.open(Settings(home=making, lake=str(making), shards=traffic.shards))
+    for rows in traffic.tables():
+        fragments.publish(lake, rows)
+    return making.rename(root)
+
+
+def copy_of(lake: Path, home: Path) -> Path:
+    """The lake once more, as that of a new HB_HOME: links, which cost nothing.
+
+    No file of a lake is ever written to again, and so one file may lie in many.
+    """
+    return Path(shutil.copytree(lake, home / "lake", copy_function=os.link))
 
 
 def _write(lake: Lake, shard: int, users: Sequence[str]) -> None:
