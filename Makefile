@@ -20,6 +20,7 @@ else
 
 BIN := .venv/bin
 READY := .venv/ready
+COMPARED := .venv/compared
 
 .PHONY: help setup run test test-long lint types check api-check bench bench-gateway chaos docs constraints clean
 
@@ -50,8 +51,8 @@ api-check: $(READY) ## ask a gateway whether it does what /openapi.json says, fo
 
 check: lint types test api-check ## all that CI asks for
 
-bench: $(READY) ## drain and consolidation against the floor and the alternative
-	@exec $(BIN)/python bench/engines.py $(ARGS)
+bench: $(COMPARED) ## drain and consolidation against the floor and alternatives, most of an hour (ARGS=--quick: shorter)
+	@exec $(BIN)/python -m bench.engines $(ARGS)
 
 bench-gateway: $(READY) ## the gateway against FastAPI and its own targets, half an hour (ARGS=--quick: shorter)
 	@exec $(BIN)/python -m bench.gateway $(ARGS)
@@ -66,11 +67,17 @@ docs: $(READY) ## the generated pages
 constraints: $(READY) ## renew constraints.txt: the newest releases that pyproject.toml allows
 	@uv=$$(mktemp -d) && trap 'rm -rf "$$uv"' EXIT && \
 	$(BIN)/python -m pip install -qq --target "$$uv" uv && \
-	{ echo '# Every package that make setup installs. Renew: make constraints'; \
-	  "$$uv/bin/uv" pip compile --quiet --system-certs --upgrade --extra dev --python-version 3.11 \
+	{ echo '# Every package that make setup and make bench install. Renew: make constraints'; \
+	  "$$uv/bin/uv" pip compile --quiet --system-certs --upgrade --extra dev --extra bench --python-version 3.11 \
 	    --python-platform linux --no-annotate --no-header --no-emit-index-url \
 	    --no-emit-find-links pyproject.toml; } > "$$uv/constraints.txt" && \
 	cp "$$uv/constraints.txt" constraints.txt
+
+# What make bench compares with, beside what make setup installs.
+$(COMPARED): $(READY)
+	@echo "installing what is compared with; the first time takes a minute" >&2; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
+	  --constraint constraints.txt --editable '.[bench]' && touch $@
 
 clean: ## remove .venv and caches; .hb (your data) stays
 	rm -rf .venv build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
