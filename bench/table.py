@@ -1,4 +1,4 @@
-"""What came out: rows with their figures, the machine, and how both are shown.
+"""What came out: rows with their figures, ways beside each other, the machine, how all is shown.
 
 Belongs here: medians, ratios, whether a target was reached. Doesn't belong here: measuring.
 """
@@ -19,6 +19,8 @@ import psutil
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from bench.measure import Cost
 
 PACKAGES = ("hb-assets", "uvicorn", "uvloop", "httptools", "msgspec", "duckdb", "pyarrow")
 REFERENCE_PACKAGES = ("fastapi", "pydantic", "redis")
@@ -84,12 +86,78 @@ def _figure(value: float) -> str:
 
 
 @dataclass(slots=True)
+class Ways:
+    """What ways to do the same work cost, beside each other; the last one is the floor.
+
+    `rows` is how many heartbeats each was given; what it made is as large as its `found` says.
+    """
+
+    title: str
+    rows: int
+    costs: dict[str, list[Cost]]
+
+    HEADS = ("seconds", "x floor", "CPU s", "x floor", "rows/s", "peak MB", "file MB")
+
+    def median(self, way: str, figure: str) -> float:
+        """Median of a figure of a way's costs: one that the cost has, or that was found."""
+        costs = self.costs[way]
+        return statistics.median(cost.number(figure) for cost in costs)
+
+    def table(self) -> Table:
+        """The ways as a table."""
+        table = Table(box=box.MARKDOWN)
+        table.add_column(self.title, no_wrap=True)
+        for head in self.HEADS:
+            table.add_column(head, justify="right", no_wrap=True)
+        floor = list(self.costs)[-1]
+        for way, costs in self.costs.items():
+            seconds, cpu = self.median(way, "seconds"), self.median(way, "cpu")
+            size = self.median(way, "bytes") / 1e6 if "bytes" in costs[0].found else None
+            table.add_row(
+                way,
+                f"{seconds:.2f}",
+                f"{seconds / self.median(floor, 'seconds'):.2f}",
+                f"{cpu:.2f}",
+                f"{cpu / self.median(floor, 'cpu'):.2f}",
+                f"{self.rows / seconds:,.0f}",
+                f"{self.median(way, 'peak_mb'):,.0f}",
+                "" if size is None else f"{size:,.1f}",
+            )
+        return table
+
+
+@dataclass(slots=True)
+class Study:
+    """A table of its own: something that has no target, with its first column's head."""
+
+    heads: tuple[str, ...]
+    lines: Sequence[tuple[str, ...]]
+
+    def table(self) -> Table:
+        """The study as a table."""
+        table = Table(box=box.MARKDOWN)
+        for number, head in enumerate(self.heads):
+            table.add_column(head, justify="right" if number else "left", no_wrap=True)
+        for line in self.lines:
+            table.add_row(*line)
+        return table
+
+
+@dataclass(slots=True)
 class Report:
-    """All rows of one run, the machine, and notes on what the figures mean."""
+    """All that came out of one run, the machine, and notes on what the figures mean."""
 
     machine: list[str]
     notes: list[str]
     rows: list[Row] = field(default_factory=list)
+    beside: list[Ways | Study] = field(default_factory=list)
+
+    def add(self, one: Row | Ways | Study) -> None:
+        """Put it where it is shown."""
+        if isinstance(one, Row):
+            self.rows.append(one)
+        else:
+            self.beside.append(one)
 
     @property
     def good(self) -> bool:
@@ -108,7 +176,13 @@ class Report:
             for row in self.rows
         ]
         return json.dumps(
-            {"good": self.good, "machine": self.machine, "notes": self.notes, "rows": rows},
+            {
+                "good": self.good,
+                "machine": self.machine,
+                "notes": self.notes,
+                "rows": rows,
+                "beside": [asdict(one) for one in self.beside],
+            },
             indent=2,
         )
 
@@ -121,12 +195,18 @@ class Report:
         for row in self.rows:
             table.add_row(*row.cells())
         console.print(table)
+        for one in self.beside:
+            console.print(one.table())
         for note in self.notes:
             console.print(f"- {note}", highlight=False, soft_wrap=True)
 
 
-def machine(folder: Path, programs: Sequence[str] = ()) -> list[str]:
-    """What it was measured on: cores, kernel, file system, versions. `programs` say their own."""
+def machine(
+    folder: Path,
+    packages: Sequence[str] = PACKAGES,
+    references: Sequence[str] = REFERENCE_PACKAGES,
+) -> list[str]:
+    """What it was measured on: cores, kernel, file system, versions of ours and of references."""
     model = next(
         (
             line.partition(":")[2].strip()
@@ -137,15 +217,15 @@ def machine(folder: Path, programs: Sequence[str] = ()) -> list[str]:
     )
     memory = psutil.virtual_memory().total / 2**30
     load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
-    others = [f"{name} {importlib.metadata.version(name)}" for name in REFERENCE_PACKAGES]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    others = [f"{name} {importlib.metadata.version(name)}" for name in references]
     busy = "" if os.getloadavg()[0] < 1 else ": others used the machine, so read the ratios only"
     return [
         (
             f"{os.cpu_count()} cores ({model}), {memory:.0f} GB, Linux {platform.release()}, "
             f"{file_system(folder)}; load average before: {load}{busy}"
         ),
-        f"Python {platform.python_version()}; {', '.join([*versions, *programs])}",
+        f"Python {platform.python_version()}; {', '.join(versions)}",
         f"reference: {', '.join(others)}; commit {_commit()}",
     ]
 

@@ -81,12 +81,16 @@ class Traffic:
         shuffled: what arrives together is spread over the whole day; else it comes in time order,
             but for what is late.
         shards: of the buffer and the lake.
+        people: how many users; 0: one for each USER_ROWS rows.
+        flush_rows: rows of a flush, about.
     """
 
     rows: int
     skewed: bool = False
     shuffled: bool = False
     shards: int = _SHARDS
+    people: int = 0
+    flush_rows: int = FLUSH_ROWS
 
     @property
     def name(self) -> str:
@@ -102,12 +106,13 @@ class Traffic:
     @property
     def flushes(self) -> int:
         """How many flushes there are, but for one with what is left at the end."""
-        return max(1, round(self.rows / FLUSH_ROWS))
+        return max(1, round(self.rows / self.flush_rows))
 
     @cached_property
     def users(self) -> list[str]:
         """Their names, in the order of their numbers and of their names alike."""
-        return [f"user-{number:06}" for number in range(max(16, self.rows // USER_ROWS))]
+        people = self.people or max(self.shards, self.rows // USER_ROWS)
+        return [f"user-{number:06}" for number in range(people)]
 
     @cached_property
     def shard_of_user(self) -> Integers:

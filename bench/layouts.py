@@ -1,0 +1,175 @@
+"""A consolidated day laid out in several ways: what it weighs, and what questions cost.
+
+Belongs here: row groups, encodings and compression to choose from, and what they are judged by.
+Doesn't belong here: the choice (`hb_assets/lake/parquet.py`).
+
+Each way is asked by our own reader and by DuckDB, which has a day's file to itself as any user's
+notebook would.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow.parquet as pq
+
+from bench.measure import Found
+from bench.traffic import DAY
+from hb_assets import days
+from hb_assets.lake import layout, parquet, query
+from hb_assets.lake.query import Question
+from hb_assets.lake.store import Lake
+from hb_assets.settings import Settings
+
+_QUESTIONS = 60
+_HOUR_MS = 3_600_000
+_TIMES = ("timestamp", "arrival_ms", "arrival_seq")
+_IDS = ("user_id", "device_id")
+_NUMBERS = ("heart_rate", "arrival_shard", "arrival_pos")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How a file is written: what differs from the others."""
+
+    row_group: int = 122_880
+    compression: str = "zstd"
+    level: int | None = None
+    dictionary: tuple[str, ...] = (*_IDS, *_NUMBERS)
+    encodings: dict[str, str] = field(
+        default_factory=lambda: dict.fromkeys(_TIMES, "DELTA_BINARY_PACKED")
+    )
+    page_index: bool = True
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+_POSITIONS = dict.fromkeys((*_TIMES, "arrival_pos"), "DELTA_BINARY_PACKED")
+_RATES = dict.fromkeys((*_TIMES, "heart_rate"), "DELTA_BINARY_PACKED")
+VARIANTS = {
+    "row groups of 122,880, deltas of times, zstd": Variant(),
+    "row groups of 16,384": Variant(row_group=16_384),
+    "row groups of 32,768": Variant(row_group=32_768),
+    "row groups of 65,536": Variant(row_group=65_536),
+    "row groups of 245,760": Variant(row_group=245_760),
+    "row groups of 1,048,576": Variant(row_group=2**20),
+    "zstd at level 9": Variant(level=9),
+    "not compressed": Variant(compression="none"),
+    "snappy": Variant(compression="snappy"),
+    "dictionaries for all": Variant(dictionary=(*_IDS, *_NUMBERS, *_TIMES), encodings={}),
+    "deltas of positions, too": Variant(
+        dictionary=(*_IDS, "heart_rate", "arrival_shard"), encodings=_POSITIONS
+    ),
+    "deltas of heart rates, too": Variant(
+        dictionary=(*_IDS, "arrival_shard", "arrival_pos"), encodings=_RATES
+    ),
+    "deltas of both, too": Variant(
+        dictionary=(*_IDS, "arrival_shard"), encodings={**_POSITIONS, **_RATES}
+    ),
+    "the same at zstd's level 9": Variant(
+        dictionary=(*_IDS, "arrival_shard"), encodings={**_POSITIONS, **_RATES}, level=9
+    ),
+    "no page index": Variant(page_index=False),
+    "data pages of version 2": Variant(more={"data_page_version": "2.0"}),
+    "bloom filter of users": Variant(
+        more={"bloom_filter_options": {"user_id": {"ndv": 2000, "fpp": 0.01}}}
+    ),
+}
+
+
+def asked(lake: str, home: str, name: str) -> Found:
+    """Write the lake's consolidated day once more, as the variant says, and ask it questions."""
+    settings = Settings(home=Path(home), lake=str(Path(home) / "lake"))
+    again = Lake.open(settings)
+    size, written = 0, 0.0
+    for shard in range(again.shards):
+        source = layout.consolidated_file(Path(lake), DAY, shard)
+        if source.exists():
+            to = layout.consolidated_file(again.root, DAY, shard)
+            to.parent.mkdir(parents=True)
+            written += _written(source, to, VARIANTS[name])
+            size += to.stat().st_size
+    files = str(layout.day_folder(again.root, layout.HEARTBEATS, DAY) / "*" / "*.parquet")
+    connection = duckdb.connect()
+    users = [
+        user
+        for (user,) in connection.sql(
+            "SELECT DISTINCT user_id FROM read_parquet($files) ORDER BY ALL",
+            params={"files": files},
+        ).fetchall()
+    ]
+    chance = random.Random(5)
+    chosen = [(chance.choice(users), chance.randrange(23) * _HOUR_MS) for _ in range(_QUESTIONS)]
+    start = days.start_ms(DAY)
+
+    def ours(user: str, first: int, last: int) -> None:
+        query.answer(again, Question(user, start + first, start + last), settings)
+
+    def by_duckdb(user: str, first: int) -> None:
+        connection.sql(
+            """
+            SELECT epoch_ms(timestamp) // 60000 AS minute, avg(heart_rate)
+            FROM read_parquet($files) WHERE user_id = $user
+            AND timestamp >= make_timestamptz($first) AND timestamp < make_timestamptz($last)
+            GROUP BY ALL
+            """,
+            params={
+                "files": files,
+                "user": user,
+                "first": (start + first) * 1000,
+                "last": (start + first + _HOUR_MS) * 1000,
+            },
+        ).fetchall()
+
+    def scan() -> None:
+        connection.sql(
+            "SELECT user_id, avg(heart_rate) FROM read_parquet($files) GROUP BY ALL",
+            params={"files": files},
+        ).fetchall()
+
+    return {
+        "bytes": size,
+        "write_seconds": written,
+        "hour_ms": _median([partial(ours, user, at, at + _HOUR_MS) for user, at in chosen]),
+        "day_ms": _median([partial(ours, user, 0, days.MS_PER_DAY) for user, _ in chosen[:20]]),
+        "duckdb_hour_ms": _median([partial(by_duckdb, *one) for one in chosen[:20]]),
+        "duckdb_scan_ms": _median([scan] * 3),
+    }
+
+
+def _written(source: Path, to: Path, variant: Variant) -> float:
+    """Write a file anew; CPU seconds. It keeps the note, so that our reader takes it."""
+    rows = pq.read_table(source, partitioning=None)
+    said = pq.read_metadata(source).metadata
+    began = time.process_time()
+    with pq.ParquetWriter(
+        to,
+        rows.schema,
+        compression=variant.compression,
+        compression_level=variant.level,
+        use_dictionary=list(variant.dictionary),
+        column_encoding=variant.encodings or None,
+        write_page_index=variant.page_index,
+        **variant.more,
+    ) as out:
+        out.write_table(rows, row_group_size=variant.row_group)
+        out.add_key_value_metadata({name: said[name] for name in (parquet.KEY, parquet.DIGEST)})
+    return time.process_time() - began
+
+
+def _median(asks: list[Callable[[], None]]) -> float:
+    """Milliseconds, once each was asked before."""
+    times = []
+    for ask in asks:
+        ask()
+        began = time.perf_counter()
+        ask()
+        times.append((time.perf_counter() - began) * 1000)
+    return statistics.median(times)
