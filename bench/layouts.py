@@ -53,6 +53,9 @@ class Variant:
 
 _POSITIONS = dict.fromkeys((*_TIMES, "arrival_pos"), "DELTA_BINARY_PACKED")
 _RATES = dict.fromkeys((*_TIMES, "heart_rate"), "DELTA_BINARY_PACKED")
+_TIMESTAMP, _RATE, _POSITION = (
+    {name: "DELTA_BINARY_PACKED"} for name in ("timestamp", "heart_rate", "arrival_pos")
+)
 VARIANTS = {
     "row groups of 122,880, deltas of times, zstd": Variant(),
     "row groups of 16,384": Variant(row_group=16_384),
@@ -73,7 +76,17 @@ VARIANTS = {
     "deltas of both, too": Variant(
         dictionary=(*_IDS, "arrival_shard"), encodings={**_POSITIONS, **_RATES}
     ),
-    "the same at zstd's level 9": Variant(
+    "dictionaries of arrivals": Variant(
+        dictionary=(*_IDS, *_NUMBERS, *_TIMES[1:]), encodings=_TIMESTAMP
+    ),
+    "the same, deltas of heart rates": Variant(
+        dictionary=(*_IDS, *_NUMBERS[1:], *_TIMES[1:]), encodings={**_TIMESTAMP, **_RATE}
+    ),
+    "the same, deltas of positions": Variant(
+        dictionary=(*_IDS, "arrival_shard", *_TIMES[1:]),
+        encodings={**_TIMESTAMP, **_RATE, **_POSITION},
+    ),
+    "deltas of both at zstd's level 9": Variant(
         dictionary=(*_IDS, "arrival_shard"), encodings={**_POSITIONS, **_RATES}, level=9
     ),
     "no page index": Variant(page_index=False),
