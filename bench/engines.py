@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import consolidating, table
+from bench import consolidating, drains, table
 from bench.engine_bench import MILLION, Bench
 from bench.measure import ROOT, FailedMeasurementError
 from bench.table import Report, Row, Study, Ways
@@ -35,11 +35,12 @@ NOTES = [
         "than its seconds"
     ),
 ]
-PARTS: dict[str, Callable[[Bench], Iterator[Row | Ways | Study]]] = {
-    "consolidate": consolidating.consolidate,
-    "scale": consolidating.scale,
-    "amplification": consolidating.amplification,
-    "size": consolidating.size,
+PARTS: dict[str, tuple[Callable[[Bench], Iterator[Row | Ways | Study]], ...]] = {
+    "drain": (drains.speed, drains.memory, drains.day),
+    "consolidate": (consolidating.consolidate,),
+    "scale": (consolidating.scale,),
+    "amplification": (consolidating.amplification,),
+    "size": (consolidating.size,),
 }
 
 
@@ -78,8 +79,9 @@ def main() -> int:
                 say=status.update,
             )
             for name in chosen.only or PARTS:
-                for one in PARTS[name](bench):
-                    report.add(one)
+                for part in PARTS[name]:
+                    for one in part(bench):
+                        report.add(one)
     except KeyboardInterrupt:
         return 130
     except FailedMeasurementError as error:

@@ -89,7 +89,8 @@ def _figure(value: float) -> str:
 class Ways:
     """What ways to do the same work cost, beside each other; the last one is the floor.
 
-    `rows` is how many heartbeats each was given; what it made is as large as its `found` says.
+    `rows` is how many heartbeats each was given, but for one that says `rows_in` of what it found;
+    what it made is as large as it found.
     """
 
     title: str
@@ -107,21 +108,24 @@ class Ways:
         """The ways as a table."""
         table = Table(box=box.MARKDOWN)
         table.add_column(self.title, no_wrap=True)
-        for head in self.HEADS:
+        sized = any("bytes" in costs[0].found for costs in self.costs.values())
+        for head in self.HEADS if sized else self.HEADS[:-1]:
             table.add_column(head, justify="right", no_wrap=True)
         floor = list(self.costs)[-1]
         for way, costs in self.costs.items():
             seconds, cpu = self.median(way, "seconds"), self.median(way, "cpu")
+            rows = self.median(way, "rows_in") if "rows_in" in costs[0].found else self.rows
+            share = self.rows / rows
             size = self.median(way, "bytes") / 1e6 if "bytes" in costs[0].found else None
             table.add_row(
                 way,
                 f"{seconds:.2f}",
-                f"{seconds / self.median(floor, 'seconds'):.2f}",
+                f"{seconds * share / self.median(floor, 'seconds'):.2f}",
                 f"{cpu:.2f}",
-                f"{cpu / self.median(floor, 'cpu'):.2f}",
-                f"{self.rows / seconds:,.0f}",
+                f"{cpu * share / self.median(floor, 'cpu'):.2f}",
+                f"{rows / seconds:,.0f}",
                 f"{self.median(way, 'peak_mb'):,.0f}",
-                "" if size is None else f"{size:,.1f}",
+                *(["" if size is None else f"{size:,.1f}"] if sized else []),
             )
         return table
 

@@ -1,0 +1,223 @@
+"""The drain's part of the table: speed against its parts, memory, and the size of the day.
+
+Belongs here: which figures are taken, what they must reach, and the functions that are measured.
+Doesn't belong here: filling a buffer (`backlogs`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench import backlogs, lakes
+from bench.engine_bench import MILLION, Bench
+from bench.measure import Cost, FailedMeasurementError, Found, measured, needs
+from bench.table import Row, Ways
+from bench.traffic import Traffic
+from bench.ways import settings_in
+from hb_assets.buffer import connection, server
+from hb_assets.buffer.consumer import Consumer
+from hb_assets.drain import drain
+from hb_assets.lake import fragments
+from hb_assets.lake.decode import decode
+from hb_assets.lake.store import Lake
+
+OURS = "hb drain, to fsynced fragments and acknowledgement"
+FLOOR = "floor: XREADGROUP, data thrown away"
+PARTS = "its parts, one after the other"
+DLT = "dlt, from the same entries to Parquet"
+_DLT_ROWS = 100_000
+_SMALL = 10_000
+
+
+def drained(home: str) -> Found:
+    """Drain all that the buffer of `home` holds."""
+    settings = settings_in(Path(home))
+    consumer = Consumer(connection.connect(settings), settings)
+    consumer.open()
+    done = drain(consumer, Lake.open(settings), settings, until_empty=True)
+    consumer.close()
+    return {"rows": done.rows, "fragments": done.fragments, "cycles": done.cycles}
+
+
+def parts(home: str) -> Found:
+    """Read, decode and write the same backlog, one after the other; nothing is acknowledged."""
+    settings = settings_in(Path(home))
+    lake = Lake.open(settings.model_copy(update={"lake": str(Path(home) / "parts")}))
+    step = settings.drain_max_rows // settings.entry_max_heartbeats
+    clock = dict.fromkeys(("read", "decode", "write"), 0.0)
+    rows, began = 0, time.perf_counter()
+    for found in backlogs.read(settings, step):
+        entries = [backlogs.entry(raw) for raw in found]
+        clock["read"] += (read := time.perf_counter()) - began
+        made = decode(entries, settings)
+        clock["decode"] += (decoded := time.perf_counter()) - read
+        fragments.publish(lake, made.rows)
+        clock["write"] += (began := time.perf_counter()) - decoded
+        rows += made.rows.num_rows
+    return {"rows": rows, **clock}
+
+
+@needs("dlt", "dlt.destinations", "msgspec", "pyarrow.parquet")
+def by_dlt(home: str, rows: int) -> Found:
+    """Read as many rows and let dlt make Parquet of them: extract, normalize, load."""
+    import itertools
+    import os
+
+    import dlt
+    import msgspec
+
+    os.environ |= {"RUNTIME__DLTHUB_TELEMETRY": "false", "RUNTIME__LOG_LEVEL": "ERROR"}
+    where = Path(home) / "dlt"
+    lines = (
+        line
+        for found in backlogs.read(settings_in(Path(home)), 10)
+        for _, _, fields in found
+        for line in fields[b"data"].split(b"\n")
+    )
+    records = map(msgspec.json.decode, itertools.islice(lines, rows))
+    pipeline = dlt.pipeline(
+        "heartbeats",
+        destination=dlt.destinations.filesystem(where.as_uri()),
+        dataset_name="raw",
+        pipelines_dir=str(where / "pipelines"),
+    )
+    pipeline.run(records, table_name="heartbeats", loader_file_format="parquet")
+    return {"rows_in": rows}
+
+
+def small_drains(home: str, repeats: int, *places: str) -> Found:
+    """Milliseconds of a drain of 10,000 late heartbeats into each of these lakes, by turns."""
+    settings = settings_in(Path(home))
+    times: dict[str, list[float]] = {place: [] for place in places}
+    late = Traffic(MILLION).late(_SMALL)
+    client = connection.connect(settings)
+    for run in range(-1, repeats):
+        for place, found in times.items():
+            here = settings.model_copy(update={"lake": place})
+            lake = Lake.open(here)
+            backlogs.fill(here, [late])
+            consumer = Consumer(client, here)
+            consumer.open()
+            began = time.perf_counter()
+            done = drain(consumer, lake, here)
+            taken = (time.perf_counter() - began) * 1000
+            consumer.close()
+            if done.rows != _SMALL:
+                raise FailedMeasurementError(f"{done.rows} of {_SMALL} rows were drained")
+            if run >= 0:  # the first one is the warm-up
+                found.append(taken)
+    return times
+
+
+def speed(bench: Bench) -> Iterator[Row | Ways]:
+    """Entries of 500 and of one heartbeat, against reading alone and the sum of the parts."""
+    about = (1 if bench.quick else 4) * MILLION
+    costs: dict[str, list[Cost]] = {name: [] for name in (OURS, PARTS, DLT, FLOOR)}
+    for run in range(bench.repeats):
+        bench.say(f"drain, entries of 500, run {run + 1} of {bench.repeats}")
+        with _filled(bench, about) as (home, rows):
+            costs[FLOOR].append(measured(backlogs.bare, home, 400))
+            costs[PARTS].append(measured(parts, home))
+            if run < bench.others:
+                costs[DLT].append(measured(by_dlt, home, _DLT_ROWS))
+            costs[OURS].append(_drained(home, rows))
+    beside = Ways(f"drain {about / MILLION:g} M rows in entries of 500", rows, costs)
+    yield beside
+    yield Row(
+        "drain, entries of 500, through fsynced fragments and acknowledgement",
+        "heartbeats/s",
+        [rows / cost.seconds for cost in costs[OURS]],
+        target=MILLION,
+    )
+    summed = [
+        rows / sum(cost.number(part) for part in ("read", "decode", "write"))
+        for cost in costs[PARTS]
+    ]
+    yield Row(
+        "the same, against the serial sum of its parts",
+        "heartbeats/s",
+        [rows / cost.seconds for cost in costs[OURS]],
+        summed,
+        0.5,
+    )
+    for part in ("read", "decode", "write"):
+        yield Row(
+            f"its parts: {part}",
+            "heartbeats/s",
+            [rows / cost.number(part) for cost in costs[PARTS]],
+        )
+    yield from _single(bench)
+
+
+def memory(bench: Bench) -> Iterator[Row]:
+    """Peak memory with a large backlog."""
+    about = (2 if bench.quick else 20) * MILLION
+    bench.say(f"drain, a backlog of {about // MILLION} M")
+    with _filled(bench, about) as (home, rows):
+        cost = _drained(home, rows)
+    yield Row(
+        f"drain, peak memory with a backlog of {about // MILLION} M",
+        "MB",
+        [cost.peak_mb],
+        target=400,
+        at_most=True,
+    )
+
+
+def day(bench: Bench) -> Iterator[Row]:
+    """Ten thousand heartbeats into days that hold very few rows and very many."""
+    sizes = (1000, MILLION, (10 if bench.quick else 100) * MILLION)
+    home = bench.fresh("day")
+    for size in sizes:
+        made = lakes.raw_of(Traffic(size), bench.cache, bench.say)
+        (home / str(size)).mkdir()
+        lakes.copy_of(made, home / str(size))
+    bench.say("drains into days of all sizes, by turns")
+    places = [home / str(size) / "lake" for size in sizes]
+    with server.borrowed(settings_in(home)):
+        found = measured(small_drains, home, 3 * bench.repeats, *places).found
+    times = {size: found[str(place)] for size, place in zip(sizes, places, strict=True)}
+    lists = {size: one for size, one in times.items() if isinstance(one, list)}
+    for size, one in lists.items():
+        yield Row(f"drain of {_SMALL:,} into a day of {size:,} rows", "ms", one)
+    slow = max(lists.values(), key=statistics.median)
+    fast = min(lists.values(), key=statistics.median)
+    yield Row("the largest of these against the smallest", "ms", slow, fast, 1.1, at_most=True)
+
+
+def _single(bench: Bench) -> Iterator[Row]:
+    """One heartbeat per entry."""
+    about = MILLION // (10 if bench.quick else 2)
+    mine, theirs = [], []
+    for run in range(bench.repeats):
+        bench.say(f"drain, one heartbeat per entry, run {run + 1} of {bench.repeats}")
+        with _filled(bench, about, entry_rows=1) as (home, rows):
+            theirs.append(measured(backlogs.bare, home, 10_000))
+            mine.append(_drained(home, rows))
+    yield Row(
+        "drain, one heartbeat per entry, against a bare XREADGROUP",
+        "heartbeats/s",
+        [rows / cost.seconds for cost in mine],
+        [rows / cost.seconds for cost in theirs],
+        0.75,
+    )
+
+
+@contextlib.contextmanager
+def _filled(bench: Bench, rows: int, entry_rows: int = 500) -> Iterator[tuple[Path, int]]:
+    """A home whose embedded server holds about so many heartbeats, and how many they are."""
+    home = bench.fresh("drain")
+    settings = settings_in(home)
+    with server.borrowed(settings):
+        yield home, backlogs.fill(settings, Traffic(rows).tables(), entry_rows)
+
+
+def _drained(home: Path, rows: int) -> Cost:
+    cost = measured(drained, home)
+    if cost.number("rows") != rows:
+        raise FailedMeasurementError(f"{cost.number('rows'):,.0f} of {rows:,} rows were drained")
+    return cost
