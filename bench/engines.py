@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import consolidating, drains, table
+from bench import consolidating, drains, table, whole
 from bench.engine_bench import MILLION, Bench
 from bench.measure import ROOT, FailedMeasurementError
 from bench.table import Report, Row, Study, Ways
@@ -41,6 +41,7 @@ PARTS: dict[str, tuple[Callable[[Bench], Iterator[Row | Ways | Study]], ...]] = 
     "scale": (consolidating.scale,),
     "amplification": (consolidating.amplification,),
     "size": (consolidating.size,),
+    "end-to-end": (whole.whole,),
 }
 
 
