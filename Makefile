@@ -51,7 +51,7 @@ api-check: $(READY) ## ask a gateway whether it does what /openapi.json says, fo
 
 check: lint types test api-check ## all that CI asks for
 
-bench: $(COMPARED) ## drain and consolidation against the floor and alternatives, most of an hour (ARGS=--quick: shorter)
+bench: $(COMPARED) ## drain and consolidation against floors and alternatives, half an hour (ARGS=--quick: shorter)
 	@exec $(BIN)/python -m bench.engines $(ARGS)
 
 bench-gateway: $(READY) ## the gateway against FastAPI and its own targets, half an hour (ARGS=--quick: shorter)

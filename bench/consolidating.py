@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench import lakes, layouts, steady, ways
-from bench.engine_bench import MILLION, Bench
 from bench.measure import Cost, FailedMeasurementError, Found, measured
+from bench.run import MILLION, Bench
 from bench.table import Row, Study, Ways
 from bench.traffic import DAY, Traffic
 from hb_assets.lake import fragments
@@ -95,8 +95,8 @@ def scale(bench: Bench) -> Iterator[Row]:
     rows = large.rows // 1000
     for where, shard, target in (("all shards", None, 0.5), ("one shard", 3, 0.1)):
         found = []
-        for run in range(bench.repeats):
-            bench.say(f"late rows, {where}, run {run + 1} of {bench.repeats}")
+        for run in range(bench.others):
+            bench.say(f"late rows, {where}, run {run + 1} of {bench.others}")
             late = bench.fresh("late")
             lakes.copy_of(home / "lake", late)
             fragments.publish(Lake.open(ways.settings_in(late)), large.late(rows, shard))

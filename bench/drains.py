@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import backlogs, lakes
-from bench.engine_bench import MILLION, Bench
 from bench.measure import Cost, FailedMeasurementError, Found, measured, needs
+from bench.run import MILLION, Bench
 from bench.table import Row, Ways
 from bench.traffic import Traffic
 from bench.ways import settings_in

@@ -1,7 +1,7 @@
 """Drain and consolidation, held against floors and alternatives in one run: `make bench`.
 
-    make bench                              medians of 5, most of an hour; its data is kept
-    make bench ARGS=--quick                 a tenth of the rows, less time
+    make bench                              medians of 5, half an hour; its data is kept
+    make bench ARGS=--quick                 a tenth of the rows, medians of 3
     make bench ARGS="--only consolidate"    some parts of the table
     make bench ARGS="--rows 50000000 --skewed --shuffled --only consolidate"
 
@@ -21,8 +21,8 @@ from pathlib import Path
 from rich.console import Console
 
 from bench import consolidating, drains, table, whole
-from bench.engine_bench import MILLION, Bench
 from bench.measure import ROOT, FailedMeasurementError
+from bench.run import MILLION, Bench
 from bench.table import Report, Row, Study, Ways
 
 HOME = ROOT / ".hb-bench"

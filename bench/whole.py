@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 from pydantic import SecretStr
 
 from bench import pace, servers
-from bench.engine_bench import Bench
 from bench.measure import ROOT, FailedMeasurementError
+from bench.run import Bench
 from bench.table import Row
 from bench.ways import settings_in
 from hb_assets import audit

@@ -1,4 +1,4 @@
-"""A run of `make bench`: how much of everything, and where.
+"""One run of `make bench`: how much of everything, and where.
 
 Belongs here: what the parts of the table have in common. Doesn't belong here: any figure.
 """
