@@ -17,11 +17,11 @@ from hb_assets.lake import consolidation, fragments, inventory, policy
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 
-_STEP_MINUTES = 5
+_STEP_MINUTES = 10
 
 
 def day(home: str, rows: int, users: int) -> Found:
-    """Let a day's rows come in, five minutes' worth at a time, and the day after begin.
+    """Let a day's rows come in, ten minutes' worth at a time, and the day after begin.
 
     A fragment's age is that of its file, which gets the simulated time.
     """
