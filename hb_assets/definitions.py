@@ -8,7 +8,7 @@ from __future__ import annotations
 import dagster as dg
 
 from hb_assets import settings as configuration
-from hb_assets.defs import jobs, partitions
+from hb_assets.defs import executors, jobs, partitions
 from hb_assets.defs.assets.heartbeats import heartbeats
 from hb_assets.defs.assets.minute_heart_rate import minute_heart_rate
 from hb_assets.defs.assets.raw_heartbeats import raw_heartbeats
@@ -28,7 +28,7 @@ def definitions() -> dg.Definitions:
 
 
 def of(settings: Settings) -> dg.Definitions:
-    """The definitions for these settings."""
+    """The definitions for these settings. Raises SettingsError."""
     daily = partitions.daily(settings)
     return dg.Definitions(
         assets=[raw_heartbeats(daily), heartbeats(daily), minute_heart_rate(daily)],
@@ -41,6 +41,5 @@ def of(settings: Settings) -> dg.Definitions:
             failed_runs_sensor(),
         ],
         resources={"installation": Installation(settings)},
-        # A run is one day's work, and seconds long: processes of its own would cost more than that.
-        executor=dg.in_process_executor,
+        executor=executors.chosen(settings),
     )

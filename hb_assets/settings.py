@@ -452,6 +452,14 @@ class Settings(BaseSettings):
     drain_sensor_interval: int = Field(
         default=5, ge=1, description="Seconds between ticks of the drain sensor, at best."
     )
+    executor: str = Field(
+        default="in_process",
+        pattern=r"^(in_process|multiprocess|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
+        description="What runs the steps of a Dagster run: `in_process`, one after the other; "
+        "`multiprocess`, each in a process of its own; or another executor as `module:name`, such as "
+        "`dagster_celery:celery_executor`. A machine that runs steps needs the same settings and the "
+        "lake.",
+    )
     alert_webhook: str | None = Field(
         default=None, description="URL that alarms are posted to as JSON; none by default."
     )

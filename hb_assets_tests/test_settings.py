@@ -210,6 +210,7 @@ BAD = {
     "health_free_space": ["-1", "enough"],
     "dagster_port": ["0", "65536"],
     "drain_sensor_interval": ["0", "5s"],
+    "executor": ["celery", "module:", "a b:c"],
     "log_level": ["loud"],
 }
 

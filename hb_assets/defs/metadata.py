@@ -56,7 +56,17 @@ def of_raw(lake: Lake, state: DayState) -> Metadata:
 
 
 def of_heartbeats(lake: Lake, done: Consolidated) -> Metadata:
-    """What a consolidation did, and a few rows of it."""
+    """What a consolidation of a day did, and a few rows of it."""
+    files = [layout.consolidated_file(lake.root, done.day, shard) for shard in range(lake.shards)]
+    return {
+        **of_consolidated(done),
+        "folder": _folder(lake, layout.HEARTBEATS, done.day),
+        "preview": preview(lake, files, ("user_id", "device_id", "timestamp")),
+    }
+
+
+def of_consolidated(done: Consolidated) -> Metadata:
+    """What a consolidation did."""
     counts = {
         "dagster/row_count": done.unique,
         "rows": done.rows,
@@ -72,12 +82,7 @@ def of_heartbeats(lake: Lake, done: Consolidated) -> Metadata:
         "fragments_taken_in": done.pending,
         "damaged_files_set_aside": len(done.set_aside),
     }
-    files = [layout.consolidated_file(lake.root, done.day, shard) for shard in range(lake.shards)]
-    return {
-        **_integers(counts),
-        "folder": _folder(lake, layout.HEARTBEATS, done.day),
-        "preview": preview(lake, files, ("user_id", "device_id", "timestamp")),
-    }
+    return _integers(counts)
 
 
 def of_minutes(lake: Lake, done: MinutesBuilt, settings: Settings) -> Metadata:

@@ -15,6 +15,7 @@ from hb_assets.drain import Drained
 from hb_assets.errors import BufferUnavailableError, FencedError, HbError
 from hb_assets.lake import checks
 from hb_assets.lake.checks import Figure
+from hb_assets.lake.consolidation import Consolidated
 
 RETRIES = dg.RetryPolicy(max_retries=2, delay=2)
 """For those errors of `failures` that may pass by themselves; the others fail the run at once."""
@@ -44,6 +45,25 @@ def _check_result(asset: dg.AssetKey, figure: Figure) -> dg.AssetCheckResult:
         metadata=dict(figure.figures),
         description=figure.message or None,
     )
+
+
+def failed_checks(
+    asset: dg.AssetKey, figures: Sequence[Figure]
+) -> Iterator[dg.AssetCheckEvaluation]:
+    """Evaluations of checks that failed on a part of the asset, for a step that ends with that.
+
+    The others say nothing of the whole, and nothing is said of them.
+    """
+    for figure in figures:
+        if not figure.passed:
+            yield dg.AssetCheckEvaluation(
+                asset_key=asset,
+                check_name=figure.name,
+                passed=False,
+                metadata=dict(figure.figures),
+                description=figure.message or None,
+                blocking=True,
+            )
 
 
 @contextmanager
@@ -79,6 +99,14 @@ def progress(log: dg.DagsterLogManager) -> Callable[[int, int], None]:
             log.info(f"{done} of {total} shards done")
 
     return report
+
+
+def consolidated(done: Consolidated) -> str:
+    """One line about a consolidation."""
+    return (
+        f"took in {done.pending:,} fragments, wrote {done.written:,} rows into "
+        f"{done.shards_written:,} files; they now hold {done.unique:,} rows of {done.rows:,}"
+    )
 
 
 def drained(total: Drained) -> str:

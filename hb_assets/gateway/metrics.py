@@ -133,8 +133,16 @@ TABLE = _table(
     ("hb_drain_unknown_fields_total", "", "Fields of foreign entries that drains ignored."),
     ("hb_quarantined_total", "reason", "Records that drains put into the quarantine, by reason."),
     # -- consolidations, anywhere
-    ("hb_consolidation_seconds:histogram", "", "Time of consolidations of a day."),
-    ("hb_consolidations_total", "outcome", "Consolidations of a day: done or failed."),
+    (
+        "hb_consolidation_seconds:histogram",
+        "",
+        "Time of consolidations, of a day or of some of its shards.",
+    ),
+    (
+        "hb_consolidations_total",
+        "outcome",
+        "Consolidations, of a day or of some of its shards: done or failed.",
+    ),
     ("hb_consolidation_rows_total", "", "Rows that consolidations wrote."),
     (
         "hb_consolidation_overdue_seconds",

@@ -1,9 +1,19 @@
-"""heartbeats: the consolidated files of a day."""
+"""heartbeats: the consolidated files of a day.
+
+A graph of three ops: `plan` deals the day's shards out into groups, `consolidate_shards` does one
+group, `check_day` reports what all of them did. In process the groups follow each other, and the
+shards of a group share the cores (`lake.consolidation`); another executor (HB_EXECUTOR) does the
+groups side by side, wherever it runs its steps. What one op hands to the next is a handful of
+counts.
+"""
 
 # No `from __future__ import annotations`: Dagster compares the annotation of `context` itself.
 
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain, pairwise
+from typing import Any
 
 import dagster as dg
 
@@ -14,7 +24,14 @@ from hb_assets.defs.assets import HEARTBEATS, OWNERS, RAW_HEARTBEATS, TAGS
 from hb_assets.defs.installation import Installation
 from hb_assets.defs.sensors import now_ms
 from hb_assets.errors import CheckFailedError
+from hb_assets.lake import checks
 from hb_assets.lake.checks import HEARTBEAT_CHECKS
+from hb_assets.lake.consolidation import Consolidated
+
+SHARDS_A_STEP = 4
+"""As many share a step, at least: a step of its own for each costs more than it tells."""
+MOST_STEPS = 16
+"""Steps of one run, however many shards there are: each writes a dozen events."""
 
 _DESCRIPTION = """\
 The day's heartbeats, deduplicated by (user_id, device_id, timestamp), the latest arrival surviving;
@@ -24,7 +41,11 @@ checked before it replaces the published one, so that a bad one is never visible
 
 Rows of the day = unique + superseded; a superseded row is a repeat (same value) or a correction. Run
 config `rebuild` starts from raw fragments alone.
+
+A step does a group of shards. One that fails doesn't keep the others from being done; "Re-execution
+from failure" does it again without them.
 """
+_CHECKS = outcomes.check_specs(HEARTBEATS, HEARTBEAT_CHECKS)
 
 
 class Consolidation(dg.Config):
@@ -34,30 +55,84 @@ class Consolidation(dg.Config):
     """Start from the day's raw fragments alone, instead of the published files."""
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What one step is to do: these shards of the run's day."""
+
+    shards: tuple[int, ...]
+    rebuild: bool
+
+    @property
+    def name(self) -> str:
+        """As the step's key shows it, such as `shards_00_03`."""
+        return "_".join(
+            ["shards", *(f"{shard:02d}" for shard in (self.shards[0], self.shards[-1]))]
+        )
+
+
 def heartbeats(daily: dg.PartitionsDefinition[str]) -> dg.AssetsDefinition:
     """The asset, with these partitions."""
-    return dg.asset(
+    asset = dg.graph_asset(
         key=HEARTBEATS,
-        deps=[RAW_HEARTBEATS],
+        ins={"raw": dg.AssetIn(RAW_HEARTBEATS, dagster_type=dg.Nothing)},
+        config=_config,
         partitions_def=daily,
         group_name="heart_rate",
         kinds={"parquet", "duckdb"},
         owners=OWNERS,
         tags=TAGS,
-        retry_policy=outcomes.RETRIES,
-        check_specs=outcomes.check_specs(HEARTBEATS, HEARTBEAT_CHECKS),
+        check_specs=_CHECKS,
         metadata={"dagster/column_schema": metadata.columns(schema.HEARTBEATS)},
         description=_DESCRIPTION,
-    )(_heartbeats)
+    )(_graph)
+    assert isinstance(asset, dg.AssetsDefinition)
+    return asset
 
 
-def _heartbeats(
-    context: dg.AssetExecutionContext,
-    config: Consolidation,
-    installation: dg.ResourceParam[Installation],
-) -> Iterator[dg.AssetCheckResult | dg.MaterializeResult[None]]:
-    day = days.parse_day(context.partition_key)
-    settings = installation.settings
+def _graph(raw: Any) -> dict[str, Any]:
+    reported = check_day(plan(raw).map(consolidate_shards).collect())
+    return {name: getattr(reported, name) for name in check_day.output_dict}
+
+
+@dg.config_mapping
+def _config(config: Consolidation) -> Mapping[str, Any]:
+    return {"plan": {"config": {"rebuild": config.rebuild}}}
+
+
+@dg.op(
+    ins={"raw": dg.In(dg.Nothing)},
+    out=dg.DynamicOut(Group),
+    retry_policy=outcomes.RETRIES,
+    description="Deals the shards out into groups.",
+)
+def plan(
+    config: Consolidation, installation: dg.ResourceParam[Installation]
+) -> Iterator[dg.DynamicOutput[Group]]:
+    """One output for each group of shards."""
+    with outcomes.failures():
+        lake = installation.lake()
+    for shards in dealt(lake.shards):
+        group = Group(shards, config.rebuild)
+        yield dg.DynamicOutput(group, mapping_key=group.name)
+
+
+def dealt(shards: int) -> list[tuple[int, ...]]:
+    """Groups of neighbours that differ by one shard at most."""
+    steps = max(1, min(MOST_STEPS, shards // SHARDS_A_STEP))
+    bounds = [shards * step // steps for step in range(steps + 1)]
+    return [tuple(range(*pair)) for pair in pairwise(bounds)]
+
+
+@dg.op(
+    out=dg.Out(Consolidated),
+    retry_policy=outcomes.RETRIES,
+    description="Merges what is pending of a few shards into their files, and checks these.",
+)
+def consolidate_shards(
+    context: dg.OpExecutionContext, group: Group, installation: dg.ResourceParam[Installation]
+) -> Iterator[dg.AssetCheckEvaluation | dg.Output[Consolidated]]:
+    """What was done; when a check fails, its evaluation and nothing else."""
+    day, settings = days.parse_day(context.partition_key), installation.settings
     with outcomes.failures():
         lake = installation.lake()
         try:
@@ -66,17 +141,54 @@ def _heartbeats(
                     lake,
                     day,
                     settings,
-                    rebuild=config.rebuild,
+                    rebuild=group.rebuild,
+                    shards=group.shards,
                     progress=outcomes.progress(context.log),
                 )
         except CheckFailedError as error:
-            yield from outcomes.check_results(HEARTBEATS, HEARTBEAT_CHECKS, error.figures)
+            yield from outcomes.failed_checks(HEARTBEATS, error.figures)
             raise
-        alarms.tell([_damage(day, said) for said in done.set_aside], settings)
-        yield dg.MaterializeResult(
-            metadata=metadata.of_heartbeats(lake, done),
-            check_results=outcomes.check_results(HEARTBEATS, HEARTBEAT_CHECKS, done.figures),
-        )
+    alarms.tell([_damage(day, said) for said in done.set_aside], settings)
+    context.log.info(outcomes.consolidated(done))
+    yield dg.Output(done, metadata=metadata.of_consolidated(done))
+
+
+@dg.op(
+    out={
+        "result": dg.Out(dg.Nothing),
+        **{spec.get_python_identifier(): dg.Out(dg.Nothing) for spec in _CHECKS},
+    },
+    retry_policy=outcomes.RETRIES,
+    description="Reports the day: what was done, and the results of its checks.",
+)
+def check_day(
+    context: dg.OpExecutionContext,
+    groups: list[Consolidated],
+    installation: dg.ResourceParam[Installation],
+) -> Iterator[dg.MaterializeResult[None]]:
+    """The materialization with its check results; it runs when all groups were done."""
+    done = together(days.parse_day(context.partition_key), groups)
+    with outcomes.failures():
+        figures = metadata.of_heartbeats(installation.lake(), done)
+    yield dg.MaterializeResult(
+        metadata=figures,
+        check_results=outcomes.check_results(HEARTBEATS, HEARTBEAT_CHECKS, done.figures),
+    )
+
+
+def together(day: dt.date, groups: Sequence[Consolidated]) -> Consolidated:
+    """The day, of what was done with groups of its shards."""
+    counts = {
+        field.name: sum(getattr(group, field.name) for group in groups)
+        for field in fields(Consolidated)
+        if field.default == 0
+    }
+    return Consolidated(
+        day=day,
+        figures=checks.summed(list(chain.from_iterable(group.figures for group in groups))),
+        set_aside=list(chain.from_iterable(group.set_aside for group in groups)),
+        **counts,
+    )
 
 
 def _damage(day: dt.date, said: str) -> alarms.Alarm:
