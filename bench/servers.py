@@ -87,7 +87,7 @@ class Served:
 @contextlib.contextmanager
 def gateway(folder: Path, buffer: Buffer, **more: str) -> Iterator[Served]:
     """`hb serve` behind an API key, its home in `folder`; `more` are settings of its own."""
-    port = _free_port()
+    port = free_port()
     _, api_key = keyring.create(Settings(home=folder), "bench", (keyring.INGEST, keyring.READ))
     environment = {
         "HB_HOME": str(folder),
@@ -103,7 +103,7 @@ def gateway(folder: Path, buffer: Buffer, **more: str) -> Iterator[Served]:
 @contextlib.contextmanager
 def app(module: str, folder: Path, **environment: str) -> Iterator[Served]:
     """An app of this package, on the same server as the gateway."""
-    port = _free_port()
+    port = free_port()
     argv = [sys.executable, "-m", "bench.host", module, str(port)]
     with _serving(argv, environment, port, folder) as found:
         yield found
@@ -159,7 +159,7 @@ def _await_answer(
             time.sleep(0.05)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -5,6 +5,8 @@ Belongs here: how the settings bound them. Doesn't belong here: arithmetic with 
 
 from __future__ import annotations
 
+import datetime as dt
+
 import dagster as dg
 
 from hb_assets import days
@@ -21,3 +23,17 @@ def daily(settings: Settings) -> dg.DailyPartitionsDefinition:
         end_offset=days.partitions_end_offset(settings.max_future),
         timezone="UTC",
     )
+
+
+def has(day: dt.date, now_ms: int, settings: Settings) -> bool:
+    """Whether `daily` has a partition of the day now.
+
+    Dagster's own answer walks its calendar for each day that is asked about, in every tick.
+
+    Args:
+        day: UTC.
+        now_ms: the clock, epoch milliseconds.
+        settings: START_DATE and MAX_FUTURE.
+    """
+    beyond = dt.timedelta(days=days.partitions_end_offset(settings.max_future))
+    return settings.start_date <= day < days.day_of(now_ms) + beyond

@@ -7,6 +7,9 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
+from hb_assets.lake import folders as module
 from hb_assets.lake import inventory, layout
 from hb_assets.lake.folders import Folders
 from hb_assets.lake.store import Lake
@@ -14,9 +17,9 @@ from hb_assets.settings import Settings
 from hb_assets_tests.lake.deliveries import DAY, deliver, entry, line
 
 
-def settle(folder: Path) -> None:
+def settle(folder: Path, seconds: float = 10) -> None:
     """Make every change of the folder as old as it has to be to be trusted."""
-    before = time.time() - 10
+    before = time.time() - seconds
     for path in folder.rglob("*"):
         os.utime(path, (before, before))
 
@@ -40,4 +43,27 @@ def test_a_day_that_did_not_change_is_not_listed_again(lake: Lake, settings: Set
     assert remembered() == first
     assert len(looks) == 3
     deliver(lake, settings, entry([line()], 1))
+    assert remembered() != first
+
+
+def test_a_quiet_day_is_looked_at_again_after_two_minutes_at_most(
+    lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliver(lake, settings, entry([line()]))
+    settle(lake.root, 2 * 3600)
+    folders, stats = Folders(), []
+    original = module._changed_ns
+    monkeypatch.setattr(module, "_changed_ns", lambda one: stats.append(one) or original(one))
+
+    def remembered() -> str:
+        return folders.remembered(lake, DAY, (layout.RAW,), inventory.raw_digest)
+
+    first = remembered()
+    remembered()
+    stats.clear()
+    deliver(lake, settings, entry([line()], 1))
+    assert remembered() == first
+    assert not stats
+    later = time.monotonic() + 120
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     assert remembered() != first

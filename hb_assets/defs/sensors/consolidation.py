@@ -65,7 +65,7 @@ def _tick(
         return dg.SkipReason(str(error))  # the drain sensor raises the alarm
     unfinished = context.instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))
     busy = {run.tags.get(partitions.TAG) for run in unfinished}
-    states, faults = _states(installation, lake)
+    states, faults = _states(installation, lake, now)
     requests: list[dg.RunRequest] = []
     passed_over = list(faults.values())
     for day, reason, fingerprint in _due(states, faults, now, settings):
@@ -109,17 +109,18 @@ def _due(
             yield state.day.isoformat(), reason, _fingerprint(state, settings)
 
 
-def _states(installation: Installation, lake: Lake) -> tuple[list[DayState], dict[str, str]]:
+def _states(
+    installation: Installation, lake: Lake, now: int
+) -> tuple[list[DayState], dict[str, str]]:
     """How each day stands; and of days that can't be read, why."""
 
     def look(lake: Lake, day: dt.date) -> DayState:
         return inventory.day_state(lake, day, installation.settings)
 
-    daily = partitions.daily(installation.settings)
     states: list[DayState] = []
     faults: dict[str, str] = {}
     for day in inventory.days(lake):
-        if daily.has_partition_key(day.isoformat()):
+        if partitions.has(day, now, installation.settings):
             try:
                 states.append(
                     installation.folders.remembered(lake, day, (RAW, HEARTBEATS, MINUTES), look)

@@ -101,12 +101,12 @@ def _report(
 ) -> tuple[list[dg.AssetMaterialization], dict[dt.date, str]]:
     """Events of days that changed, and the digests that they report."""
     settings = installation.settings
-    daily = partitions.daily(settings)
+    now = now_ms()
     end = time.monotonic() + REPORT_SECONDS
     events: list[dg.AssetMaterialization] = []
     reported: dict[dt.date, str] = {}
     for day, digest in unreported(
-        lake, cursor, installation.folders, lambda day: daily.has_partition_key(day.isoformat())
+        lake, cursor, installation.folders, lambda day: partitions.has(day, now, settings)
     ):
         events.append(_event(lake, day, settings))
         reported[day] = digest
