@@ -23,6 +23,7 @@ from hb_assets import days
 from hb_assets.buffer import connection
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
+from hb_assets.defs.reports import PAUSE_SECONDS
 from hb_assets.drain import drain
 from hb_assets.lake import consolidation, layout, minutes
 from hb_assets.lake.store import Lake
@@ -31,8 +32,8 @@ from hb_assets.settings import Settings
 
 TODAY = days.day_of(time.time_ns() // 1_000_000)
 KINDS = (layout.RAW, layout.HEARTBEATS, layout.MINUTES)
-EVENTS_A_DAY = 86_400 // 5
-"""A drain sensor that ticks every 5 s and finds something each time."""
+EVENTS_A_DAY = 86_400 // PAUSE_SECONDS
+"""A day that changes at every tick of the drain sensor."""
 TICKS_KEPT = {"drain": 86_400 // 5, "consolidation": 5_760, "buffer": 5_760, "failed_runs": 5_760}
 """Ticks without a run are kept for a day (dagster.yaml)."""
 RUNS_A_DAY = 40

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import httpx
 import msgspec
 
 from hb_assets.settings import Settings
@@ -20,7 +19,6 @@ from hb_assets.settings import Settings
 _log = logging.getLogger(__name__)
 
 REPEAT_MS = 3_600_000
-_TIMEOUT = httpx.Timeout(5, connect=2)
 
 
 class Alarm(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,8 +96,10 @@ def tell(notices: Sequence[Alarm], settings: Settings) -> None:
         _log.log(level, "alarm %s (%s): %s", notice.alarm, notice.severity, notice.message)
     if settings.alert_webhook is None or not notices:
         return
+    import httpx  # a tenth of what it takes to load all of us, and mostly for nothing
+
     try:
-        with httpx.Client(timeout=_TIMEOUT) as http:
+        with httpx.Client(timeout=httpx.Timeout(5, connect=2)) as http:
             for notice in notices:
                 http.post(
                     settings.alert_webhook,

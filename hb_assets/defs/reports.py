@@ -22,6 +22,11 @@ from hb_assets.lake.folders import Folders
 from hb_assets.lake.layout import RAW
 from hb_assets.lake.store import Lake
 
+PAUSE_SECONDS = 60
+"""A day that changes all the time is reported so often: each report stays in the log for ever.
+
+At every tick of a steady day it would be 17,000 a day, and a gigabyte a month.
+"""
 _DIGITS = 8
 """Of a digest, as many as the cursor keeps: it is stored with each of 17,000 ticks a day."""
 
@@ -30,11 +35,13 @@ class Cursor(msgspec.Struct, frozen=True):
     """What was reported.
 
     `months` has digests by month (`2025-01`) and day of the month (`15`); `last` is the day that
-    was reported last, behind which the next tick goes on; `alarms` are those that stand; `faults`
+    was reported last, behind which the next tick goes on; `recent` are the days that were reported
+    within PAUSE_SECONDS, with when (epoch milliseconds); `alarms` are those that stand; `faults`
     of draining came in a row, so that it rests until `rest_until_ms` (epoch milliseconds).
     """
 
     last: str = ""
+    recent: dict[str, int] = {}
     months: dict[str, dict[str, str]] = {}
     alarms: dict[str, Raised] = {}
     faults: int = 0
@@ -59,18 +66,27 @@ class Cursor(msgspec.Struct, frozen=True):
         month, number = _keys(day)
         return self.months.get(month, {}).get(number)
 
-    def advanced(self, reported: Mapping[dt.date, str], alarms: dict[str, Raised]) -> Cursor:
-        """The cursor after these days were reported, in this order; no other day advances.
+    def pauses(self, day: dt.date, now_ms: int) -> bool:
+        """Whether the day was reported a moment ago; a clock that was set back prolongs nothing."""
+        at = self.recent.get(day.isoformat())
+        return at is not None and _is_recent(at, now_ms)
+
+    def advanced(
+        self, reported: Mapping[dt.date, str], alarms: dict[str, Raised], now_ms: int
+    ) -> Cursor:
+        """The cursor after these days were reported now, in this order; no other day advances.
 
         Whether draining rests is as before.
         """
         months = {month: dict(digests) for month, digests in self.months.items()}
         last = self.last
+        recent = {key: at for key, at in self.recent.items() if _is_recent(at, now_ms)}
         for day, digest in reported.items():
             month, number = _keys(day)
             months.setdefault(month, {})[number] = digest
             last = day.isoformat()
-        return Cursor(last, months, alarms, self.faults, self.rest_until_ms)
+            recent[last] = now_ms
+        return Cursor(last, recent, months, alarms, self.faults, self.rest_until_ms)
 
     def resting(self, now_ms: int) -> bool:
         """Whether draining rests after faults; a clock that was set back doesn't prolong it."""
@@ -87,24 +103,33 @@ def _keys(day: dt.date) -> tuple[str, str]:
     return f"{day:%Y-%m}", f"{day:%d}"
 
 
+def _is_recent(at_ms: int, now_ms: int) -> bool:
+    return 0 <= now_ms - at_ms < PAUSE_SECONDS * 1000
+
+
 def unreported(
-    lake: Lake, cursor: Cursor, folders: Folders, accepted: Callable[[dt.date], bool]
+    lake: Lake,
+    cursor: Cursor,
+    folders: Folders,
+    accepted: Callable[[dt.date], bool],
+    now_ms: int,
 ) -> Iterator[tuple[dt.date, str]]:
     """Days whose fragments differ from what was reported, with the digest of those now there.
 
     They begin behind the day that was reported last and wrap around, so that days which change all
-    the time can't keep others waiting.
+    the time can't keep others waiting. Those that were reported a moment ago wait.
 
     Args:
         lake: which lake.
         cursor: what was reported.
         folders: what this process remembers of the lake.
         accepted: whether Dagster has a partition of the day.
+        now_ms: the clock, epoch milliseconds.
     """
     found = layout.days_of(lake.root, RAW)
     behind = [day for day in found if day.isoformat() > cursor.last]
     for day in [*behind, *found[: len(found) - len(behind)]]:
-        if not accepted(day):
+        if not accepted(day) or cursor.pauses(day, now_ms):
             continue
         now = folders.remembered(lake, day, (RAW,), inventory.raw_digest)[:_DIGITS]
         if now != cursor.digest(day):

@@ -70,7 +70,7 @@ def _tick(
     return dg.SensorResult(
         skip_reason="; ".join([*faults.values(), *([said] if said else [])]),
         asset_events=events,
-        cursor=str(cursor.advanced(reported, standing)),
+        cursor=str(cursor.advanced(reported, standing, now)),
     )
 
 
@@ -105,9 +105,10 @@ def _report(
     end = time.monotonic() + REPORT_SECONDS
     events: list[dg.AssetMaterialization] = []
     reported: dict[dt.date, str] = {}
-    for day, digest in unreported(
-        lake, cursor, installation.folders, lambda day: partitions.has(day, now, settings)
-    ):
+    changed = unreported(
+        lake, cursor, installation.folders, lambda day: partitions.has(day, now, settings), now
+    )
+    for day, digest in changed:
         events.append(_event(lake, day, settings))
         reported[day] = digest
         if len(events) == MOST_EVENTS or time.monotonic() > end:

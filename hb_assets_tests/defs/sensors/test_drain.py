@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import time
 
 import pytest
 
 from hb_assets import drain
 from hb_assets.buffer import keys
+from hb_assets.defs import reports
 from hb_assets.defs.installation import Installation
 from hb_assets.defs.reports import Cursor
 from hb_assets.defs.sensors import drain as drain_sensor
 from hb_assets_tests.defs.conftest import Ticks
 from hb_assets_tests.servers import wait_for
+
+
+@pytest.fixture
+def without_pause(monkeypatch) -> None:
+    monkeypatch.setattr(reports, "PAUSE_SECONDS", 0)
 
 
 def reported(data) -> list[str]:
@@ -32,6 +39,7 @@ def test_a_tick_drains_and_reports_each_touched_day_once(append, ticks) -> None:
     assert "drained 23 rows" in data.skip_message
 
 
+@pytest.mark.usefixtures("without_pause")
 def test_unchanged_days_are_not_reported_again(append, ticks) -> None:
     sensor = ticks("drain")
     append("2025-01-15")
@@ -73,6 +81,22 @@ def test_entries_claimed_by_a_killed_tick_are_drained_by_the_next(
     assert reported(data) == ["2025-01-15"]
 
 
+def test_a_day_that_changes_all_the_time_is_reported_once_a_minute(
+    append, ticks, monkeypatch
+) -> None:
+    now = [time.time_ns() // 1_000_000]
+    monkeypatch.setattr(drain_sensor, "now_ms", lambda: now[0])
+    sensor, seen = ticks("drain"), []
+    for seconds in (0, 5, 30, 25, 5):
+        now[0] += seconds * 1000
+        append("2025-01-15", users=1, readings=1)
+        seen.append(reported(sensor.tick()))
+    assert seen == [["2025-01-15"], [], [], ["2025-01-15"], []]
+    now[0] += 55_000
+    assert reported(sensor.tick()) == ["2025-01-15"], "the last change is told, too"
+
+
+@pytest.mark.usefixtures("without_pause")
 def test_at_most_some_days_a_tick_and_none_waits_for_ever(append, ticks, monkeypatch) -> None:
     monkeypatch.setattr(drain_sensor, "MOST_EVENTS", 2)
     for day in range(1, 6):
@@ -123,7 +147,7 @@ def test_a_lake_of_another_shard_count_is_a_clear_line(append, settings, instanc
 
 def test_the_cursor_stays_small() -> None:
     days = [dt.date(2020, 1, 1) + dt.timedelta(days=n) for n in range(365)]
-    cursor = Cursor().advanced(dict.fromkeys(days, "0123abcd"), {})
+    cursor = Cursor().advanced(dict.fromkeys(days, "0123abcd"), {}, 0).advanced({}, {}, 60_000)
     assert len(str(cursor)) < 7000
     assert json.loads(str(cursor))["months"]["2020-01"]["15"] == "0123abcd"
 
