@@ -26,6 +26,9 @@ def backfill(
     empty: Annotated[
         bool, typer.Option("--empty", help="Days of which the lake holds nothing, too.")
     ] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Start from raw fragments, not the published files.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Consolidate every day from FIRST to LAST that the lake holds, by Dagster, and wait for it."""
@@ -45,7 +48,7 @@ def backfill(
             f"no `hb up` runs on {settings.home_dir}: start it, or use `hb consolidate` without it"
         )
     with ControlRoom(up.dagster) as room:
-        backfill_id = room.backfill(days)
+        backfill_id = room.backfill(days, rebuild=rebuild)
 
         def look() -> tuple[list[Run], bool]:
             over = room.backfill_over(backfill_id)

@@ -172,15 +172,17 @@ class ControlRoom:
             found += self._runs({"tags": [tag]})
         return _latest(found)
 
-    def backfill(self, days: Sequence[dt.date]) -> str:
+    def backfill(self, days: Sequence[dt.date], *, rebuild: bool = False) -> str:
         """Launch a backfill of the job over these days; its id."""
+        config = {"ops": {"heartbeats": {"config": {"rebuild": rebuild}}}}
         parameters = {
             "selector": {
                 "partitionSetName": f"{JOB}_partition_set",
                 "repositorySelector": self._our_repository(),
             },
             "partitionNames": [day.isoformat() for day in days],
-            "title": f"hb backfill {days[0]} {days[-1]}",
+            "title": f"hb backfill {days[0]} {days[-1]}" + (" --rebuild" if rebuild else ""),
+            "runConfigData": config,
         }
         answer = self._ask(_BACKFILL, {"params": parameters})["launchPartitionBackfill"]
         if answer["__typename"] == "PartitionKeysNotFoundError":
