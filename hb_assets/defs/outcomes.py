@@ -105,7 +105,7 @@ def consolidated(done: Consolidated) -> str:
     """One line about a consolidation."""
     return (
         f"took in {done.pending:,} fragments, wrote {done.written:,} rows into "
-        f"{done.shards_written:,} files; they now hold {done.unique:,} rows of {done.rows:,}"
+        f"{done.shards_written:,} files; of {done.rows:,} rows so far {done.unique:,} are unique"
     )
 
 
