@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 
 from hb_assets.errors import DamagedFileError, HbError
 from hb_assets.lake import layout
-from hb_assets.schema import ARRIVAL
 
 KEY = b"hb"
 DIGEST = b"hb.digest"
@@ -71,9 +70,11 @@ class _Sink(io.RawIOBase):
 class Writer:
     """Writes rows, then the footer with our note in it."""
 
-    def __init__(self, sink: _Sink, out: pq.ParquetWriter) -> None:
+    def __init__(self, sink: _Sink, schema: pa.Schema, sorted_by: Iterable[str]) -> None:
         self._sink = sink
-        self._out = out
+        self._schema = schema
+        self._sorted_by = tuple(sorted_by)
+        self._out: pq.ParquetWriter | None = None
         self._waiting: list[pa.Table] = []
 
     def write(self, rows: pa.Table) -> None:
@@ -89,16 +90,67 @@ class Writer:
         """Write what waits, and the footer; nothing can be written after it."""
         if any(part.num_rows for part in self._waiting):
             self._write(pa.concat_tables(self._waiting))
+        out = self._out or self._open(self._schema.empty_table())
         said = msgspec.json.encode(note)
         digest = msgspec.structs.replace(self._sink.digest, note=zlib.crc32(said))
-        self._out.add_key_value_metadata({KEY: said, DIGEST: msgspec.json.encode(digest)})
-        self._out.close()
+        out.add_key_value_metadata({KEY: said, DIGEST: msgspec.json.encode(digest)})
+        out.close()
+
+    def abandon(self) -> None:
+        """Let go of a file that isn't wanted any more; nothing happens to one that was closed."""
+        if self._out is not None:
+            self._out.close()
 
     def _write(self, rows: pa.Table) -> None:
         for start in range(0, rows.num_rows, ROW_GROUP):
             group = rows.slice(start, ROW_GROUP)
             # Dictionaries are written as they are where a row group has one a column.
-            self._out.write_table(group.unify_dictionaries().combine_chunks())
+            group = group.unify_dictionaries().combine_chunks()
+            out = self._out or self._open(group)
+            out.write_table(group)
+
+    def _open(self, rows: pa.Table) -> pq.ParquetWriter:
+        """Open the file, its encodings chosen for rows like these."""
+        dense = {
+            field.name: "DELTA_BINARY_PACKED" for field in rows.schema if _is_dense(field, rows)
+        }
+        plain = pa.schema(
+            field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
+            for field in self._schema
+        )
+        order = [pq.SortingColumn(self._schema.get_field_index(name)) for name in self._sorted_by]
+        self._out = pq.ParquetWriter(
+            self._sink,
+            self._schema,
+            compression="zstd",
+            use_dictionary=[
+                field.name
+                for field in self._schema
+                if field.name not in dense and not pa.types.is_binary(field.type)
+            ],
+            column_encoding=dense,
+            sorting_columns=order or None,
+            write_page_index=True,
+            store_schema=False,
+        )
+        self._out.add_key_value_metadata({_SCHEMA: base64.b64encode(plain.serialize())})
+        return self._out
+
+
+def _is_dense(field: pa.Field, rows: pa.Table) -> bool:
+    """Whether a column takes less room as differences than as a dictionary.
+
+    Instants, heart rates and positions always do. Entry ids do where few heartbeats share one: a
+    busy gateway's entries hold hundreds, of many users.
+    """
+    if pa.types.is_uint64(field.type):
+        return int(pc.count_distinct(rows[field.name]).as_py()) * _SHARED > rows.num_rows
+    steady: bool = pa.types.is_timestamp(field.type) or field.name in ("heart_rate", "arrival_pos")
+    return steady
+
+
+_SHARED = 16
+"""Rows that share an entry id, on average, where ids are written by dictionary."""
 
 
 def tables(paths: Iterable[Path], texts: Sequence[str]) -> Iterator[pa.Table]:
@@ -123,36 +175,13 @@ def writer(path: Path, schema: pa.Schema, sorted_by: Iterable[str] = ()) -> Iter
     Raises:
         FileNotFoundError: it isn't there.
     """
-    dense = {
-        field.name: "DELTA_BINARY_PACKED"
-        for field in schema
-        if pa.types.is_timestamp(field.type) or pa.types.is_uint64(field.type)
-    }
-    by_dictionary = [
-        field.name
-        for field in schema
-        if field.name not in (*dense, *ARRIVAL) and not pa.types.is_binary(field.type)
-    ]
-    order = [pq.SortingColumn(schema.get_field_index(name)) for name in sorted_by]
-    plain = pa.schema(
-        field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
-        for field in schema
-    )
     with path.open("r+b") as file:
         file.truncate()
-        sink = _Sink(file)
-        with pq.ParquetWriter(
-            sink,
-            schema,
-            compression="zstd",
-            use_dictionary=by_dictionary,
-            column_encoding=dense,
-            sorting_columns=order or None,
-            write_page_index=True,
-            store_schema=False,
-        ) as out:
-            out.add_key_value_metadata({_SCHEMA: base64.b64encode(plain.serialize())})
-            yield Writer(sink, out)
+        out = Writer(_Sink(file), schema, sorted_by)
+        try:
+            yield out
+        finally:
+            out.abandon()
 
 
 def write(path: Path, table: pa.Table, note: msgspec.Struct, sorted_by: Iterable[str] = ()) -> None:
