@@ -288,13 +288,15 @@ class Settings(BaseSettings):
         default=100_000, description="A day is consolidated when it has this many pending rows ..."
     )
     consolidate_ratio: float = Field(
-        default=0.25,
+        default=0.5,
         ge=0,
-        description="... and this share of the rows that are consolidated already.",
+        description="... and this share of the rows that are consolidated already. A day that grows "
+        "steadily is written about 1 + 1/share times over, and once more when it has ended.",
     )
     consolidate_max_age: Duration = Field(
         default=dt.timedelta(minutes=15),
-        description="A past day is consolidated when its oldest pending fragment is older.",
+        description="A past day is consolidated when its oldest pending fragment is older; that age "
+        "begins when the day has ended.",
     )
     consolidate_max_age_today: Duration = Field(
         default=dt.timedelta(hours=6),

@@ -144,9 +144,8 @@ def _is_dense(field: pa.Field, rows: pa.Table) -> bool:
     busy gateway's entries hold hundreds, of many users.
     """
     if pa.types.is_uint64(field.type):
-        return int(pc.count_distinct(rows[field.name]).as_py()) * _SHARED > rows.num_rows
-    steady: bool = pa.types.is_timestamp(field.type) or field.name in ("heart_rate", "arrival_pos")
-    return steady
+        return bool(pc.count_distinct(rows[field.name]).as_py() * _SHARED > rows.num_rows)
+    return bool(pa.types.is_timestamp(field.type)) or field.name in ("heart_rate", "arrival_pos")
 
 
 _SHARED = 16

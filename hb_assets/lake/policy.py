@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable
 
-from hb_assets.days import day_of
+from hb_assets.days import day_of, end_ms
 from hb_assets.lake.inventory import DayState
 from hb_assets.settings import Settings
 
@@ -42,12 +42,17 @@ def due(state: DayState, now_ms: int, settings: Settings) -> str | None:
 def overdue_seconds(
     day: dt.date, oldest_pending_ms: int | None, now_ms: int, settings: Settings
 ) -> float:
-    """How far a day's oldest pending fragment is beyond its CONSOLIDATE_MAX_AGE; 0: it isn't."""
+    """How far a day's oldest pending fragment is beyond its CONSOLIDATE_MAX_AGE; 0: it isn't.
+
+    That age begins when the day has ended: stragglers of its last minutes then come along, instead
+    of having the day written once more.
+    """
     if oldest_pending_ms is None:
         return 0.0
-    past = day < day_of(now_ms)
-    most = settings.consolidate_max_age if past else settings.consolidate_max_age_today
-    return max(0.0, (now_ms - oldest_pending_ms) / 1000 - most.total_seconds())
+    since_ms, most = oldest_pending_ms, settings.consolidate_max_age_today
+    if day < day_of(now_ms):
+        since_ms, most = max(since_ms, end_ms(day)), settings.consolidate_max_age
+    return max(0.0, (now_ms - since_ms) / 1000 - most.total_seconds())
 
 
 def most_overdue(

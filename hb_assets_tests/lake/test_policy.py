@@ -60,3 +60,12 @@ YESTERDAY, TOMORROW = DAY - dt.timedelta(days=1), DAY + dt.timedelta(days=1)
 def test_due(found: DayState, why: str | None) -> None:
     settings = Settings(consolidate_min_rows=100, consolidate_ratio=0.25, max_pending_fragments=10)
     assert due(found, NOW, settings) == why
+
+
+@pytest.mark.parametrize(("minutes", "is_due"), [(1, False), (15, False), (16, True)])
+def test_a_day_that_has_just_ended_waits_for_its_stragglers(minutes: int, is_due: bool) -> None:
+    """Hours-old rows of it don't have it written at midnight, and once more soon after."""
+    midnight = days.end_ms(YESTERDAY)
+    oldest = midnight - 5 * 60 * MINUTE
+    found = state(day=YESTERDAY, pending_rows=1, pending_fragments=1, oldest_pending_ms=oldest)
+    assert (due(found, midnight + minutes * MINUTE, Settings()) is not None) == is_due
