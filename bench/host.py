@@ -8,10 +8,20 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
 import uvicorn
 
 from hb_assets.gateway.server import BACKLOG, GRACE_SECONDS, KEEP_ALIVE_SECONDS
+
+OPTIONS: dict[str, Any] = {
+    "ws": "none",
+    "log_config": None,
+    "access_log": False,
+    "proxy_headers": False,
+    "server_header": False,
+}
+"""What a request costs uvicorn, whichever way it comes in."""
 
 
 def main() -> None:
@@ -23,11 +33,7 @@ def main() -> None:
         port=int(port),
         loop="uvloop",
         http="httptools",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
+        **OPTIONS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
         backlog=BACKLOG,

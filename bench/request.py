@@ -23,7 +23,7 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from bench import noop, servers
+from bench import host, noop, servers
 from hb_assets.gateway.app import Gateway
 from hb_assets.gateway.connections import Guard
 from hb_assets.settings import Settings
@@ -75,16 +75,7 @@ def _request(number: int) -> bytes:
 
 async def _measure(app: Any, protocol: Any) -> list[float]:
     """Microseconds of CPU time a request, of each run."""
-    config = uvicorn.Config(
-        app,
-        http=protocol,
-        interface="asgi3",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-    )
+    config = uvicorn.Config(app, http=protocol, interface="asgi3", **host.OPTIONS)
     config.load()
     state = ServerState()
     requests = itertools.cycle([_request(number) for number in range(1000)])

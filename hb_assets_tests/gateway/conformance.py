@@ -12,16 +12,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from hb_assets.gateway import keyring
 from hb_assets.settings import Settings
+from hb_assets_tests.conftest import VALKEY
 from hb_assets_tests.gateway.conftest import running
 
 SECONDS = int(os.environ.get("HB_API_CHECK_SECONDS", "45"))
 
 
-@pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
+@VALKEY
 def test_does_what_the_document_says(settings: Settings, tmp_path: Path) -> None:
     _, token = keyring.create(settings, "conformance", [keyring.ADMIN])
     # a limit would answer 429 to everything that comes after the first seconds

@@ -10,10 +10,11 @@ import httpx
 import pytest
 
 from hb_assets.settings import Settings
+from hb_assets_tests.conftest import VALKEY
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
 from hb_assets_tests.gateway.test_heartbeats import stored
 
-pytestmark = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
+pytestmark = VALKEY
 
 TEN = 1736935200_000
 

@@ -17,11 +17,12 @@ import pytest
 import redis
 
 from hb_assets.settings import Settings
+from hb_assets_tests.conftest import VALKEY
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
 from hb_assets_tests.servers import wait_for
 
 # which server it is makes no difference here
-pytestmark = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
+pytestmark = VALKEY
 
 Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
 SHORTLY = dt.timedelta(milliseconds=300)

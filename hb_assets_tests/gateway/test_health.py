@@ -20,24 +20,18 @@ from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
+from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.gateway.conftest import PATH, heartbeat
 from hb_assets_tests.lake.deliveries import DAY, deliver, entry, line
 from hb_assets_tests.servers import wait_for
+
+redis_url = on_valkey
 
 Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
 PARTS = (
     *("redis", "drain", "backlog", "consumers", "dagster"),
     *("aof", "lake", "space", "spool", "consolidation"),
 )
-
-
-@pytest.fixture
-def redis_url(server_urls: Callable[[str], str]) -> str:
-    """One kind of server: the buffer's own tests run on both."""
-    url = server_urls("valkey")
-    with contextlib.closing(redis.Redis.from_url(url)) as client:
-        client.flushall()
-    return url
 
 
 def failing(http: httpx.Client) -> list[str]:

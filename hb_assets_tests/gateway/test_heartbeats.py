@@ -20,10 +20,8 @@ from hb_assets.gateway.heartbeats import SLICE
 from hb_assets.gateway.problems import MEDIA_TYPE, ProblemError
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
+from hb_assets_tests.conftest import VALKEY
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
-
-# which server it is makes no difference here
-one_server = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
 
 Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
 
@@ -177,7 +175,7 @@ def test_batch_lists_what_it_refused(http: httpx.Client, client: Any, settings: 
     assert len(stored(client, settings.shards)) == 4
 
 
-@one_server
+@VALKEY
 def test_indexes_hold_beyond_the_first_slice(http: httpx.Client) -> None:
     old = {0: "2001-01-01T00:00:00Z", SLICE - 1: "2001-01-01T00:00:00", SLICE: "1999-12-31T23:59Z"}
     sent = [heartbeat() | {"timestamp": old.get(n, "2025-01-15T10:00Z")} for n in range(3 * SLICE)]

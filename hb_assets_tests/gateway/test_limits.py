@@ -15,11 +15,9 @@ import pytest
 
 from hb_assets.gateway.limits import _network
 from hb_assets.settings import Quota, Settings
+from hb_assets_tests.conftest import VALKEY
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
 from hb_assets_tests.gateway.test_heartbeats import problem, stored
-
-# which server it is makes no difference here
-one_server = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
 
 Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
 HOUR = dt.timedelta(hours=1)
@@ -30,7 +28,7 @@ def limited(settings: Settings, **quotas: Any) -> Settings:
     return settings.model_copy(update={f"limit_{name}": quota for name, quota in quotas.items()})
 
 
-@one_server
+@VALKEY
 def test_a_user_over_his_limit(serving: Serving, settings: Settings, client: Any) -> None:
     with serving(limited(settings, user=Quota(2, HOUR))) as http:
         assert "ratelimit" not in http.post(PATH, json=heartbeat()).headers
@@ -47,7 +45,7 @@ def test_a_user_over_his_limit(serving: Serving, settings: Settings, client: Any
     assert len(stored(client, settings.shards)) == 3
 
 
-@one_server
+@VALKEY
 def test_a_batch_is_taken_but_for_who_is_over_his_limit(
     serving: Serving, settings: Settings, client: Any
 ) -> None:
@@ -66,7 +64,7 @@ def test_a_batch_is_taken_but_for_who_is_over_his_limit(
     assert len(stored(client, settings.shards)) == 2
 
 
-@one_server
+@VALKEY
 def test_an_address_pays_for_all_that_it_sends(serving: Serving, settings: Settings) -> None:
     """Heartbeats that aren't valid count as well: they cost us as much."""
     with serving(limited(settings, ip=Quota(5, HOUR))) as http:
@@ -78,7 +76,7 @@ def test_an_address_pays_for_all_that_it_sends(serving: Serving, settings: Setti
         assert "refused" not in problem(whole, 429, "rate-limited")
 
 
-@one_server
+@VALKEY
 def test_what_cannot_be_read_costs_as_well(serving: Serving, settings: Settings) -> None:
     """Or else whoever sends nothing but rubbish is never told to wait."""
     with serving(limited(settings, ip=Quota(4, HOUR))) as http:
@@ -90,7 +88,7 @@ def test_what_cannot_be_read_costs_as_well(serving: Serving, settings: Settings)
         problem(http.post(PATH, json=heartbeat()), 429, "rate-limited")
 
 
-@one_server
+@VALKEY
 def test_more_at_once_than_the_quota_has_to_be_worked_off(
     serving: Serving, settings: Settings
 ) -> None:
@@ -101,7 +99,7 @@ def test_more_at_once_than_the_quota_has_to_be_worked_off(
         assert 2 * 3600 < int(waiting.headers["retry-after"]) <= 2.1 * 3600
 
 
-@one_server
+@VALKEY
 def test_questions_have_a_limit_of_their_own(serving: Serving, settings: Settings) -> None:
     query = {"user_id": "u1", "start": "2025-01-15T10:00:00Z", "end": "2025-01-15T11:00:00Z"}
     with serving(limited(settings, queries=Quota(1, HOUR))) as http:
@@ -125,13 +123,13 @@ def test_what_counts_as_one_address(host: str, meant: str) -> None:
     assert _network(host) == meant
 
 
-@one_server
+@VALKEY
 def test_no_limit_no_header(serving: Serving, settings: Settings) -> None:
     with serving(limited(settings, user=None, ip=None, key=None)) as http:
         assert "ratelimit" not in http.post(PATH, json=heartbeat()).headers
 
 
-@one_server
+@VALKEY
 def test_a_flood_of_one_user_does_not_slow_another(serving: Serving, settings: Settings) -> None:
     """A quiet client's p99 beside a flood that is refused, against one that asks for nothing."""
 
@@ -167,7 +165,7 @@ def test_a_flood_of_one_user_does_not_slow_another(serving: Serving, settings: S
     assert refused < 10 * empty
 
 
-@one_server
+@VALKEY
 def test_a_batch_of_very_many_users_over_their_limits(serving: Serving, settings: Settings) -> None:
     """It is refused in a second, not in the square of its users."""
     batch = [heartbeat(user_id=f"u{number}") for number in range(20_000)]

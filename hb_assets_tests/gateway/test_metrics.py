@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -21,21 +19,15 @@ from hb_assets.drain import drain
 from hb_assets.gateway.metrics import TABLE
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
+from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, running
 from hb_assets_tests.lake.deliveries import DAY
 from hb_assets_tests.servers import wait_for
 
+redis_url = on_valkey
+
 Found = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 DOCS = Path(__file__).parents[2] / "docs" / "http.md"
-
-
-@pytest.fixture
-def redis_url(server_urls: Callable[[str], str]) -> str:
-    """One kind of server: the buffer's own tests run on both."""
-    url = server_urls("valkey")
-    with contextlib.closing(redis.Redis.from_url(url)) as client:
-        client.flushall()
-    return url
 
 
 def samples(http: httpx.Client) -> Found:

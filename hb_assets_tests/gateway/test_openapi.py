@@ -4,21 +4,18 @@ import datetime as dt
 import html.parser
 
 import httpx
-import pytest
 
 from hb_assets.gateway.app import _routes
 from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.metrics import Metrics
 from hb_assets.gateway.openapi import document
 from hb_assets.settings import Settings
+from hb_assets_tests.conftest import VALKEY
 
 NOW = dt.datetime.now(dt.UTC)
 
 
-ONE_KIND = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
-
-
-@ONE_KIND
+@VALKEY
 def test_names_every_route(settings: Settings) -> None:
     found = document(settings, NOW, "1")["paths"]
     documented = {path: {method.upper() for method in methods} for path, methods in found.items()}
@@ -48,7 +45,7 @@ class _Page(html.parser.HTMLParser):
         assert not any(name.startswith("on") or name == "src" for name in given)
 
 
-@ONE_KIND
+@VALKEY
 def test_page_needs_nothing_from_elsewhere(http: httpx.Client) -> None:
     answer = http.get("/docs")
     assert answer.headers["content-type"] == "text/html; charset=utf-8"

@@ -18,11 +18,12 @@ from hb_assets.errors import SettingsError
 from hb_assets.gateway.workers import Workers
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings, environment
+from hb_assets_tests.conftest import VALKEY
 from hb_assets_tests.gateway.conftest import PATH, heartbeat
 from hb_assets_tests.gateway.test_metrics import accepted, samples
 from hb_assets_tests.servers import free_port, wait_for
 
-pytestmark = pytest.mark.parametrize("redis_url", ["valkey"], indirect=True)
+pytestmark = VALKEY
 
 
 @contextlib.contextmanager
