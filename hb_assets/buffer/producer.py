@@ -89,6 +89,10 @@ class Producer:
         self._receipts = Receipts(settings)
         self.clock = ServerClock()
 
+    def close(self) -> None:
+        """Close its connections; the caller's client stays open."""
+        self._client.close()
+
     def append(self, lines_by_shard: Lines) -> Outcomes:
         """Append all lines in one round trip; those of a shard are stored all or none.
 

@@ -366,13 +366,14 @@ def split(body: bytes, media_type: bytes, most: int) -> Records:
             _too_many(most)
         return Records(wires)
     text = body.rstrip()
-    if text.count(b"\n") >= most:
+    lines = text.count(b"\n") + 1
+    if lines > most:
         _too_many(most)
     wires = record.read_lines(text)
-    if wires is not None and len(wires) == text.count(b"\n") + 1:
+    if wires is not None and len(wires) == lines:
         return Records(wires)
-    lines = enumerate(text.split(b"\n"))
-    return Records(texts=[(n, line) for n, line in lines if line and not line.isspace()])
+    texts = enumerate(text.split(b"\n"))
+    return Records(texts=[(n, line) for n, line in texts if line and not line.isspace()])
 
 
 def _elements(body: bytes, most: int) -> list[bytes]:

@@ -66,6 +66,7 @@ class Replayer:
         self._stopping = True
         self._wake.set()
         self._thread.join()
+        self._producer.close()
 
     def lost(self, error: BufferUnavailableError) -> None:
         """Say that Redis didn't take an append."""

@@ -505,8 +505,11 @@ def test_a_restart_that_nobody_saw_is_verified_before_the_next_append(
     """Redis comes back less durable while the gateway is idle, and no request met the outage."""
     most = settings.spool_max_bytes if spooling else 0
     settings = settings.model_copy(update={"spool_max_bytes": most})
-    with running(settings) as http, contextlib.closing(connect(settings)) as importing:
-        producer = Producer(importing, settings)
+    with (
+        running(settings) as http,
+        contextlib.closing(connect(settings)) as importing,
+        contextlib.closing(Producer(importing, settings)) as producer,
+    ):
         post(http)
         assert producer.append({0: [b"{}"]}) == {0: None}
         redis.kill()
