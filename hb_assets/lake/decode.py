@@ -1,32 +1,35 @@
 """Entries into columns: NDJSON text to a table of heartbeats, and what can't be used.
 
-Belongs here: the columnar reading of many records at once. DuckDB takes every line that is
+Belongs here: the columnar reading of many records at once. Entries of our own appends are read as
+`canonical` lines. Of other entries, and of those where that fails, DuckDB takes every line that is
 plainly valid; any other line goes to `record.parse`, whose word is final, so that validity is
 defined once and one bad row never stops its entry. Doesn't belong here: where rows are written, and
 decoding what may kill the process (`isolation`).
-The columnar path forgives a few slips of syntax that `record.parse` doesn't: a trailing comma, and
+DuckDB's reading forgives a few slips of syntax that `record.parse` doesn't: a trailing comma, and
 `NaN`, `1e999` or deep nesting in fields that are ignored.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import duckdb
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from hb_assets import record
 from hb_assets.days import LAST_MS, MS_PER_DAY
+from hb_assets.lake import canonical
 from hb_assets.lake.engine import engine
 from hb_assets.record import BPM_RANGE, ID_LENGTH, Heartbeat, Refusal
-from hb_assets.schema import HEARTBEATS, ORDER, QUARANTINE
+from hb_assets.schema import HEARTBEATS, QUARANTINE
 from hb_assets.settings import Settings
 
 
@@ -93,6 +96,19 @@ _ENTRIES = pa.schema(
     ]
 )
 
+_NAME = pa.dictionary(pa.int32(), pa.string())
+_FOUND: pa.Schema = pa.schema(
+    [
+        ("entry", pa.int32()),
+        ("pos", pa.int32()),
+        ("user_id", _NAME),
+        ("device_id", _NAME),
+        ("instant", pa.int64()),
+        ("bpm", pa.int16()),
+    ]
+)
+_SIGNIFICANT_BITS = 63
+
 # Only a line that is sound beyond doubt is taken here; what is false or null is read again, by
 # record.parse. Ids with a backslash are left to it as well: escapes are rare and easy to get wrong;
 # and foreign lines with more than four fields, so that unknown ones are counted.
@@ -145,24 +161,13 @@ _INSTANT = (
     r'(Z|[+-](0\d|1[0-4]):[0-5]\d)?"'
 )
 
-# Each user is hashed once, not each row: that halves the time of this query.
-_SORT = f"""
-SELECT {", ".join(HEARTBEATS.names)}, users.shard,
-    CAST(epoch_ms(timestamp) // {MS_PER_DAY} AS INTEGER) AS day
-FROM found JOIN (
-    SELECT user_id, CAST(md5_number_lower(user_id) % $shards AS SMALLINT) AS shard
-    FROM (SELECT DISTINCT user_id FROM found)
-) AS users USING (user_id)
-ORDER BY arrival_shard, day, shard, {", ".join(ORDER)}, arrival_ms, arrival_seq, arrival_pos
-"""
+_SHARDS = "SELECT CAST(md5_number_lower(name) % $shards AS SMALLINT) AS shard FROM names"
+_FEW_USERS = 4096
+"""As many are hashed faster than an engine is asked."""
 
 
 def decode(entries: Sequence[Delivery], settings: Settings) -> Decoded:
-    """Read a batch of entries. A timestamp's "too far ahead" is measured from the entry's id.
-
-    Raises:
-        OSError: DuckDB can't spill; the entries are as good as before.
-    """
+    """Read a batch of entries. A timestamp's "too far ahead" is measured from the entry's id."""
     return _decode(entries, [entry.data or b"" for entry in entries], 0, settings)
 
 
@@ -176,9 +181,6 @@ def pieces(
             of any size is cut up.
         settings: those bounds, and what is valid.
         careful: leave nothing to the columnar reading: slower, and proof against its faults.
-
-    Raises:
-        OSError: as `decode`.
     """
     if len(entries) != 1 or _is_empty(entries[0]):
         texts = [entry.data or b"" for entry in entries]
@@ -195,15 +197,18 @@ def refused(entry: Delivery, refusal: Refusal, settings: Settings) -> Iterator[D
     position that it would have had, so that the ledger counts it as if it had been decoded.
     """
     if _is_empty(entry):
-        yield _refused(entry, [(0, entry.data or b"")], _NO_DATA)
+        yield _refused(entry, [(0, entry.data or b"")], _NO_DATA, settings)
         return
     for first, text in _cut(entry, settings):
         lines = enumerate(text.split(b"\n"), first)
-        yield _refused(entry, ((pos, line) for pos, line in lines if line.strip()), refusal)
+        records = ((pos, line) for pos, line in lines if line.strip())
+        yield _refused(entry, records, refusal, settings)
 
 
-def _refused(entry: Delivery, lines: Iterable[tuple[int, bytes]], refusal: Refusal) -> Decoded:
-    rejects = _Rejects([entry])
+def _refused(
+    entry: Delivery, lines: Iterable[tuple[int, bytes]], refusal: Refusal, settings: Settings
+) -> Decoded:
+    rejects = _Rejects(_Batch.by_arrival([entry], [b""], 0, settings)[1])
     for pos, line in lines:
         rejects.add(0, pos, line, refusal)
     return Decoded(ROWS.empty_table(), rejects.table(), [len(rejects.indexes)], 0)
@@ -237,55 +242,73 @@ def _decode(
     careful: bool = False,
 ) -> Decoded:
     """Read these texts of the entries; their first lines are at position `first`."""
-    bounds = settings.time_bounds
-    rejects = _Rejects(entries)
-    found: list[tuple[int, int, Heartbeat]] = []
+    order, batch = _Batch.by_arrival(entries, texts, first, settings)
+    rejects = _Rejects(batch)
+    whole = []
+    for index, entry in enumerate(batch.entries):
+        if _is_empty(entry):
+            rejects.add(index, 0, batch.texts[index], _NO_DATA)
+        else:
+            whole.append(index)
+    parts: list[pa.Table] = []
+    doubtful: Iterable[tuple[int, int, bytes]]
+    if careful:
+        doubtful = _lines(batch, whole)
+    else:
+        parts, doubtful = _read(batch, whole)
     unknown_fields = 0
-    with engine(settings) as connection:
-        batch = _Batch(connection, entries, texts, first, settings)
-        whole = [index for index, entry in enumerate(entries) if not _is_empty(entry)]
-        read, unread = _read_all(batch, [] if careful else whole)
-        sound = read.filter(read["sound"])
-        for index in set(range(len(entries))) - set(whole):
-            rejects.add(index, 0, texts[index], _NO_DATA)
-        for index, pos, line in _doubtful(read, batch, whole if careful else unread):
-            if not line.strip():
-                continue
-            result, unknown = record.parse(line, min(entries[index].ms, LAST_MS), bounds)
-            if isinstance(result, Refusal):
-                rejects.add(index, pos, line, result)
-            else:
-                found.append((index, pos, result))
-                unknown_fields += unknown
-        counts = np.bincount(
-            np.concatenate(
-                [
-                    sound["entry"].to_numpy(),
-                    np.array([index for index, _, _ in found], np.int32),
-                    np.array(rejects.indexes, np.int32),
-                ]
-            ),
-            minlength=len(entries),
-        )
-        rows = pa.concat_tables([_sound_rows(sound, entries), _found_rows(found, entries)])
-        connection.register("found", rows)
-        try:
-            sorted_rows = connection.sql(_SORT, params={"shards": settings.shards}).to_arrow_table()
-        except duckdb.OutOfMemoryException:
-            sorted_rows = _sorted(rows, settings.shards)
-        except duckdb.IOException:
-            where = str(settings.run_dir)
-            raise OSError(errno.EIO, "DuckDB can't spill to disk", where) from None
-    return Decoded(sorted_rows.cast(ROWS), rejects.table(), counts.tolist(), unknown_fields)
+    found: list[tuple[int, int, Heartbeat]] = []
+    for index, pos, line in doubtful:
+        if not line.strip():
+            continue
+        now_ms = min(batch.entries[index].ms, LAST_MS)
+        result, unknown = record.parse(line, now_ms, settings.time_bounds)
+        if isinstance(result, Refusal):
+            rejects.add(index, pos, line, result)
+        else:
+            found.append((index, pos, result))
+            unknown_fields += unknown
+    sound = _together([*parts, _parsed(found)])
+    read = np.concatenate([sound["entry"].to_numpy(), np.array(rejects.indexes, np.int32)])
+    counts = np.empty(len(entries), np.int64)
+    counts[order] = np.bincount(read, minlength=len(entries))
+    return Decoded(_sorted(sound, batch), rejects.table(), counts.tolist(), unknown_fields)
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    connection: duckdb.DuckDBPyConnection
+    """Entries and their texts, those of each source shard in the order of arrival."""
+
     entries: Sequence[Delivery]
     texts: Sequence[bytes]
     first: int
     settings: Settings
+    ms: npt.NDArray[np.uint64]
+    seq: npt.NDArray[np.uint64]
+    shard: npt.NDArray[np.int16]
+
+    @classmethod
+    def by_arrival(
+        cls, entries: Sequence[Delivery], texts: Sequence[bytes], first: int, settings: Settings
+    ) -> tuple[npt.NDArray[np.intp], Self]:
+        """Where each of its entries stands in the entries that are given, and the batch."""
+        ms = np.array([entry.ms for entry in entries], np.uint64)
+        seq = np.array([entry.seq for entry in entries], np.uint64)
+        shard = np.array([entry.shard for entry in entries], np.int16)
+        order = np.lexsort((seq, ms, shard))
+        return order, cls(
+            [entries[index] for index in order],
+            [texts[index] for index in order],
+            first,
+            settings,
+            *(ms[order], seq[order], shard[order]),
+        )
+
+    @property
+    def latest(self) -> npt.NDArray[np.int64]:
+        """Of each entry the latest timestamp that is accepted."""
+        now_ms = np.minimum(self.ms, np.uint64(LAST_MS)).astype(np.int64)
+        return np.minimum(now_ms + self.settings.time_bounds.future_ms, LAST_MS)
 
 
 _NO_DATA = Refusal(
@@ -293,61 +316,83 @@ _NO_DATA = Refusal(
 )
 
 
-def _latest(entry_ms: int, settings: Settings) -> int:
-    return min(min(entry_ms, LAST_MS) + settings.time_bounds.future_ms, LAST_MS)
-
-
 def _is_empty(entry: Delivery) -> bool:
     return not entry.data or entry.data.isspace()
 
 
-def _sorted(rows: pa.Table, shards: int) -> pa.Table:
-    """As `_SORT` where DuckDB lacks memory and can't spill: slower, and it takes no more of it."""
-    users = rows["user_id"].combine_chunks().dictionary_encode()
-    shard_of = [record.shard_of(user, shards) for user in users.dictionary.to_pylist()]
-    shard = pa.array(shard_of, pa.int16()).take(users.indices)
-    day = pa.array(rows["timestamp"].cast(pa.int64()).to_numpy() // MS_PER_DAY, pa.int32())
-    table = rows.append_column("shard", shard).append_column("day", day)
-    keys = ["arrival_shard", "day", "shard", *ORDER, "arrival_ms", "arrival_seq", "arrival_pos"]
-    return table.sort_by([(key, "ascending") for key in keys])
+def _read(
+    batch: _Batch, indexes: Sequence[int]
+) -> tuple[list[pa.Table], Iterator[tuple[int, int, bytes]]]:
+    """Sound lines of these entries, and those that nothing vouches for."""
+    found, left = _canonical(batch, indexes)
+    if not left:
+        return found, iter(())
+    with engine(batch.settings) as connection:
+        read, unread = _read_all(connection, batch, left)
+    sound = read.filter(read["sound"]).select(_FOUND.names)
+    return [*found, _encoded(sound)], _doubtful(read, batch, unread)
 
 
-def _read_all(batch: _Batch, indexes: Sequence[int]) -> tuple[pa.Table, list[int]]:
+def _canonical(batch: _Batch, indexes: Sequence[int]) -> tuple[list[pa.Table], list[int]]:
+    """Entries that are canonical throughout, and the entries that aren't.
+
+    Only our own appends are tried: an entry that turns out to be something else is read twice.
+    """
+    own = np.array([index for index in indexes if batch.entries[index].own is not None], np.int32)
+    texts = [batch.texts[index] for index in own]
+    counts = np.array([text.count(b"\n") + 1 for text in texts], np.int64)
+    lines = canonical.read(b"\n".join(texts), int(counts.sum())) if texts else None
+    if lines is None:
+        return [], list(indexes)
+    at = np.repeat(np.arange(len(own)), counts)[lines.number]
+    entry = own[at]
+    sound = (lines.instant >= batch.settings.time_bounds.start_ms) & (
+        lines.instant <= batch.latest[entry]
+    )
+    whole = np.bincount(at[sound], minlength=len(own)) == counts
+    found = pa.Table.from_arrays(
+        [
+            pa.array(entry),
+            pa.array(lines.number - (np.cumsum(counts) - counts)[at] + batch.first, pa.int32()),
+            lines.user_id,
+            lines.device_id,
+            pa.array(lines.instant),
+            pa.array(lines.bpm),
+        ],
+        schema=_FOUND,
+    )
+    if whole.all():
+        return [found], [index for index in indexes if batch.entries[index].own is None]
+    return [found.filter(pa.array(whole[at]))], sorted({*indexes} - {*own[whole].tolist()})
+
+
+def _read_all(
+    connection: duckdb.DuckDBPyConnection, batch: _Batch, indexes: Sequence[int]
+) -> tuple[pa.Table, list[int]]:
     """Lines of these entries in columns, and the entries that can't be read so.
 
     What fails in company (one entry that isn't UTF-8, or takes more memory than there is) is tried
     in halves, down to the entry that fails alone: `record.parse` reads that one line by line.
     """
     try:
-        return _read(batch, indexes), []
+        return _read_some(connection, batch, indexes), []
     except (UnicodeDecodeError, MemoryError, duckdb.Error, pa.ArrowException):
         half = len(indexes) // 2
         if half == 0:
-            return _read(batch, []), list(indexes)
-    first, unread = _read_all(batch, indexes[:half])
-    second, more = _read_all(batch, indexes[half:])
+            return _read_some(connection, batch, []), list(indexes)
+    first, unread = _read_all(connection, batch, indexes[:half])
+    second, more = _read_all(connection, batch, indexes[half:])
     return pa.concat_tables([first, second]), unread + more
 
 
-def _doubtful(
-    read: pa.Table, batch: _Batch, unread: Sequence[int]
-) -> Iterator[tuple[int, int, bytes]]:
-    """Entry, position and text of each line that DuckDB doesn't vouch for, a chunk at a time."""
-    lines = read.filter(pa.compute.invert(read["sound"])).select(["entry", "pos", "line"])
-    for chunk in lines.to_batches(_CHUNK):
-        for index, pos, line in zip(*(column.to_pylist() for column in chunk.columns), strict=True):
-            yield index, pos, line.encode()
-    for index in unread:
-        for pos, raw in enumerate(io.BytesIO(batch.texts[index]), batch.first):
-            yield index, pos, raw.removesuffix(b"\n")
-
-
-def _read(batch: _Batch, indexes: Sequence[int]) -> pa.Table:
+def _read_some(
+    connection: duckdb.DuckDBPyConnection, batch: _Batch, indexes: Sequence[int]
+) -> pa.Table:
     entries, texts, settings = batch.entries, batch.texts, batch.settings
     table = pa.Table.from_arrays(
         [
             pa.array(indexes, pa.int32()),
-            pa.array([_latest(entries[index].ms, settings) for index in indexes], pa.int64()),
+            pa.array(batch.latest[indexes], pa.int64()),
             pa.array([entries[index].own is None for index in indexes], pa.bool_()),
             pa.array([texts[index].decode() for index in indexes], pa.string()),
         ],
@@ -355,7 +400,7 @@ def _read(batch: _Batch, indexes: Sequence[int]) -> pa.Table:
     )
     # DuckDB scans an Arrow table by its chunks, each in one thread.
     chunks = pa.Table.from_batches(table.to_batches(_SCAN), table.schema)
-    batch.connection.register("entries", chunks)
+    connection.register("entries", chunks)
     parameters = {
         "first": batch.first,
         "shape": _SHAPE,
@@ -366,52 +411,140 @@ def _read(batch: _Batch, indexes: Sequence[int]) -> pa.Table:
         "highest": BPM_RANGE[1],
         "start": settings.time_bounds.start_ms,
     }
-    return batch.connection.sql(_DECODE, params=parameters).to_arrow_table()
+    return connection.sql(_DECODE, params=parameters).to_arrow_table()
 
 
-def _arrivals(indexes: Any, positions: Any, entries: Sequence[Delivery]) -> list[pa.Array]:
-    def column(values: list[int], kind: Any, arrow: pa.DataType) -> pa.Array:
-        return pa.array(np.array(values, kind)[indexes], arrow)
+def _doubtful(
+    read: pa.Table, batch: _Batch, unread: Sequence[int]
+) -> Iterator[tuple[int, int, bytes]]:
+    """Entry, position and text of each line that DuckDB doesn't vouch for, a chunk at a time."""
+    lines = read.filter(pa.compute.invert(read["sound"])).select(["entry", "pos", "line"])
+    for chunk in lines.to_batches(_CHUNK):
+        for index, pos, line in zip(*(column.to_pylist() for column in chunk.columns), strict=True):
+            yield index, pos, line.encode()
+    yield from _lines(batch, unread)
 
+
+def _lines(batch: _Batch, indexes: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
+    """Entry, position and text of each line of these entries."""
+    for index in indexes:
+        for pos, raw in enumerate(io.BytesIO(batch.texts[index]), batch.first):
+            yield index, pos, raw.removesuffix(b"\n")
+
+
+def _parsed(found: list[tuple[int, int, Heartbeat]]) -> pa.Table:
+    beats = [beat for _, _, beat in found]
+    columns = [
+        pa.array([index for index, _, _ in found], pa.int32()),
+        pa.array([pos for _, pos, _ in found], pa.int32()),
+        pa.array([beat.user_id for beat in beats], pa.string()).dictionary_encode(),
+        pa.array([beat.device_id for beat in beats], pa.string()).dictionary_encode(),
+        pa.array([beat.timestamp_ms for beat in beats], pa.int64()),
+        pa.array([beat.heart_rate for beat in beats], pa.int16()),
+    ]
+    return pa.Table.from_arrays(columns, schema=_FOUND)
+
+
+def _encoded(sound: pa.Table) -> pa.Table:
+    """Sound lines with names in dictionaries."""
+    for at in (_FOUND.get_field_index(name) for name in ("user_id", "device_id")):
+        column = sound.column(at).dictionary_encode()
+        sound = sound.set_column(at, _FOUND.field(at), column)
+    return sound.cast(_FOUND)
+
+
+def _together(parts: Sequence[pa.Table]) -> pa.Table:
+    """All lines that were found, by entry and position; one dictionary for each column of names."""
+    parts = [part for part in parts if part.num_rows] or [_FOUND.empty_table()]
+    found = pa.concat_tables(parts).unify_dictionaries().combine_chunks()
+    entry, pos = found["entry"].to_numpy(), found["pos"].to_numpy()
+    ahead = (entry[1:] > entry[:-1]) | ((entry[1:] == entry[:-1]) & (pos[1:] > pos[:-1]))
+    return found if ahead.all() else found.take(pa.array(np.lexsort((pos, entry))))
+
+
+def _sorted(found: pa.Table, batch: _Batch) -> pa.Table:
+    """The rows that were found, with identity, shard and day, as `Decoded.rows` has them."""
+    if found.num_rows == 0:
+        return ROWS.empty_table()
+    entry, pos = found["entry"].to_numpy(), found["pos"].to_numpy()
+    users, devices = found["user_id"].chunk(0), found["device_id"].chunk(0)
+    user, device = users.indices.to_numpy(), devices.indices.to_numpy()
+    shards = _shards(users.dictionary, batch.settings)
+    instant, source = found["instant"].to_numpy(), batch.shard[entry]
+    day, of_day = np.divmod(instant, MS_PER_DAY)
+    user_rank = _ranks(np.lexsort((_ranks(_by_name(users)), shards)))
+    device_rank = _ranks(_by_name(devices))
+    # what is equal stays as it is: by arrival
+    order = _order([source, day, user_rank[user], of_day, device_rank[device]])
+    user, entry = user[order], entry[order]
+    return pa.Table.from_arrays(
+        [
+            users.dictionary.take(pa.array(user)),
+            devices.dictionary.take(pa.array(device[order])),
+            pa.array(instant[order]).cast(HEARTBEATS.field("timestamp").type),
+            pa.array(found["bpm"].to_numpy()[order]),
+            *_arrivals(batch, entry, pos[order]),
+            pa.array(shards[user]),
+            pa.array(day[order], pa.int32()),
+        ],
+        schema=ROWS,
+    )
+
+
+def _shards(users: pa.StringArray, settings: Settings) -> npt.NDArray[np.int16]:
+    """The shard of each user, who is hashed once, not for each row."""
+    if len(users) > _FEW_USERS:
+        with suppress(duckdb.Error), engine(settings) as connection:
+            connection.register("names", pa.table({"name": users}))
+            found = connection.sql(_SHARDS, params={"shards": settings.shards}).to_arrow_table()
+            shards: npt.NDArray[np.int16] = found["shard"].to_numpy()
+            return shards
+    of_each = [record.shard_of(user, settings.shards) for user in users.to_pylist()]
+    return np.array(of_each, np.int16)
+
+
+def _by_name(names: pa.DictionaryArray) -> npt.NDArray[np.uint64]:
+    order: npt.NDArray[np.uint64] = pa.compute.array_sort_indices(names.dictionary).to_numpy()
+    return order
+
+
+def _ranks(order: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """The place of each in an order of all."""
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order))
+    return ranks
+
+
+def _order(keys: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.intp]:
+    """The stable order by integers, the most significant first.
+
+    One number that holds them all is sorted five times as fast as several columns.
+    """
+    least = [int(key.min()) for key in keys]
+    bits = [(int(key.max()) - low).bit_length() for key, low in zip(keys, least, strict=True)]
+    if sum(bits) > _SIGNIFICANT_BITS:
+        return np.lexsort(keys[::-1])
+    packed = np.zeros(len(keys[0]), np.int64)
+    for key, low, width in zip(keys, least, bits, strict=True):
+        packed <<= width
+        packed |= key.astype(np.int64) - low
+    return np.argsort(packed, kind="stable")
+
+
+def _arrivals(batch: _Batch, entry: npt.NDArray[Any], pos: Any) -> list[pa.Array]:
     return [
-        column([entry.ms for entry in entries], np.uint64, pa.uint64()),
-        column([entry.seq for entry in entries], np.uint64, pa.uint64()),
-        column([entry.shard for entry in entries], np.int16, pa.int16()),
-        pa.array(positions, pa.int32()),
+        pa.array(batch.ms[entry]),
+        pa.array(batch.seq[entry]),
+        pa.array(batch.shard[entry]),
+        pa.array(pos, pa.int32()),
     ]
-
-
-def _sound_rows(sound: pa.Table, entries: Sequence[Delivery]) -> pa.Table:
-    timestamp = HEARTBEATS.field("timestamp").type
-    columns = [
-        sound["user_id"],
-        sound["device_id"],
-        sound["instant"].cast(timestamp),
-        sound["bpm"],
-        *_arrivals(sound["entry"].to_numpy(), sound["pos"].to_numpy(), entries),
-    ]
-    return pa.Table.from_arrays(columns, schema=HEARTBEATS)
-
-
-def _found_rows(found: list[tuple[int, int, Heartbeat]], entries: Sequence[Delivery]) -> pa.Table:
-    indexes = np.array([index for index, _, _ in found], np.int64)
-    columns = [
-        pa.array([beat.user_id for _, _, beat in found], pa.string()),
-        pa.array([beat.device_id for _, _, beat in found], pa.string()),
-        pa.array([beat.timestamp_ms for _, _, beat in found], pa.int64()).cast(
-            HEARTBEATS.field("timestamp").type
-        ),
-        pa.array([beat.heart_rate for _, _, beat in found], pa.int16()),
-        *_arrivals(indexes, [pos for _, pos, _ in found], entries),
-    ]
-    return pa.Table.from_arrays(columns, schema=HEARTBEATS)
 
 
 class _Rejects:
     """Records that can't be used, gathered in columns: there may be millions of tiny ones."""
 
-    def __init__(self, entries: Sequence[Delivery]) -> None:
-        self._entries = entries
+    def __init__(self, batch: _Batch) -> None:
+        self._batch = batch
         self.indexes = array("i")
         self._positions = array("i")
         self._raws: list[bytes] = []
@@ -435,12 +568,12 @@ class _Rejects:
 
     def _close_chunk(self) -> None:
         indexes = np.array(self.indexes[self._done :], np.int64)
-        attempts = np.array([entry.deliveries for entry in self._entries], np.int32)[indexes]
+        attempts = np.array([entry.deliveries for entry in self._batch.entries], np.int32)[indexes]
         columns = [
             pa.array(self._raws, pa.binary()),
             pa.array([refusal.reason for refusal in self._refusals], pa.string()),
             pa.array([refusal.message for refusal in self._refusals], pa.string()),
-            *_arrivals(indexes, self._positions[self._done :], self._entries),
+            *_arrivals(self._batch, indexes, self._positions[self._done :]),
             pa.array(attempts, pa.int32()),
             pa.array([self._now_ms] * len(indexes), pa.int64()).cast(
                 QUARANTINE.field("quarantined_at").type

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import errno
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import settings as example_settings
@@ -23,7 +18,6 @@ from hypothesis import strategies as st
 
 from hb_assets import days, record
 from hb_assets.lake import decode as decode_module
-from hb_assets.lake import engine as engine_module
 from hb_assets.lake import fragments, layout, quarantine
 from hb_assets.lake.decode import Decoded, decode, pieces, refused
 from hb_assets.lake.store import Lake
@@ -120,6 +114,14 @@ likely = st.fixed_dictionaries(
     )
 )
 
+heartbeats = st.builds(
+    Heartbeat,
+    ids.filter(lambda name: 1 <= len(name) <= 128),
+    st.sampled_from(["d", "d,d"]),
+    st.integers(NOON, NOW),
+    st.integers(30, 220),
+)
+
 
 @st.composite
 def lines(draw: st.DrawFn) -> bytes:
@@ -130,6 +132,8 @@ def lines(draw: st.DrawFn) -> bytes:
         separators=draw(st.sampled_from([(",", ":"), (" , ", "\t: ")])),
     )
     found = text.encode(errors="surrogatepass")
+    if draw(st.booleans()):
+        found = record.encode(draw(heartbeats))
     spoil = draw(st.sampled_from(["no"] * 6 + ["cut", "insert", "around"]))
     place = draw(st.integers(0, len(found)))
     odd = [
@@ -203,10 +207,17 @@ def where_lines_went(decoded: Decoded) -> dict[tuple[int, ...], tuple[Any, ...] 
     return found
 
 
-@given(st.lists(st.lists(texts, min_size=1, max_size=6), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(st.lists(texts, min_size=1, max_size=6), st.booleans()), min_size=1, max_size=4
+    )
+)
 @example_settings(max_examples=80)
-def test_every_line_ends_where_the_record_says(contents: list[list[bytes]]) -> None:
-    entries = [entry(content, seq, shard=seq % 4) for seq, content in enumerate(contents)]
+def test_every_line_ends_where_the_record_says(contents: list[tuple[list[bytes], bool]]) -> None:
+    entries = [
+        dataclasses.replace(entry(content, seq, shard=seq % 4), own=len(content) if own else None)
+        for seq, (content, own) in enumerate(contents)
+    ]
     decoded = decode(entries, SETTINGS)
     found = where_lines_went(decoded)
     counts = [0] * len(entries)
@@ -449,47 +460,31 @@ def test_memory_of_millions_of_tiny_rows_is_bounded(tmp_path: Path) -> None:
     assert late - early < 100, "MB more after a million rows than after 200,000"
 
 
-def test_a_batch_that_cannot_be_sorted_in_memory_and_not_spilled(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The disk is full, so that there is no folder to spill to: other ways lead there, too."""
-    name = "é" * 60
-    entries = [
-        entry([line(f"{name}{n % 997}", name, NOON + n * 7919 % 10**8) for n in range(1000)], seq)
-        for seq in range(180)
-    ]
-    usual = decode(entries, settings)
-    tight = settings.model_copy(update={"duckdb_memory": 64 * 2**20, "duckdb_threads": 1})
-    ways: list[int] = []
-    in_arrow = decode_module._sorted
-
-    def noted(rows: pa.Table, shards: int) -> pa.Table:
-        ways.append(rows.num_rows)
-        return in_arrow(rows, shards)
-
-    @contextmanager
-    def none(_: Settings) -> Iterator[Path]:
-        raise OSError(errno.ENOSPC, "No space left on device")
-        yield
-
-    monkeypatch.setattr(decode_module, "_sorted", noted)
-    monkeypatch.setattr(engine_module, "spill_folder", none)
-    found = decode(entries, tight)
-    assert ways == [180_000]
-    assert found.rows.equals(usual.rows)
-    assert found.counts == usual.counts
-
-
-def test_both_ways_to_sort_agree(settings: Settings) -> None:
-    users = ["u", "U", "é", "e\u0301", "\U0001f600", "\uffff", "", "z"]
-    lines = [
-        line(f"{user}{n % 2}", f"d{n % 3}", NOON - n * 40_000_001 % (3 * days.MS_PER_DAY))
-        for n in range(20)
+@pytest.mark.parametrize("own", [None, 1])
+def test_rows_are_sorted(own: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way: by source, day and shard, then as consolidated files are, then by arrival."""
+    users = ["u", "U", "é", "e\u0301", "\U0001f600", "\uffff", "a,b", "z"]
+    beats = [
+        Heartbeat(f"{user}{n % 2}", f"d{n % 3}", NOON - n % 9 * 40_000_001, 60 + n)
+        for n in range(40)
         for user in users
     ]
-    entries = [entry(lines[:90], 2, shard=1), entry(lines[90:], 1), entry(lines[:50], 3)]
-    usual = decode(entries, settings)
-    shuffled = usual.rows.take(np.random.default_rng(1).permutation(usual.rows.num_rows))
-    found = decode_module._sorted(shuffled.select(HEARTBEATS.names), settings.shards)
-    assert found.cast(decode_module.ROWS).equals(usual.rows)
-    assert found.num_rows == len(lines) + 50
+    lines = [record.encode(beat) for beat in beats]
+    entries = [
+        dataclasses.replace(entry(part, seq, shard=shard), own=own)
+        for part, seq, shard in ((lines[:90], 2, 1), (lines[90:], 10, 0), (lines[:150], 9, 0))
+    ]
+    decoded = decode(entries, SETTINGS)
+    rows = decoded.rows.to_pylist()
+    assert decoded.counts == [90, 230, 150]
+    assert rows == sorted(
+        rows,
+        key=lambda one: (
+            *(one["arrival_shard"], one["day"], one["shard"], one["user_id"].encode()),
+            *(one["timestamp"], one["device_id"].encode()),
+            *(one["arrival_ms"], one["arrival_seq"], one["arrival_pos"]),
+        ),
+    )
+    monkeypatch.setattr(decode_module, "_SIGNIFICANT_BITS", 0)
+    monkeypatch.setattr(decode_module, "_FEW_USERS", 0)
+    assert decode(entries, SETTINGS).rows.equals(decoded.rows)
