@@ -261,7 +261,8 @@ class Settings(BaseSettings):
     claim_min_idle: PositiveDuration = Field(
         default=dt.timedelta(seconds=60),
         description="How long an entry may be pending before another drainer takes it over. Must "
-        "be longer than the slowest cycle.",
+        "be longer than the two slowest cycles: an entry may be claimed while the cycle before its "
+        "own is at work.",
     )
     poison_deliveries: Count = Field(
         default=5,
@@ -277,6 +278,14 @@ class Settings(BaseSettings):
         le=15,
         description="CPU seconds that decoding one suspect may take, or each piece of a large one; "
         "by the clock, three times as many.",
+    )
+    drain_max_wait: Duration = Field(
+        default=dt.timedelta(seconds=2),
+        le=dt.timedelta(seconds=30),
+        description="How long `hb drain --follow` gathers heartbeats, as long as they are fewer than "
+        "a cycle may take: the longer, the fewer and larger the fragments, and the later anybody "
+        "sees what is in them. Never more than a quarter of HB_CLAIM_MIN_IDLE. The drain sensor "
+        "gathers from one tick to the next.",
     )
     drain_poll: PositiveDuration = Field(
         default=dt.timedelta(milliseconds=200),

@@ -549,7 +549,9 @@ def test_follow_takes_what_comes_later(
     client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
 ) -> None:
     stop = threading.Event()
-    quick = settings.model_copy(update={"drain_poll": dt.timedelta(milliseconds=5)})
+    quick = settings.model_copy(
+        update={"drain_poll": dt.timedelta(milliseconds=5), "drain_max_wait": dt.timedelta(0)}
+    )
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(drain, consumer, lake, quick, follow=True, stop=stop.is_set)
         try:

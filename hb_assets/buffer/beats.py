@@ -69,8 +69,11 @@ def timed(name: str, seconds: float) -> Counter[str]:
     return Counter({f"{name}_us": round(seconds * 1_000_000), label(f"{name}_le", bound): 1})
 
 
-def beat(client: Client, names: Iterable[str], counts: Mapping[str, int]) -> None:
+def beat(client: Client, names: Iterable[str], counts: Mapping[str, int]) -> int:
     """Note that `names` are alive, and add to counts; one round trip.
+
+    Returns:
+        Redis' clock, epoch milliseconds.
 
     Raises:
         BufferUnavailableError: Redis doesn't answer, or something else lies at a key.
@@ -80,7 +83,7 @@ def beat(client: Client, names: Iterable[str], counts: Mapping[str, int]) -> Non
     for name, number in counts.items():
         if number:
             arguments += (name, number)
-    _call(client, "beat", arguments)
+    return int(_call(client, "beat", arguments))
 
 
 def look(client: Client) -> Signs:
