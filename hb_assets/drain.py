@@ -31,6 +31,8 @@ _LOOK = 0.2
 """Longest sleep, in seconds, between two looks at `stop`."""
 _LOOK_BACK = 5.0
 """Seconds after which a batch is claimed with nothing in hand: what the dead left comes then."""
+_LEAST_AHEAD = 4
+"""Batches that are claimed ahead in between at least, however long each takes."""
 
 
 def pause_after(faults: int) -> float:
@@ -182,6 +184,7 @@ class _Claims:
         self._ahead: Future[_Batch] | None = None
         self._given_up = Event()
         self._looked_back = 0.0
+        self._since = 0
 
     def __enter__(self) -> Self:
         return self
@@ -205,15 +208,17 @@ class _Claims:
             ahead, self._ahead = self._ahead, None
             return ahead.result()
         self._looked_back = time.monotonic()
+        self._since = 0
         return self._gathered(self._consumer.claim)
 
     def look_ahead(self, batch: _Batch) -> None:
         """Begin to claim what comes after this batch, where that is sensible."""
         # What the dead and failed cycles left is for a claim that has nothing in hand.
-        due = time.monotonic() - self._looked_back > _LOOK_BACK
+        due = self._since >= _LEAST_AHEAD and time.monotonic() - self._looked_back > _LOOK_BACK
         more = self._wait or batch.ended in ("rows", "bytes")
         if more and not due and not self._consumer.behind:
             self._given_up.clear()
+            self._since += 1
             self._ahead = self._thread.submit(self._gathered, self._consumer.claim_ahead)
 
     def give_up(self) -> None:

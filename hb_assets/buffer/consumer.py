@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -107,6 +108,7 @@ class Consumer:
         self._first_shard = 0
         self._budget = _Budget(1, 1, 1)
         self._surplus: list[Entry] = []
+        self._turn = threading.Lock()
         _open[self.name] = self
 
     def open(self) -> None:
@@ -414,7 +416,10 @@ class Consumer:
 
     def _round_trip(self, calls: Sequence[tuple[int, Command]]) -> list[Any]:
         try:
-            return exchange(self._client, [command for _, command in calls])
+            # Redis does one thing after the other anyway, and two threads that read its replies
+            # would wait for each other's GIL time and again
+            with self._turn:
+                return exchange(self._client, [command for _, command in calls])
         except (failures.RedisError, OSError) as error:
             raise unavailable(error, self._client) from None
 
