@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from threading import Event
 from typing import Literal, Self
 
+import numpy as np
+
 from hb_assets.buffer import beats
 from hb_assets.buffer.consumer import Consumer, Entry
 from hb_assets.lake import erased, fragments, isolation, quarantine, tombstones
@@ -141,28 +143,35 @@ def _bring(
     decoded: Iterable[Decoded],
     reasons: Counter[str],
 ) -> Drained:
-    rows = quarantined = published = unknown_fields = 0
-    counts = []
-    for part in decoded:
-        kept, forgotten = tombstones.withheld(lake, part.rows)
-        rejected, forgotten_too = tombstones.withheld(lake, part.rejected)
-        published += len(fragments.publish(lake, kept))
-        quarantine.publish(lake, rejected)
-        erased.publish(lake, settings, forgotten, forgotten_too)
-        counts.append(part.counts)
-        rows += kept.num_rows
-        quarantined += rejected.num_rows
-        reasons.update(rejected["reason"].to_pylist())
-        unknown_fields += part.unknown_fields
-    totals = map(sum, zip(*counts, strict=True))
+    done = Drained(entries=len(entries))
+    counts = np.zeros(len(entries), np.int64)
+    with ThreadPoolExecutor(1, "writer") as writer:
+        writing: Future[Drained] | None = None
+        for part in decoded:
+            if writing is not None:
+                done = done.plus(writing.result())
+            counts += part.counts
+            writing = writer.submit(_write, lake, settings, part, reasons)
+        if writing is not None:
+            done = done.plus(writing.result())
     # Everything is durable now; a crash before this line means that the entries come again.
-    consumer.acknowledge(list(zip(entries, totals, strict=True)))
+    consumer.acknowledge(list(zip(entries, counts.tolist(), strict=True)))
+    return done
+
+
+def _write(lake: Lake, settings: Settings, part: Decoded, reasons: Counter[str]) -> Drained:
+    """Make a part of what was decoded durable, while the next one is being decoded."""
+    kept, forgotten = tombstones.withheld(lake, part.rows)
+    rejected, forgotten_too = tombstones.withheld(lake, part.rejected)
+    published = fragments.publish(lake, kept)
+    quarantine.publish(lake, rejected)
+    erased.publish(lake, settings, forgotten, forgotten_too)
+    reasons.update(rejected["reason"].to_pylist())
     return Drained(
-        rows=rows,
-        quarantined=quarantined,
-        entries=len(entries),
-        fragments=published,
-        unknown_fields=unknown_fields,
+        rows=kept.num_rows,
+        quarantined=rejected.num_rows,
+        fragments=len(published),
+        unknown_fields=part.unknown_fields,
     )
 
 

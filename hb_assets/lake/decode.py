@@ -16,7 +16,7 @@ import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import duckdb
@@ -83,6 +83,9 @@ ROWS: pa.Schema = pa.schema(
     [*HEARTBEATS, pa.field("shard", pa.int16()), pa.field("day", pa.int32())]
 )
 
+_MOST_LOTS = 4
+_LEAST_LOT = 2**20
+"""Bytes of NDJSON that are worth a piece of their own."""
 _CHUNK = 50_000
 """Lines that are handled in Python at a time."""
 _SCAN = 64
@@ -174,7 +177,10 @@ def decode(entries: Sequence[Delivery], settings: Settings) -> Decoded:
 def pieces(
     entries: Sequence[Delivery], settings: Settings, *, careful: bool = False
 ) -> Iterator[Decoded]:
-    """As `decode`, in as many pieces as memory asks for; their `counts` are to be added up.
+    """As `decode`, in several pieces, so that one can be written while the next one is decoded.
+
+    Their `counts` are to be added up. Entries of one source shard are in one piece, since each
+    piece makes fragments of its own.
 
     Args:
         entries: together within DRAIN_MAX_ROWS and DRAIN_MAX_BYTES, as a claim's are; a single one
@@ -183,8 +189,13 @@ def pieces(
         careful: leave nothing to the columnar reading: slower, and proof against its faults.
     """
     if len(entries) != 1 or _is_empty(entries[0]):
-        texts = [entry.data or b"" for entry in entries]
-        yield _decode(entries, texts, 0, settings, careful=careful)
+        for lot in _lots(entries):
+            members = [entries[index] for index in lot]
+            texts = [entry.data or b"" for entry in members]
+            decoded = _decode(members, texts, 0, settings, careful=careful)
+            counts = np.zeros(len(entries), np.int64)
+            counts[lot] = decoded.counts
+            yield replace(decoded, counts=counts.tolist())
         return
     for first, text in _cut(entries[0], settings):
         yield _decode(entries, [text], first, settings, careful=careful)
@@ -231,6 +242,19 @@ def _cut(entry: Delivery, settings: Settings) -> Iterator[tuple[int, bytes]]:
         yield first, data[start:end]
         first += data.count(b"\n", start, end) + 1
         start = end + 1
+
+
+def _lots(entries: Sequence[Delivery]) -> list[npt.NDArray[np.intp]]:
+    """Entries in lots of about the same size, by source shard; a small batch is one lot."""
+    sizes = np.array([len(entry.data or b"") for entry in entries], np.int64)
+    sources = np.array([entry.shard for entry in entries], np.int64)
+    lots = min(_MOST_LOTS, int(sizes.sum()) // _LEAST_LOT)
+    if lots < 2:
+        return [np.arange(len(entries))]
+    of_source = np.bincount(sources, sizes)
+    lot_of_source = (np.cumsum(of_source) - of_source) * lots // of_source.sum()
+    lot = lot_of_source[sources]
+    return [np.flatnonzero(lot == number) for number in np.unique(lot)]
 
 
 def _decode(

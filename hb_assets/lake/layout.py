@@ -14,7 +14,6 @@ import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 RAW = "raw"
@@ -54,9 +53,12 @@ class FragmentName:
     def covering(cls, rows: pa.Table) -> FragmentName:
         """A new name for rows (with their identities) that came by one source shard."""
         ms, seq = rows["arrival_ms"].to_numpy(), rows["arrival_seq"].to_numpy()
-        order = np.lexsort((seq, ms))
-        first, last = ((int(ms[at]), int(seq[at])) for at in (order[0], order[-1]))
-        return cls.new(int(rows["arrival_shard"][0].as_py()), first, last)
+        first, last = ms.min(), ms.max()
+        return cls.new(
+            int(rows["arrival_shard"][0].as_py()),
+            (int(first), int(seq[ms == first].min())),
+            (int(last), int(seq[ms == last].max())),
+        )
 
     @staticmethod
     def is_one(name: str) -> bool:
