@@ -33,6 +33,7 @@ _DLT_ROWS = 100_000
 _SMALL = 10_000
 
 
+@needs("pandas")  # pyarrow imports it with its first array where it is installed: for tests, here
 def drained(home: str) -> Found:
     """Drain all that the buffer of `home` holds."""
     settings = settings_in(Path(home))
@@ -43,6 +44,7 @@ def drained(home: str) -> Found:
     return {"rows": done.rows, "fragments": done.fragments, "cycles": done.cycles}
 
 
+@needs("pandas")
 def parts(home: str) -> Found:
     """Read, decode and write the same backlog, one after the other; nothing is acknowledged."""
     settings = settings_in(Path(home))

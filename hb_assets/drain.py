@@ -73,7 +73,7 @@ class Drained:
         )
 
 
-Ended = Literal["rows", "bytes", "all", "age"]
+Ended = Literal["rows", "bytes", "entries", "all", "age"]
 """What ended the gathering of a batch: a bound, all there was, or how long its oldest waited."""
 
 
@@ -224,7 +224,7 @@ class _Claims:
         """Begin to claim what comes after this batch, where that is sensible."""
         # What the dead and failed cycles left is for a claim that has nothing in hand.
         due = self._since >= _LEAST_AHEAD and time.monotonic() - self._looked_back > _LOOK_BACK
-        more = self._wait or batch.ended in ("rows", "bytes")
+        more = self._wait or batch.ended not in ("all", "age")
         if more and not due and not self._consumer.behind:
             self._given_up.clear()
             self._since += 1

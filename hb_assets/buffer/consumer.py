@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -35,6 +35,8 @@ _Result = TypeVar("_Result")
 _STEP_ENTRIES = 1024
 """Most entries that one read asks for, whatever their size so far lets hope."""
 _STEP_GROWTH = 4
+_MOST_ENTRIES = 50_000
+"""Entries of one claim: with one heartbeat each, a larger one would be at Redis for seconds."""
 _ENTRY_BYTES = 64 * 1024
 """What an entry of 500 heartbeats weighs, about: the first step's guess."""
 _PAGE = 100
@@ -92,7 +94,7 @@ class Consumer:
         """Entries that somebody deleted while they were pending: data loss."""
         self.unusable: dict[int, str] = {}
         """Shards that are left out, and why: something else lies at one of their keys."""
-        self.ended: Literal["rows", "bytes", "all"] = "all"
+        self.ended: Literal["rows", "bytes", "entries", "all"] = "all"
         """What ended the last claim: one of its bounds, or all there was is claimed."""
         self.behind = False
         """Whether entries may be pending for us that only `claim` hands out."""
@@ -203,13 +205,14 @@ class Consumer:
             BufferUnavailableError: some are not known to be acknowledged; they'll be handed out
                 again unless they were.
         """
-        by_shard: dict[int, list[tuple[Entry, int]]] = {}
+        lots: dict[tuple[int, int, int, int], list[str]] = {}
         for entry, count in counts:
-            by_shard.setdefault(entry.shard, []).append((entry, count))
+            own = -1 if entry.own is None else entry.own
+            alike = (entry.shard, own, count, entry.size)
+            lots.setdefault(alike, []).append(f"{entry.ms}-{entry.seq}")
         calls = [
-            (shard, _acknowledgement(shard, members[start : start + _ACKNOWLEDGE_ENTRIES]))
-            for shard, members in by_shard.items()
-            for start in range(0, len(members), _ACKNOWLEDGE_ENTRIES)
+            (shard, script("acknowledge", _names(shard), (keys.GROUP, *arguments)))
+            for shard, arguments in _acknowledgements(lots)
         ]
         try:
             return sum(self._exchange(calls))
@@ -456,8 +459,8 @@ class _Budget:
 
     def __init__(self, max_rows: int, max_bytes: int, entry_rows: int) -> None:
         self.open = True
-        self.ended: Literal["rows", "bytes", "all"] = "all"
-        self._rows, self._bytes = max_rows, max_bytes
+        self.ended: Literal["rows", "bytes", "entries", "all"] = "all"
+        self._rows, self._bytes, self._entries = max_rows, max_bytes, _MOST_ENTRIES
         self._any = False
         # Until entries were seen they are taken to be full ones of our own.
         self._largest_rows, self._largest_bytes = 0, 0
@@ -470,6 +473,7 @@ class _Budget:
         if self._any:
             step = min(
                 step,
+                self._entries,
                 self._rows // max(1, self._largest_rows),
                 self._bytes // max(1, self._largest_bytes),
             )
@@ -487,29 +491,38 @@ class _Budget:
             self._any = True
             self._rows -= rows
             self._bytes -= size
+            self._entries -= 1
             if rows > self._largest_rows:
                 self._largest_rows = rows
             if size > self._largest_bytes:
                 self._largest_bytes = size
-            if self._rows <= 0 or self._bytes <= 0:
+            if self._rows <= 0 or self._bytes <= 0 or self._entries <= 0:
                 self._close(self._rows <= 0, self._bytes <= 0)
         return [*entries]
 
     def _close(self, rows: bool, size: bool) -> None:
-        if self.open and (rows or size):
+        if self.open and (rows or size or self._entries <= 0):
             self.open = False
-            self.ended = "rows" if rows else "bytes"
+            self.ended = "rows" if rows else "bytes" if size else "entries"
 
 
-def _acknowledgement(shard: int, counts: Sequence[tuple[Entry, int]]) -> Command:
-    lots: dict[tuple[int, int, int], list[str]] = {}
-    for entry, count in counts:
-        own = -1 if entry.own is None else entry.own
-        lots.setdefault((own, count, entry.size), []).append(entry.id)
-    arguments: list[str | bytes | int] = [keys.GROUP]
-    for alike, ids in lots.items():
-        arguments += (*alike, len(ids), *ids)
-    return script("acknowledge", _names(shard), arguments)
+def _acknowledgements(
+    lots: Mapping[tuple[int, int, int, int], Sequence[str]],
+) -> Iterator[tuple[int, list[str | int]]]:
+    """Shards, each with as many lots (without their shard) as one call may take."""
+    arguments: list[str | int] = []
+    shard, room = -1, 0
+    for (of, *alike), ids in sorted(lots.items()):
+        for start in range(0, len(ids), _ACKNOWLEDGE_ENTRIES):
+            some = ids[start : start + _ACKNOWLEDGE_ENTRIES]
+            if of != shard or len(some) > room:
+                if arguments:
+                    yield shard, arguments
+                arguments, shard, room = [], of, _ACKNOWLEDGE_ENTRIES
+            arguments += (*alike, len(some), *some)
+            room -= len(some)
+    if arguments:
+        yield shard, arguments
 
 
 def _names(shard: int) -> tuple[str, str]:

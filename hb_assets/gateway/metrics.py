@@ -125,7 +125,8 @@ TABLE = _table(
     (
         "hb_drain_flushes_total",
         "reason",
-        "Such cycles by what ended their claim: its bound of rows, of bytes, or all was claimed.",
+        "Such cycles by what ended their claim: its bound of rows, of bytes or of entries, the age of "
+        "what was gathered, or all was claimed.",
     ),
     ("hb_drain_rows_total", "", "Rows that drains wrote into fragments."),
     ("hb_drain_entries_total", "", "Entries that drains acknowledged."),
