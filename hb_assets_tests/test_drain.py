@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -561,6 +561,104 @@ def test_follow_takes_what_comes_later(
         finally:
             stop.set()
         assert running.result().rows == 3
+
+
+@contextmanager
+def following(
+    consumer: Consumer, lake: Lake, settings: Settings, **changes: Any
+) -> Iterator[Future[Drained]]:
+    """A drain that follows, and looks often."""
+    often = {"drain_poll": dt.timedelta(milliseconds=5), **changes}
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(
+                drain,
+                *(consumer, lake, settings.model_copy(update=often)),
+                follow=True,
+                stop=stop.is_set,
+            )
+        finally:
+            stop.set()
+
+
+@VALKEY
+def test_little_is_gathered_until_it_is_much(
+    client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
+) -> None:
+    wait = dt.timedelta(seconds=30)
+    with following(consumer, lake, settings, drain_max_wait=wait, drain_max_rows=3) as running:
+        for seq in range(2):
+            append(client, settings, [beat(f"u{seq}")])
+            wait_for(lambda: depth.depths(client, settings)[0].pending == seq + 1, "its claim")  # noqa: B023  # called at once
+        append(client, settings, [beat("u2")])
+        wait_for(lambda: buffered(client, settings) == 0, "the drain")
+    assert (running.result().rows, running.result().cycles) == (3, 1)
+    assert beats.look(client).labelled("drain_flushes") == {"rows": 1}
+
+
+@VALKEY
+def test_little_is_flushed_when_it_has_waited(
+    client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
+) -> None:
+    wait = dt.timedelta(milliseconds=100)
+    with following(consumer, lake, settings, drain_max_wait=wait) as running:
+        append(client, settings, users(3))
+        wait_for(lambda: buffered(client, settings) == 0, "the drain")
+    assert running.result().rows == 3
+    assert beats.look(client).labelled("drain_flushes") == {"age": 1}
+
+
+@VALKEY
+def test_what_is_gathered_when_it_has_to_stop_is_brought(
+    client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
+) -> None:
+    with following(consumer, lake, settings, drain_max_wait=dt.timedelta(seconds=30)) as running:
+        append(client, settings, users(3))
+        wait_for(lambda: depth.depths(client, settings)[0].pending == 1, "its claim")
+    assert running.result().rows == 3
+    assert buffered(client, settings) == 0
+
+
+@VALKEY
+def test_what_lies_ahead_of_a_failing_cycle_is_claimed_again(
+    client: redis.Redis,
+    lake: Lake,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = settings.model_copy(update={"entry_max_heartbeats": 5, "drain_max_rows": 10})
+    for shard in range(4):
+        append(client, small, users(20), shard)
+    publish, calls = fragments.publish, [0]
+
+    def failing(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            wait_for(lambda: sum(one.pending for one in depth.depths(client, settings)) > 3, "more")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return publish(*arguments)
+
+    monkeypatch.setattr(fragments, "publish", failing)
+    with consuming(small) as consumer:
+        with pytest.raises(OSError, match="No space left"):
+            drain(consumer, lake, small)
+        assert drain(consumer, lake, small).rows == 70
+    assert buffered(client, settings) == 0
+    assert len(settled(client, lake, settings)) == 20
+
+
+@VALKEY
+def test_it_ends_once_it_has_caught_up(
+    client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
+) -> None:
+    """What comes meanwhile would make a fragment for each handful."""
+    append(client, settings, users(3))
+    done = drain(
+        *(consumer, lake, settings), on_cycle=lambda _: append(client, settings, users(2), 1)
+    )
+    assert (done.rows, done.cycles, done.empty) == (3, 1, True)
+    assert buffered(client, settings) == 1
 
 
 def test_until_empty_waits_for_what_another_one_holds(

@@ -168,6 +168,7 @@ BAD = {
     "drain_tick_seconds": ["0", "46", "nan"],
     "claim_min_idle": ["later"],
     "drain_poll": ["often"],
+    "drain_max_wait": ["soon", "31s"],
     "poison_deliveries": ["0", "few"],
     "poison_memory": ["1MiB", "much"],
     "poison_seconds": ["0", "60", "long"],

@@ -125,8 +125,7 @@ TABLE = _table(
     (
         "hb_drain_flushes_total",
         "reason",
-        "Such cycles by what ended their claim: its bound of rows, of bytes or of entries, the age of "
-        "what was gathered, or all was claimed.",
+        "Such cycles by what ended their claim: a bound (rows, bytes, entries), age, or all was there.",
     ),
     ("hb_drain_rows_total", "", "Rows that drains wrote into fragments."),
     ("hb_drain_entries_total", "", "Entries that drains acknowledged."),

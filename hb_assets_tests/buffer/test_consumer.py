@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from hb_assets.buffer import consumer as consumer_module
 from hb_assets.buffer import keys
 from hb_assets.buffer.consumer import Consumer, Entry, _is_dead, _new_name, _started
 from hb_assets.buffer.depth import depths, losses, scanned
@@ -102,6 +103,78 @@ def test_entries_that_a_failed_cycle_left_come_again(
     assert len(second) == 3
     assert set(ids(first)) < set(ids(second))
     assert sorted(entry.deliveries for entry in second) == [1, 2, 2]
+
+
+def test_claims_ahead_return_nothing_that_is_in_hand(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    """What was read beyond a bound comes next, without being handed out once more."""
+    consumer = opened()
+    Producer(client, settings.model_copy(update={"entry_max_heartbeats": 2})).append(
+        {0: [LINE] * 6, 1: [LINE] * 4}
+    )
+    parts = [consumer.claim(3, 10**6)]
+    while parts[-1]:
+        parts.append(consumer.claim_ahead(3, 10**6) if len(parts) % 2 else consumer.claim_more())
+    assert consumer.claim_more() == []
+    taken = [entry for part in parts for entry in part]
+    assert len(ids(taken)) == len(set(ids(taken))) < 5, "claim_more keeps to the bounds"
+
+    taken += consumer.claim_ahead(*ALL)
+    assert len(set(ids(taken))) == 5
+    assert [entry.deliveries for entry in taken] == [1] * 5
+    assert not consumer.behind
+    assert ids(consumer.claim(*ALL)) == ids(taken)
+
+
+def test_more_is_claimed_within_the_same_bounds(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    consumer = opened()
+    Producer(client, settings).append({0: [LINE] * 3})
+    assert [entry.rows for entry in consumer.claim(5, 10**6)] == [3]
+    assert (consumer.ended, consumer.claim_more()) == ("all", [])
+    Producer(client, settings).append({1: [LINE] * 2})
+    Producer(client, settings).append({1: [LINE] * 2})
+    assert [entry.rows for entry in consumer.claim_more()] == [2]
+    assert (consumer.ended, consumer.claim_more()) == ("rows", [])
+    assert [entry.rows for entry in consumer.claim_ahead(5, 10**6)] == [2]
+
+
+def test_a_claim_is_bounded_in_entries(
+    client: redis.Redis, opened: Callable[..., Consumer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumer_module, "_MOST_ENTRIES", 5)
+    for number in range(12):
+        client.xadd(keys.stream(number % 4), {"data": LINE})
+    consumer = opened()
+    found = [len(consumer.claim(*ALL)), *(len(consumer.claim_ahead(*ALL)) for _ in range(2))]
+    assert found == [5, 5, 2]
+    assert consumer.ended == "all"
+
+
+def test_entries_that_are_alike_are_acknowledged_together(
+    client: redis.Redis,
+    settings: Settings,
+    opened: Callable[..., Consumer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In calls of few ids; what somebody else has deleted isn't counted, whatever is alike."""
+    monkeypatch.setattr(consumer_module, "_ACKNOWLEDGE_ENTRIES", 3)
+    one = settings.model_copy(update={"entry_max_heartbeats": 1})
+    Producer(client, one).append({0: [LINE] * 8, 1: [LINE, LINE + b" "]})
+    for _ in range(4):
+        client.xadd(keys.stream(0), {"data": "one\ntwo"})
+    consumer = opened()
+    entries = consumer.claim(*ALL)
+    gone = [entry for entry in entries if entry.shard == 0 and entry.own][2:4]
+    assert consumer.acknowledge([(entry, entry.rows) for entry in gone]) == 2
+
+    assert consumer.acknowledge([(entry, entry.rows) for entry in entries]) == 12
+    assert consumer.empty()
+    first, second, *_ = depths(client, settings)
+    assert (first.acknowledged, second.acknowledged) == (16, 2)
+    assert balances(client, settings)
 
 
 def test_consumers_share_the_work(
