@@ -212,9 +212,10 @@ def drain_buffer(
 ) -> None:
     """Bring heartbeats from the buffer into durable fragments of the lake.
 
-    Without an option: until a look finds nothing more to claim. Any number may run side by side.
-    With --follow a fault (a full disk, a Redis that is away) is told and tried again, after longer
-    and longer rests; otherwise it ends the command. What wasn't acknowledged stays in the buffer.
+    Without an option: until a claim took all there was. Any number may run side by side. With
+    --follow little is gathered for HB_DRAIN_MAX_WAIT, and a fault (a full disk, a Redis that is
+    away) is told and tried again, after longer and longer rests; otherwise it ends the command.
+    What wasn't acknowledged stays in the buffer.
     """
     if until_empty and follow:
         raise typer.BadParameter("--until-empty and --follow exclude each other")
