@@ -22,7 +22,7 @@ from hb_assets.buffer import connection, server
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.drain import drain
 from hb_assets.lake import fragments
-from hb_assets.lake.decode import decode
+from hb_assets.lake.decode import pieces
 from hb_assets.lake.store import Lake
 
 OURS = "hb drain, to fsynced fragments and acknowledgement"
@@ -55,11 +55,12 @@ def parts(home: str) -> Found:
     for found in backlogs.read(settings, step):
         entries = [backlogs.entry(raw) for raw in found]
         clock["read"] += (read := time.perf_counter()) - began
-        made = decode(entries, settings)
-        clock["decode"] += (decoded := time.perf_counter()) - read
-        fragments.publish(lake, made.rows)
-        clock["write"] += (began := time.perf_counter()) - decoded
-        rows += made.rows.num_rows
+        for piece in pieces(entries, settings):
+            clock["decode"] += (decoded := time.perf_counter()) - read
+            fragments.publish(lake, piece.rows)
+            clock["write"] += (read := time.perf_counter()) - decoded
+            rows += piece.rows.num_rows
+        began = time.perf_counter()
     return {"rows": rows, **clock}
 
 
