@@ -11,6 +11,7 @@ Belongs here: which parts there are, and their order. Doesn't belong here: what 
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import signal
 import sys
@@ -35,13 +36,25 @@ NOTES = [
         "than its seconds"
     ),
 ]
-PARTS: dict[str, tuple[Callable[[Bench], Iterator[Row | Ways | Study]], ...]] = {
+
+
+def dagster(bench: Bench) -> Iterator[Row | str]:
+    """What Dagster costs, and whether age slows it."""
+    from bench import control_room  # importing dagster takes seconds
+
+    logging.disable()
+    yield from control_room.measured(quick=bench.quick, say=bench.say)
+    yield from control_room.NOTES
+
+
+PARTS: dict[str, tuple[Callable[[Bench], Iterator[Row | Ways | Study | str]], ...]] = {
     "drain": (drains.speed, drains.memory, drains.day),
     "consolidate": (consolidating.consolidate,),
     "scale": (consolidating.scale,),
     "amplification": (consolidating.amplification,),
     "size": (consolidating.size,),
     "end-to-end": (whole.whole,),
+    "dagster": (dagster,),
 }
 
 
@@ -66,7 +79,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console(stderr=True)
     folder = Path(tempfile.mkdtemp(prefix="run-", dir=HOME))
-    report = Report(table.machine(HOME, PACKAGES, REFERENCES), NOTES)
+    report = Report(table.machine(HOME, PACKAGES, REFERENCES), [*NOTES])
     try:
         with console.status("") as status:
             bench = Bench(

@@ -156,10 +156,12 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     beside: list[Ways | Study] = field(default_factory=list)
 
-    def add(self, one: Row | Ways | Study) -> None:
-        """Put it where it is shown."""
+    def add(self, one: Row | Ways | Study | str) -> None:
+        """Put it where it is shown; a text is a note."""
         if isinstance(one, Row):
             self.rows.append(one)
+        elif isinstance(one, str):
+            self.notes.append(one)
         else:
             self.beside.append(one)
 
