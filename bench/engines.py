@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -72,6 +73,8 @@ def main() -> int:
     arguments.add_argument("--json", action="store_true", help="print JSON, every run in it")
     arguments.add_argument("--strict", action="store_true", help="fail when a target isn't reached")
     chosen = arguments.parse_args()
+    for name in [name for name in os.environ if name.startswith("HB_")]:
+        del os.environ[name]  # what is measured has the settings that the bench gives it
     HOME.mkdir(exist_ok=True)
     if table.file_system(HOME) == "tmpfs":
         print(f"bench: {HOME} lies in memory, where fsync costs nothing", file=sys.stderr)
