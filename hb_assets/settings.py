@@ -335,10 +335,15 @@ class Settings(BaseSettings):
         description="How long a consolidator waits for another one before it works beside it.",
     )
     duckdb_memory: Annotated[Bytes, Field(ge=64 * 2**20)] = Field(
-        default=2**30, description="Memory limit of each DuckDB engine."
+        default=2**30,
+        description="Memory limit of each DuckDB engine, and of all shards that a consolidation "
+        "merges in memory side by side.",
     )
     duckdb_threads: int = Field(
-        default=0, ge=0, description="Threads of each DuckDB engine; 0: one per core."
+        default=0,
+        ge=0,
+        description="Threads of each DuckDB engine, and shards that a consolidation works on at "
+        "once; 0: one per core.",
     )
 
     # -- the gateway

@@ -1,0 +1,104 @@
+"""What the parts of a consolidation cost, and both sorts of a merge, on the fragments of one shard.
+
+    python -m bench.merging
+
+For docs/decisions/0023-merge-in-memory.md. CPU time of this process, Polars' and DuckDB's threads
+included; the best of three. Belongs here: the parts. Doesn't belong here: what the whole costs,
+held against others (`consolidating`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from bench import lakes
+from bench.engines import HOME
+from bench.traffic import DAY, Traffic
+from bench.ways import settings_in
+from hb_assets.lake import checks, external_sort, fragments, merge, parquet
+from hb_assets.lake.columns import ENCODED, TEXTS, Columns
+from hb_assets.lake.consolidated import ConsolidatedNote
+from hb_assets.lake.inputs import Inputs
+from hb_assets.lake.merge import Tally
+from hb_assets.lake.store import Lake
+from hb_assets.schema import ORDER
+from hb_assets.settings import Settings
+
+_ROWS = 10_000_000
+
+
+def main() -> None:
+    """Measure and print the table."""
+    console = Console(width=100)
+    root = lakes.raw_of(Traffic(_ROWS), HOME, console.print)
+    with tempfile.TemporaryDirectory(dir=HOME) as folder:
+        settings = settings_in(Path(folder), lake=str(root))
+        found = fragments.listed(Lake.open(settings), DAY, 0)
+        rows = sum(fragment.rows for fragment in found)
+        table = Table(title=f"one shard of {_ROWS:,} rows: {rows:,} in {len(found)} fragments")
+        table.add_column("part")
+        table.add_column("ns a row", justify="right")
+        for name, work in _parts(found, rows, settings, Path(folder) / "merged").items():
+            table.add_row(name, f"{_cpu(work) / rows * 1e9:.0f}")
+        console.print(table)
+
+
+def _parts(
+    found: Sequence[fragments.Fragment], rows: int, settings: Settings, to: Path
+) -> dict[str, Callable[[], object]]:
+    """The parts in order; each works with what the ones before it left."""
+    inputs = Inputs(None, [fragment.path for fragment in found])
+    read = list(parquet.tables(inputs.new, TEXTS))
+    arrays = Columns.of(read, rows)
+    arrays.sort()
+    sorted_rows = [arrays.table(slice(0, rows))]
+
+    def write() -> None:
+        to.touch()
+        with parquet.writer(to, ENCODED, ORDER) as out:
+            for part in sorted_rows:
+                out.write(part)
+            out.close_with(ConsolidatedNote.nothing())
+
+    def verify() -> None:
+        for fragment in found:
+            fragments.verify(fragment)
+
+    def merged(*, in_memory: bool) -> pa.Table:
+        parts = merge.merged(inputs, rows, Tally(), settings, in_memory=in_memory)
+        return pa.concat_tables(parts)
+
+    return {
+        "verify the fragments' checksums": verify,
+        "read them": lambda: list(parquet.tables(inputs.new, TEXTS)),
+        "into arrays, texts as ranks": lambda: Columns.of(read, rows),
+        "read, arrays, sort": lambda: Columns.of(parquet.tables(inputs.new, TEXTS), rows).sort(),
+        "the whole merge in memory": lambda: merged(in_memory=True),
+        "the whole merge in DuckDB": lambda: merged(in_memory=False),
+        "of which the query": lambda: list(external_sort.sorted_rows(inputs, settings)),
+        "write": write,
+        "check": lambda: checks.heartbeats(to, DAY, settings),
+        "check where all values were checked before": lambda: checks.heartbeats(
+            to, DAY, settings, []
+        ),
+    }
+
+
+def _cpu(work: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(3):
+        began = time.process_time()
+        work()
+        best = min(best, time.process_time() - began)
+    return best
+
+
+if __name__ == "__main__":
+    main()
