@@ -7,6 +7,7 @@ are compared (`ways`), the data (`traffic`, `lakes`), how a file is laid out (`l
 from __future__ import annotations
 
 import shutil
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def consolidate(bench: Bench) -> Iterator[Row | Ways]:
     yield _size(costs[OURS], costs[FLOOR])
 
 
-def scale(bench: Bench) -> Iterator[Row]:
+def scale(bench: Bench) -> Iterator[Row | Study]:
     """Ten times as many rows under a memory limit, and late rows into that day."""
     small, large = bench.traffic(), bench.traffic(10)
     few = lakes.raw_of(small, bench.cache, bench.say)
@@ -93,8 +94,9 @@ def scale(bench: Bench) -> Iterator[Row]:
     )
     anew = [cost.seconds for cost in costs[large.rows]]
     rows = large.rows // 1000
+    beside = {bench.named(): costs[small.rows], bench.named(10): costs[large.rows]}
     for where, shard, target in (("all shards", None, 0.5), ("one shard", 3, 0.1)):
-        found = []
+        found = beside.setdefault(f"{rows:,} late rows, {where}", [])
         for run in range(bench.others):
             bench.say(f"late rows, {where}, run {run + 1} of {bench.others}")
             late = bench.fresh("late")
@@ -103,16 +105,27 @@ def scale(bench: Bench) -> Iterator[Row]:
             cost = measured(ways.ours, late, GIGABYTE)
             if cost.number("shards") != (large.shards if shard is None else 1):
                 raise FailedMeasurementError(f"{cost.number('shards')} shards were written")
-            found.append(cost.seconds)
+            found.append(cost)
         yield Row(
             f"{rows:,} late rows into that day, {where}, against consolidating it anew",
             "s",
-            found,
+            [cost.seconds for cost in found],
             anew,
             target,
             at_most=True,
         )
     shutil.rmtree(home)
+    heads = ("consolidate under HB_DUCKDB_MEMORY=1GB", "seconds", "CPU s", "peak MB")
+    yield Study(heads, [(name, *_medians(found)) for name, found in beside.items()])
+
+
+def _medians(costs: list[Cost]) -> tuple[str, str, str]:
+    """Seconds, CPU seconds and peak MB, as a study shows them."""
+    seconds, cpu, peak = (
+        statistics.median(cost.number(name) for cost in costs)
+        for name in ("seconds", "cpu", "peak_mb")
+    )
+    return f"{seconds:.2f}", f"{cpu:.2f}", f"{peak:,.0f}"
 
 
 def amplification(bench: Bench) -> Iterator[Row]:
