@@ -16,8 +16,10 @@ import shutil
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import dagster as dg
 
 from hb_assets import days
 from hb_assets.buffer import connection
@@ -115,17 +117,25 @@ def past_of(home: Path, number: int) -> None:
             )
 
 
-def ticks_of(home: Path) -> None:
+def ticks_of(home: Path, cursors: Mapping[str, str | None]) -> None:
     """Let an instance look as if its sensors had ticked for as long as ticks are kept.
 
     Args:
         home: its DAGSTER_HOME; each sensor has ticked there, and nothing runs on it now.
+        cursors: what the sensors know by now; each tick is stored with it.
     """
-    with _database(home / "schedules" / "schedules.db") as ticks:
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        for state in instance.all_instigator_state():
+            cursor, data = cursors.get(state.instigator_name), state.sensor_instigator_data
+            if cursor and data:
+                instance.update_instigator_state(state.with_data(data._replace(cursor=cursor)))
+                ticks = instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=1)
+                instance.update_tick(ticks[0].with_cursor(cursor))
+    with _database(home / "schedules" / "schedules.db") as rows:
         query = "SELECT selector_id, max(tick_body) FROM job_ticks WHERE type = 'SENSOR' GROUP BY 1"
-        for selector, body in ticks.execute(query).fetchall():
+        for selector, body in rows.execute(query).fetchall():
             kept = next(n for sensor, n in TICKS_KEPT.items() if f'"{sensor}"' in body)
-            _multiply(ticks, "job_ticks", f"selector_id = '{selector}'", kept, 86_400)
+            _multiply(rows, "job_ticks", f"selector_id = '{selector}'", kept, 86_400)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ from hb_assets.cli.control_room import ControlRoom
 from hb_assets.definitions import of
 from hb_assets.defs.installation import Installation
 from hb_assets.defs.jobs import CONSOLIDATE_DAY
-from hb_assets.defs.reports import Cursor
 from hb_assets.defs.sensors.drain import MOST_EVENTS
 from hb_assets.settings import PACKAGE, Settings
 
@@ -266,21 +265,24 @@ def launched(at: Up, repeats: int) -> list[Row]:
     ]
 
 
-def settle(at: Up, *, reported: int) -> None:
-    """Wait until all sensors have ticked, and the drain sensor has reported so many days."""
-    deadline = time.monotonic() + 10 * PATIENCE_SECONDS
+def settle(at: Up) -> None:
+    """Wait until each sensor has ticked twice since it was started."""
+    began, deadline = time.time(), time.monotonic() + 2 * PATIENCE_SECONDS
     with dg.DagsterInstance.from_config(str(at.settings.dagster_home)) as instance:
         while time.monotonic() < deadline:
-            states = {one.instigator_name: one for one in instance.all_instigator_state()}
-            data = {name: one.instigator_data for name, one in states.items()}
-            cursor = Cursor.parse(getattr(data.get("drain"), "cursor", None))
-            known = sum(len(digests) for digests in cursor.months.values())
-            if known >= reported and all(
-                getattr(data.get(name), "last_tick_timestamp", None) for name in SENSORS
-            ):
+            ended = [
+                tick
+                for one in instance.all_instigator_state()
+                if one.sensor_instigator_data
+                for tick in instance.get_ticks(
+                    one.instigator_origin_id, one.selector_id, after=began, limit=2
+                )
+                if tick.end_timestamp
+            ]
+            if len(ended) == 2 * len(ages.TICKS_KEPT):
                 return
             time.sleep(1)
-    raise SystemExit("bench: the sensors didn't report every day")
+    raise SystemExit(f"bench: the sensors don't tick; see {at.settings.home}/up.log")
 
 
 def ticking(at: Up, seconds: float) -> tuple[float, dict[str, list[float]]]:
@@ -302,17 +304,26 @@ def ticking(at: Up, seconds: float) -> tuple[float, dict[str, list[float]]]:
     return busy, found
 
 
-def running(new: Path, old: Path, seconds: float, runs: int) -> list[Row]:
-    """What the daemon does with both installations, one after the other."""
+def running(
+    new: Path, old: Path, cursors: Mapping[str, str | None], seconds: float, runs: int
+) -> list[Row]:
+    """What the daemon does with both installations, one after the other.
+
+    Args:
+        new: home of the new one.
+        old: home of the old one.
+        cursors: what the sensors of the old one know by now.
+        seconds: how long to look at each.
+        runs: how many to launch.
+    """
     with up(old) as at:
-        settle(at, reported=1)
-    ages.ticks_of(Settings(home=old).dagster_home)
+        settle(at)
+    ages.ticks_of(Settings(home=old).dagster_home, cursors)
     rows: list[Row] = []
     busy, found = {}, {}
     for name, home in (("new", new), ("old", old)):
         with up(home) as at:
-            settle(at, reported=1 if name == "new" else YEAR)
-            ticking(at, 15)  # the first ones read the lake
+            settle(at)
             busy[name], found[name] = ticking(at, seconds)
             if name == "new":
                 rows += launched(at, runs)
@@ -347,9 +358,10 @@ def measured(*, quick: bool, repeats: int = 7, say: Callable[[str], None] = prin
             ages.past_of(old.settings.dagster_home, MONTH)
             rows += a_run(new, 3)
             rows += ticks(new, old, repeats)
+            report_all(old)
         if not quick:
             say("running `hb up` on both, one after the other")
-            rows += running(base / "new", base / "old", 40, 3)
+            rows += running(base / "new", base / "old", old.cursors, 40, 3)
     return rows
 
 
