@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -110,7 +109,6 @@ class Consumer:
         self._first_shard = 0
         self._budget = _Budget(1, 1, 1)
         self._surplus: list[Entry] = []
-        self._turn = threading.Lock()
         _open[self.name] = self
 
     def open(self) -> None:
@@ -207,8 +205,8 @@ class Consumer:
         """
         lots: dict[tuple[int, int, int, int], list[str]] = {}
         for entry, count in counts:
-            own = -1 if entry.own is None else entry.own
-            alike = (entry.shard, own, count, entry.size)
+            own = entry.own
+            alike = (entry.shard, -1 if own is None else own, count, entry.size)
             lots.setdefault(alike, []).append(f"{entry.ms}-{entry.seq}")
         calls = [
             (shard, script("acknowledge", _names(shard), (keys.GROUP, *arguments)))
@@ -419,10 +417,7 @@ class Consumer:
 
     def _round_trip(self, calls: Sequence[tuple[int, Command]]) -> list[Any]:
         try:
-            # Redis does one thing after the other anyway, and two threads that read its replies
-            # would wait for each other's GIL time and again
-            with self._turn:
-                return exchange(self._client, [command for _, command in calls])
+            return exchange(self._client, [command for _, command in calls])
         except (failures.RedisError, OSError) as error:
             raise unavailable(error, self._client) from None
 
@@ -483,8 +478,9 @@ class _Budget:
     def take(self, entries: Sequence[Entry]) -> list[Entry]:
         """The first ones that fit."""
         for number, entry in enumerate(entries):
-            rows, size = entry.rows, entry.size
-            if self._any:
+            own, size = entry.own, entry.size
+            rows = entry.rows if own is None else own
+            if self._any and (rows > self._rows or size > self._bytes or self._entries <= 0):
                 self._close(rows > self._rows, size > self._bytes)
             if not self.open:
                 return [*entries[:number]]
