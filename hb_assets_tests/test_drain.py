@@ -213,6 +213,34 @@ def test_quarantine_that_cannot_be_written(
     assert len(settled(client, lake, settings)) == 3
 
 
+@VALKEY
+def test_a_drain_looks_at_nothing_that_the_day_holds(
+    client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
+) -> None:
+    """Neither lists nor opens it: its time doesn't depend on how much there is."""
+    append(client, settings, users(20))
+    drain(consumer, lake, settings)
+    [day] = inventory.days(lake)
+    consolidate(lake, day, settings)
+    append(client, settings, users(20))
+    looks: list[str] = []
+    watching = True
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event in ("open", "os.scandir", "os.listdir") and lake.root.exists():
+            looks.append(f"{event} {arguments[0]}")
+
+    sys.addaudithook(watch)
+    try:
+        assert drain(consumer, lake, settings).rows == 20
+    finally:
+        watching = False
+    held = (str(lake.root / layout.RAW), str(lake.root / layout.HEARTBEATS))
+    inside = [look for look in looks if any(part in look for part in held)]
+    synced = {f"open {layout.shard_folder(lake.root, layout.RAW, day, n)}" for n in range(4)}
+    assert synced == {*inside}
+
+
 # -- poison
 
 

@@ -56,6 +56,33 @@ def test_lines_that_are_not_canonical_are_left_out_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        (b'"user"', b'"us\\u0041"'),
+        (b'"user"', b'"us\x01"'),
+        (b'"user"', b'"us"er"'),
+        (b'"user"', b'""'),
+        (b'"user"', b'"' + b"u" * 129 + b'"'),
+        (b'"user_id"', b'"uzer_id"'),
+        (b'"device"', b'"device" '),
+        (b'"device"', b'"\\\\"'),
+        (b'_ms":1', b'_ms":0'),
+        (b'_ms":1', b'_ms":-'),
+        (b"timestamp_ms", b"tymestamp_ms"),
+        (b":75", b":075"),
+        (b":75", b":7.5"),
+        (b":75", b":221"),
+        (b"75}", b"75}}"),
+    ],
+)
+def test_what_is_not_plain_is_left_out(part: bytes, other: bytes) -> None:
+    assert part in PLAIN
+    found = taken(PLAIN + b"\n" + PLAIN.replace(part, other))
+    assert found is not None
+    assert [number for number, _ in found] == [0]
+
+
+@pytest.mark.parametrize(
     "text",
     [
         PLAIN + b"\r\n" + PLAIN,
