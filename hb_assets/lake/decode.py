@@ -368,16 +368,18 @@ def _canonical(batch: _Batch, indexes: Sequence[int]) -> tuple[list[pa.Table], l
     lines = canonical.read(b"\n".join(texts), int(counts.sum())) if texts else None
     if lines is None:
         return [], list(indexes)
-    at = np.repeat(np.arange(len(own)), counts)[lines.number]
+    at = np.repeat(np.arange(len(own), dtype=np.int32), counts)
+    pos = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts) + batch.first
+    if len(lines.number) < len(at):
+        at, pos = at[lines.number], pos[lines.number]
     entry = own[at]
     sound = (lines.instant >= batch.settings.time_bounds.start_ms) & (
         lines.instant <= batch.latest[entry]
     )
-    whole = np.bincount(at[sound], minlength=len(own)) == counts
     found = pa.Table.from_arrays(
         [
             pa.array(entry),
-            pa.array(lines.number - (np.cumsum(counts) - counts)[at] + batch.first, pa.int32()),
+            pa.array(pos, pa.int32()),
             lines.user_id,
             lines.device_id,
             pa.array(lines.instant),
@@ -385,8 +387,9 @@ def _canonical(batch: _Batch, indexes: Sequence[int]) -> tuple[list[pa.Table], l
         ],
         schema=_FOUND,
     )
-    if whole.all():
+    if np.count_nonzero(sound) == counts.sum():
         return [found], [index for index in indexes if batch.entries[index].own is None]
+    whole = np.bincount(at[sound], minlength=len(own)) == counts
     return [found.filter(pa.array(whole[at]))], sorted({*indexes} - {*own[whole].tolist()})
 
 
