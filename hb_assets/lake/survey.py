@@ -79,7 +79,8 @@ class _Day:
 class Surveyor:
     """Looks at a lake again and again; days that didn't change aren't read again.
 
-    A look stats the folders of every day; for one thread.
+    A look stats the folders of every day, of those that were quiet for an hour now and then; for
+    one thread.
     """
 
     def __init__(self, lake: Lake, settings: Settings) -> None:

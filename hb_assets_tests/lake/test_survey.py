@@ -19,9 +19,9 @@ from hb_assets_tests.lake.deliveries import DAY, NOON, deliver, entry, line
 DAY_MS = 86_400_000
 
 
-def settle(root: Path) -> None:
+def settle(root: Path, seconds: float = 3600) -> None:
     """Make every change old enough to be trusted."""
-    before = time.time() - 3600
+    before = time.time() - seconds
     for path in root.rglob("*"):
         os.utime(path, (before, before))
 
@@ -55,7 +55,7 @@ def test_only_days_that_changed_are_read_again(
     monkeypatch.setattr(survey, "_read", counted)
     for days_back in range(5):
         deliver(lake, settings, entry([line(at=NOON - days_back * DAY_MS)], days_back))
-    settle(lake.root)
+    settle(lake.root, 60)
     surveyor = Surveyor(lake, settings)
     surveyor.look()
     assert len(read) == 5
