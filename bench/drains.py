@@ -24,13 +24,24 @@ from hb_assets.drain import drain
 from hb_assets.lake import fragments
 from hb_assets.lake.decode import pieces
 from hb_assets.lake.store import Lake
+from hb_assets.settings import Settings
 
 OURS = "hb drain, to fsynced fragments and acknowledgement"
 FLOOR = "floor: XREADGROUP, data thrown away"
-PARTS = "its parts, one after the other"
+PARTS = "its own parts, one after the other"
+BARE = "its bare parts: read, JSON to columns, Parquet"
 DLT = "dlt, from the same entries to Parquet"
+PART_NAMES = ("read", "decode", "write")
 _DLT_ROWS = 100_000
 _SMALL = 10_000
+_COLUMNS = """
+SELECT unnest(from_json(line, $shape)) FROM (
+    SELECT unnest(string_split(data, chr(10))) AS line FROM entries
+)
+"""
+_SHAPE = (
+    '{"user_id":"VARCHAR","device_id":"VARCHAR","timestamp_ms":"BIGINT","heart_rate":"SMALLINT"}'
+)
 
 
 @needs("pandas")  # pyarrow imports it with its first array where it is installed: for tests, here
@@ -49,10 +60,9 @@ def parts(home: str) -> Found:
     """Read, decode and write the same backlog, one after the other; nothing is acknowledged."""
     settings = settings_in(Path(home))
     lake = Lake.open(settings.model_copy(update={"lake": str(Path(home) / "parts")}))
-    step = settings.drain_max_rows // settings.entry_max_heartbeats
-    clock = dict.fromkeys(("read", "decode", "write"), 0.0)
+    clock = dict.fromkeys(PART_NAMES, 0.0)
     rows, began = 0, time.perf_counter()
-    for found in backlogs.read(settings, step):
+    for found in backlogs.read(settings, _step(settings)):
         entries = [backlogs.entry(raw) for raw in found]
         clock["read"] += (read := time.perf_counter()) - began
         for piece in pieces(entries, settings):
@@ -62,6 +72,38 @@ def parts(home: str) -> Found:
             rows += piece.rows.num_rows
         began = time.perf_counter()
     return {"rows": rows, **clock}
+
+
+@needs("duckdb", "pyarrow.parquet")
+def bare_parts(home: str) -> Found:
+    """The same without what makes a drain of it.
+
+    The same entries read, to columns by DuckDB, and each batch into one Parquet file: nothing is
+    judged, told apart by day and shard, sorted, identified, synced or acknowledged.
+    """
+    import duckdb
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    settings = settings_in(Path(home))
+    clock = dict.fromkeys(PART_NAMES, 0.0)
+    rows, began = 0, time.perf_counter()
+    with duckdb.connect() as connection:
+        for found in backlogs.read(settings, _step(settings)):
+            clock["read"] += (read := time.perf_counter()) - began
+            data = pa.array([fields[b"data"].decode() for _, _, fields in found])
+            connection.register("entries", pa.table({"data": data}))
+            table = connection.sql(_COLUMNS, params={"shape": _SHAPE}).to_arrow_table()
+            clock["decode"] += (decoded := time.perf_counter()) - read
+            pq.write_table(table, Path(home) / "bare.parquet", compression="zstd")
+            clock["write"] += (began := time.perf_counter()) - decoded
+            rows += table.num_rows
+    return {"rows": rows, **clock}
+
+
+def _step(settings: Settings) -> int:
+    """Entries of one drain cycle."""
+    return settings.drain_max_rows // settings.entry_max_heartbeats
 
 
 @needs("dlt", "dlt.destinations", "msgspec", "pyarrow.parquet")
@@ -119,12 +161,13 @@ def small_drains(home: str, repeats: int, *places: str) -> Found:
 def speed(bench: Bench) -> Iterator[Row | Ways]:
     """Entries of 500 and of one heartbeat, against reading alone and the sum of the parts."""
     about = (1 if bench.quick else 4) * MILLION
-    costs: dict[str, list[Cost]] = {name: [] for name in (OURS, PARTS, DLT, FLOOR)}
+    costs: dict[str, list[Cost]] = {name: [] for name in (OURS, PARTS, BARE, DLT, FLOOR)}
     for run in range(bench.repeats):
         bench.say(f"drain, entries of 500, run {run + 1} of {bench.repeats}")
         with _filled(bench, about) as (home, rows):
             costs[FLOOR].append(measured(backlogs.bare, home, 400))
             costs[PARTS].append(measured(parts, home))
+            costs[BARE].append(measured(bare_parts, home))
             if run < bench.others:
                 costs[DLT].append(measured(by_dlt, home, _DLT_ROWS))
             costs[OURS].append(_drained(home, rows))
@@ -136,22 +179,18 @@ def speed(bench: Bench) -> Iterator[Row | Ways]:
         [rows / cost.seconds for cost in costs[OURS]],
         target=MILLION,
     )
-    summed = [
-        rows / sum(cost.number(part) for part in ("read", "decode", "write"))
-        for cost in costs[PARTS]
-    ]
-    yield Row(
-        "the same, against the serial sum of its parts",
-        "heartbeats/s",
-        [rows / cost.seconds for cost in costs[OURS]],
-        summed,
-        0.5,
-    )
-    for part in ("read", "decode", "write"):
+    mine = [rows / cost.seconds for cost in costs[OURS]]
+    for way, of, target in ((BARE, "bare parts", 0.5), (PARTS, "own parts", None)):
+        summed = [rows / sum(cost.number(part) for part in PART_NAMES) for cost in costs[way]]
         yield Row(
-            f"its parts: {part}",
+            f"the same, against the serial sum of its {of}", "heartbeats/s", mine, summed, target
+        )
+    for part in PART_NAMES:
+        yield Row(
+            f"{part}, ours and bare",
             "heartbeats/s",
             [rows / cost.number(part) for cost in costs[PARTS]],
+            [rows / cost.number(part) for cost in costs[BARE]],
         )
     yield from _single(bench)
 
