@@ -1,6 +1,6 @@
 """Dagster's overhead: what the control room costs, and whether age slows it.
 
-    python -m bench.control_room            about 4 minutes
+    python -m bench.control_room            about 6 minutes
     python -m bench.control_room --quick    without `hb up`: loading, a run, ticks; 1 minute
 
 Two installations, each in a temporary folder of its own: a new one, whose lake holds one day, and
