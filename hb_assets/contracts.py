@@ -30,11 +30,9 @@ def _checks(struct: type[msgspec.Struct]) -> dict[str, list[Any]]:
         found: list[Any] = []
         if isinstance(kind, inspect.StrType):
             found = [pa.Check.str_length(kind.min_length, kind.max_length)]
-        elif isinstance(kind, inspect.IntType):
-            if kind.ge is not None:
-                found.append(pa.Check.ge(kind.ge))
-            if kind.le is not None:
-                found.append(pa.Check.le(kind.le))
+        elif isinstance(kind, inspect.IntType) and kind.le is not None:
+            # A bound below alone is 0, and that of an unsigned column.
+            found = [pa.Check.in_range(kind.ge, kind.le)]
         checks["timestamp" if field.name == "timestamp_ms" else field.name] = found
     return checks
 

@@ -42,16 +42,21 @@ def _kind(field: pa.Field) -> np.dtype[Any]:
 
 _KINDS = {field.name: _kind(field) for field in HEARTBEATS}
 BYTES_PER_ROW = sum(kind.itemsize for kind in _KINDS.values()) + 3 * np.dtype(np.int64).itemsize
-"""Memory that a row takes while it is sorted: its numbers, its key, its place, and one column anew.
-Texts come on top, once each."""
+"""Memory that a row takes while it is sorted: its numbers, its key twice, and its place. Texts come
+on top, once each."""
 
 
 @dataclass(slots=True)
 class Columns:
-    """Rows: by column an array of numbers, and the sorted texts that ranks point into."""
+    """Rows: by column an array of numbers, and the sorted texts that ranks point into.
 
-    numbers: dict[str, Numbers]
+    `order` holds the places of the rows as they are sorted; rows are brought into that order when
+    they are taken out.
+    """
+
+    numbers: Mapping[str, Numbers]
     texts: Mapping[str, pa.LargeStringArray]
+    order: Numbers
 
     @classmethod
     def of(
@@ -88,7 +93,7 @@ class Columns:
         for name, found in entries.items():
             texts[name], ranks = _ranked(found)
             numbers[name] = ranks[numbers[name]]
-        return cls(numbers, texts)
+        return cls(numbers, texts, np.arange(rows))
 
     @property
     def rows(self) -> int:
@@ -101,32 +106,24 @@ class Columns:
         words = in_one_word(columns)
         if words is None:
             order = np.lexsort(tuple(reversed(columns)))
+            same = np.logical_and.reduce([_repeated(column[order]) for column in columns])
         else:
             order = np.argsort(words, kind="stable")
-        del columns, words
-        self._arrange(slice(None), order)
-        same = np.ones(max(0, self.rows - 1), bool)
-        for name in ORDER:
-            same &= self.numbers[name][1:] == self.numbers[name][:-1]
-        (twins,) = np.nonzero(np.append(same, False) | np.insert(same, 0, False))
-        if len(twins):
-            group = np.cumsum(~np.insert(same, 0, False))[twins]
-            arrival = [self.numbers[name][twins] for name in reversed(ARRIVAL)]
-            self._arrange(twins, twins[np.lexsort((*arrival, group))])
+            same = _repeated(words[order])
+        (twins,) = np.nonzero(np.append(same[1:], False) | same)
+        arrivals = [self.numbers[name][order[twins]] for name in ARRIVAL]
+        # Fragments are read in the order of their arrival, so that twins hardly ever aren't in it.
+        if np.any(_descending(arrivals) & same[twins]):
+            group = np.cumsum(~same)[twins]
+            order[twins] = order[twins][np.lexsort((*reversed(arrivals), group))]
+        self.order = order
         return twins
 
-    def _arrange(self, places: slice | Numbers, origins: Numbers) -> None:
-        for name, column in self.numbers.items():
-            if isinstance(places, slice):
-                self.numbers[name] = column[origins]
-            else:
-                column[places] = column[origins]
-
     def table(self, rows: slice | Numbers) -> pa.Table:
-        """These rows, in the schema ENCODED."""
-        arrays = []
+        """These rows of the sorted ones, in the schema ENCODED."""
+        places, arrays = self.order[rows], []
         for field in HEARTBEATS:
-            numbers = self.numbers[field.name][rows]
+            numbers = self.numbers[field.name][places]
             if field.name in TEXTS:
                 arrays.append(_encoded(numbers, self.texts[field.name]))
             else:
@@ -141,9 +138,10 @@ class Columns:
         """
         low, high = 0, self.rows
         for name in ORDER:
-            numbers = self.numbers[name][low:high]
+            numbers, places = self.numbers[name], self.order[low:high]
             low, high = (
-                low + int(np.searchsorted(numbers, n)) for n in self._bounds(name, key[name])
+                low + bisect.bisect_left(places, n, key=numbers.__getitem__)
+                for n in self._bounds(name, key[name])
             )
         return high
 
@@ -190,6 +188,23 @@ def _encoded(ranks: Numbers, texts: pa.LargeStringArray) -> pa.DictionaryArray:
 
 
 _SMALL = 1024
+
+
+def _repeated(sorted_numbers: Numbers) -> npt.NDArray[np.bool_]:
+    """Of each number whether it is the one before it."""
+    same = np.zeros(len(sorted_numbers), bool)
+    np.equal(sorted_numbers[1:], sorted_numbers[:-1], out=same[1:])
+    return same
+
+
+def _descending(columns: Sequence[Numbers]) -> npt.NDArray[np.bool_]:
+    """Of each row whether it is less than the one before it, column by column."""
+    less = np.zeros(len(columns[0]), bool)
+    equal = np.ones(len(less), bool)
+    for column in columns:
+        less[1:] |= equal[1:] & (column[1:] < column[:-1])
+        equal &= _repeated(column)
+    return less
 
 
 def _of_chunk(chunk: pa.Array) -> Numbers:

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
+import pyarrow as pa
+
 from hb_assets.errors import DamagedFileError
 from hb_assets.lake import checks, damage, fragments, layout, parquet, tombstones
 from hb_assets.lake.checks import Figure
@@ -118,8 +120,11 @@ def consolidate(
     def work(shard: int) -> _ShardResult | None:
         bounds = _Bounds(settings, memory, stop)
         task = _Task(lake, day, shard, bounds, watermarks or {}, rebuild, rewrite)
-        with lock(day, shard):
-            return _without_damage(task, set_aside)
+        try:
+            with lock(day, shard):
+                return _without_damage(task, set_aside)
+        finally:
+            pa.default_memory_pool().release_unused()  # each thread's pool would keep its most
 
     with ThreadPoolExecutor(_threads(settings)) as pool:
         working = [pool.submit(work, shard) for shard in chosen]

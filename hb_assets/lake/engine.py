@@ -1,7 +1,7 @@
 """DuckDB engines: in memory, bounded, offline, in UTC.
 
 Belongs here: how an engine is made and used again, and the folders under HB_HOME that it spills to.
-Doesn't belong here: SQL.
+Doesn't belong here: SQL. DuckDB is imported with the first engine: most consolidations need none.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-import duckdb
+from typing import TYPE_CHECKING
 
 from hb_assets.settings import Settings
+
+if TYPE_CHECKING:
+    import duckdb
 
 
 def connect(settings: Settings) -> duckdb.DuckDBPyConnection:
     """A new engine with the settings' bounds."""
+    import duckdb
+
     config: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": f"{settings.duckdb_memory // 2**20}MiB",
         "autoinstall_known_extensions": False,
@@ -83,6 +87,8 @@ def _one_to_oneself(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def _has_spilled(whole: duckdb.DuckDBPyConnection) -> bool:
+    import duckdb
+
     try:
         whole.execute("SET temp_directory = ''")
     except duckdb.NotImplementedException:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-import duckdb
 import pyarrow as pa
 
 from hb_assets.lake import parquet
@@ -20,6 +20,9 @@ from hb_assets.lake.tombstones import Cutoffs
 from hb_assets.schema import ARRIVAL, KEY, ORDER
 from hb_assets.schema import HEARTBEATS as SCHEMA
 from hb_assets.settings import Settings
+
+if TYPE_CHECKING:
+    import duckdb
 
 _COLUMNS = ", ".join(SCHEMA.names)
 _IDENTITY = ", ".join(ARRIVAL)

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import duckdb
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -140,12 +140,16 @@ class Writer:
 def _is_dense(field: pa.Field, rows: pa.Table) -> bool:
     """Whether a column takes less room as differences than as a dictionary.
 
-    Instants, heart rates and positions always do. Entry ids do where few heartbeats share one: a
-    busy gateway's entries hold hundreds, of many users.
+    Instants and heart rates always do. Entry ids do where few heartbeats share one, positions where
+    most follow the one before: a batch of one device holds hundreds in a row, an entry that a busy
+    gateway gathered holds those of many users.
     """
     if pa.types.is_uint64(field.type):
         return bool(pc.count_distinct(rows[field.name]).as_py() * _SHARED > rows.num_rows)
-    return bool(pa.types.is_timestamp(field.type)) or field.name in ("heart_rate", "arrival_pos")
+    if field.name == "arrival_pos":
+        steps = np.diff(rows[field.name].to_numpy())
+        return 2 * int(np.count_nonzero(steps == 1)) > len(steps)
+    return bool(pa.types.is_timestamp(field.type)) or field.name == "heart_rate"
 
 
 _SHARED = 16
@@ -301,8 +305,9 @@ def meaning(error: Exception, path: Path) -> HbError | OSError:
 def engine_errors() -> tuple[type[Exception], ...]:
     """What reading rows out of a file may raise; `explained` makes one clear line of it.
 
-    Asked for once something was raised: importing polars takes longer than many a command.
+    Asked for once something was raised: importing these takes longer than many a command.
     """
+    import duckdb
     import polars as pl
 
     return duckdb.Error, pl.exceptions.PolarsError, pa.ArrowException
