@@ -243,8 +243,11 @@ class _Claims:
         ended: Ended = consumer.ended
         if not self._wait or not entries:
             return _Batch(entries, ended)
-        # another drainer takes over what is pending for too long
-        longest = min(settings.drain_max_wait, settings.claim_min_idle / 4).total_seconds()
+        # Another drainer takes over what is pending for too long, and a cycle is seen at its end.
+        bounds = [settings.drain_max_wait, settings.claim_min_idle / 4]
+        if settings.health_drain_age:
+            bounds.append(settings.health_drain_age / 4)
+        longest = min(bounds).total_seconds()
         end = time.monotonic() + longest - max(0.0, consumer.age(entries))
         while ended == "all" and not self._stop() and not self._given_up.is_set():
             if (left := end - time.monotonic()) <= 0:

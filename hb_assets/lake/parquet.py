@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,11 +38,15 @@ Note = TypeVar("Note", bound=msgspec.Struct)
 
 
 class _Digest(msgspec.Struct, frozen=True):
-    """CRC-32 of a file's first `bytes` bytes (all its rows), and of the note in its footer."""
+    """CRC-32 of a file's first `bytes` bytes (all its rows), and of the note in its footer.
+
+    `footer` is that of the whole footer with zeros in its own place, 8 hex digits.
+    """
 
     bytes: int
     crc32: int
     note: int = 0
+    footer: str = "0" * 8
 
 
 class _Sink(io.RawIOBase):
@@ -65,6 +70,44 @@ class _Sink(io.RawIOBase):
 
     def flush(self) -> None:
         self._file.flush()
+
+    def seal(self) -> None:
+        """Write the footer's checksum into its place."""
+        self._file.flush()
+        end = _end_of(self._file)
+        place = end.find(_PLACE) + len(_PLACE)
+        self._file.seek(-len(end) + place, os.SEEK_END)
+        self._file.write(f"{zlib.crc32(end):08x}".encode())
+        self._file.flush()
+
+
+_PLACE = b'"footer":"'
+_TAIL = 8
+"""Bytes behind the footer: its length and Parquet's magic (the Parquet format, file structure)."""
+
+
+def _end_of(file: BinaryIO) -> bytes:
+    """The file's footer with what stands behind it; too little of it where its length is wrong."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _TAIL))
+    length = int.from_bytes(file.read(4), "little") + _TAIL
+    file.seek(max(0, size - length))
+    return file.read()
+
+
+def _verify_end(file: BinaryIO, path: Path) -> None:
+    """Make sure of the footer before it is parsed: one that is damaged may end the process.
+
+    Files of before this checksum have none. Raises DamagedFileError.
+    """
+    end = _end_of(file)
+    file.seek(0)
+    before, place, rest = end.partition(_PLACE)
+    if not place:
+        return
+    zeros = b"0" * 8
+    if rest[:8] != f"{zlib.crc32(before + place + zeros + rest[8:]):08x}".encode():
+        raise damaged(path, "its footer isn't what was written")
 
 
 class Writer:
@@ -95,6 +138,7 @@ class Writer:
         digest = msgspec.structs.replace(self._sink.digest, note=zlib.crc32(said))
         out.add_key_value_metadata({KEY: said, DIGEST: msgspec.json.encode(digest)})
         out.close()
+        self._sink.seal()
 
     def abandon(self) -> None:
         """Let go of a file that isn't wanted any more; nothing happens to one that was closed."""
@@ -250,6 +294,7 @@ def verify(path: Path) -> None:
         OSError: the disk can't be read.
     """
     with path.open("rb") as file:
+        _verify_end(file, path)
         # of this very file: another one may get its name meanwhile
         _, digest = _sealed(path, _footer(file, path))
         file.seek(0)
@@ -267,6 +312,8 @@ def verify_footer(path: Path, schema: pa.Schema) -> None:
 
     Raises: as `verify`.
     """
+    with path.open("rb") as bytes_of_it:
+        _verify_end(bytes_of_it, path)
     try:
         with pq.ParquetFile(path) as file:
             if not file.schema_arrow.equals(schema):
