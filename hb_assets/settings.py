@@ -284,7 +284,7 @@ class Settings(BaseSettings):
         le=dt.timedelta(seconds=30),
         description="How long `hb drain --follow` gathers heartbeats, as long as they are fewer than "
         "a cycle may take: the longer, the fewer and larger the fragments, and the later anybody "
-        "sees what is in them. Never more than a quarter of HB_CLAIM_MIN_IDLE. The drain sensor "
+        "sees what is in them. Never more than a quarter of HB_CLAIM_MIN_IDLE or HB_HEALTH_DRAIN_AGE. The drain sensor "
         "gathers from one tick to the next.",
     )
     drain_poll: PositiveDuration = Field(

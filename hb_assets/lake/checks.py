@@ -16,13 +16,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hb_assets.errors import CheckFailedError
 from hb_assets.lake import parquet
-from hb_assets.lake.columns import TEXTS, ranks
+from hb_assets.lake.columns import TEXTS, neighbours, ranks
 from hb_assets.lake.engine import engine, figures
 from hb_assets.schema import KEY, ORDER
 from hb_assets.settings import Settings
@@ -189,13 +188,7 @@ def _sequence(path: Path) -> _Sequence:
             group = group.drop_null()
             group = group if last is None else pa.concat_tables([last, group])
             last = group.slice(max(0, group.num_rows - 1))
-            less = np.zeros(max(0, group.num_rows - 1), bool)
-            same = ~less
-            for name in ORDER:
-                column = ranks(group[name])
-                this, before = column[1:], column[:-1]
-                less |= same & (this < before)
-                same &= this == before
+            less, same = neighbours([ranks(group[name]) for name in ORDER])
             disorder += int(less.sum())
             twins += int(same.sum())
     return _Sequence(footer.num_rows, disorder, twins)

@@ -134,6 +134,7 @@ def consolidate(
                     progress(done, len(chosen))
         except BaseException:
             stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
     results = [one.result() for one in working]
     return _summary(day, [one for one in results if one is not None], sorted(set_aside))

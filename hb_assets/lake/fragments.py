@@ -163,14 +163,13 @@ def distinct_rows(fragments: Sequence[Fragment], settings: Settings) -> int:
 
     Only fragments with overlapping id ranges are read; of the others the footer says enough.
     """
-    total = 0
-    for group in overlapping(fragments):
-        if len(group) == 1:
-            total += group[0].rows
-            continue
-        paths = [str(fragment.path) for fragment in group]
+    groups = overlapping(fragments)
+    total = sum(group[0].rows for group in groups if len(group) == 1)
+    doubtful = [[str(one.path) for one in group] for group in groups if len(group) > 1]
+    if doubtful:
         with engine(settings) as connection:
-            total += figures(connection, _DISTINCT, {"paths": paths})[0]
+            for paths in doubtful:
+                total += figures(connection, _DISTINCT, {"paths": paths})[0]
     return total
 
 

@@ -101,7 +101,6 @@ def _verify_end(file: BinaryIO, path: Path) -> None:
     Files of before this checksum have none. Raises DamagedFileError.
     """
     end = _end_of(file)
-    file.seek(0)
     before, place, rest = end.partition(_PLACE)
     if not place:
         return
@@ -246,12 +245,15 @@ def footer(path: Path) -> pq.FileMetaData:
         FileNotFoundError: it isn't there (any more).
         OSError: the disk can't be read.
     """
-    return _footer(path, path)
+    with path.open("rb") as file:
+        return _footer(file, path)
 
 
-def _footer(source: Path | BinaryIO, path: Path) -> pq.FileMetaData:
+def _footer(file: BinaryIO, path: Path) -> pq.FileMetaData:
+    _verify_end(file, path)
+    file.seek(0)
     try:
-        return pq.read_metadata(source)
+        return pq.read_metadata(file)
     except UNREADABLE as error:
         raise meaning(error, path) from None
 
@@ -294,7 +296,6 @@ def verify(path: Path) -> None:
         OSError: the disk can't be read.
     """
     with path.open("rb") as file:
-        _verify_end(file, path)
         # of this very file: another one may get its name meanwhile
         _, digest = _sealed(path, _footer(file, path))
         file.seek(0)
@@ -312,10 +313,9 @@ def verify_footer(path: Path, schema: pa.Schema) -> None:
 
     Raises: as `verify`.
     """
-    with path.open("rb") as bytes_of_it:
-        _verify_end(bytes_of_it, path)
+    found = footer(path)
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, metadata=found) as file:
             if not file.schema_arrow.equals(schema):
                 raise damaged(path, "its columns aren't those that were written")
             for number in range(file.num_row_groups):

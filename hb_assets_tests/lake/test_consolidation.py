@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
@@ -14,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import settings as example_settings
@@ -36,6 +38,7 @@ from hb_assets.lake.checks import Figure
 from hb_assets.lake.consolidated import ConsolidatedNote, Current, current
 from hb_assets.lake.consolidation import Consolidated, consolidate
 from hb_assets.lake.fragments import Fragment
+from hb_assets.lake.memory import Memory
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
@@ -543,3 +546,25 @@ def test_current(lake: Lake, settings: Settings) -> None:
     found = current(lake, DAY, one_user(lake))
     assert isinstance(found, Current)
     assert found.names == {str(one.name) for one in fragments.all_listed(lake, DAY)}
+
+
+def test_a_failure_out_of_core_keeps_no_other_shard_waiting(
+    lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards that don't fit into memory are sorted one after the other, whatever becomes of one."""
+    deliver(lake, settings, entry([line(f"u{n}") for n in range(50)], 0))
+    monkeypatch.setattr(Memory, "lent", lambda *_: nullcontext(False))
+    original, failed = parquet.Writer.write, threading.Event()
+
+    def write(out: parquet.Writer, rows: pa.Table) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(out, rows)
+
+    monkeypatch.setattr(parquet.Writer, "write", write)
+    with pytest.raises(OSError, match="No space"):
+        consolidate(lake, DAY, settings)
+    assert len(list((lake.root / layout.HEARTBEATS).rglob("*.parquet"))) == lake.shards - 1
+    consolidate(lake, DAY, settings)
+    assert_consolidated(lake, raw(lake))

@@ -17,8 +17,8 @@ from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from hb_assets import days, record
+from hb_assets.lake import columns, fragments, layout, quarantine
 from hb_assets.lake import decode as decode_module
-from hb_assets.lake import fragments, layout, quarantine
 from hb_assets.lake.decode import Decoded, decode, pieces, refused
 from hb_assets.lake.store import Lake
 from hb_assets.record import Heartbeat, Refusal, shard_of
@@ -485,6 +485,6 @@ def test_rows_are_sorted(own: int | None, monkeypatch: pytest.MonkeyPatch) -> No
             *(one["arrival_ms"], one["arrival_seq"], one["arrival_pos"]),
         ),
     )
-    monkeypatch.setattr(decode_module, "_SIGNIFICANT_BITS", 0)
+    monkeypatch.setattr(columns, "_WORD", 0)
     monkeypatch.setattr(decode_module, "_FEW_USERS", 0)
     assert decode(entries, SETTINGS).rows.equals(decoded.rows)
