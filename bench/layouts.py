@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import msgspec
 import pyarrow.parquet as pq
 
 from bench.measure import Found
@@ -27,70 +28,68 @@ from hb_assets import days
 from hb_assets.lake import layout, parquet, query
 from hb_assets.lake.query import Question
 from hb_assets.lake.store import Lake
+from hb_assets.schema import HEARTBEATS
 from hb_assets.settings import Settings
 
 _QUESTIONS = 60
 _HOUR_MS = 3_600_000
-_TIMES = ("timestamp", "arrival_ms", "arrival_seq")
-_IDS = ("user_id", "device_id")
-_NUMBERS = ("heart_rate", "arrival_shard", "arrival_pos")
+
+
+_ALL = HEARTBEATS.names
+_DIFFERENCES = "DELTA_BINARY_PACKED"
+_CHOSEN = {
+    "timestamp": _DIFFERENCES,
+    "heart_rate": _DIFFERENCES,
+    "arrival_ms": "PLAIN",
+    "arrival_pos": "PLAIN",
+}
+"""What isn't named is written by dictionary."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
     """How a file is written: what differs from the others."""
 
-    row_group: int = 122_880
+    row_group: int = 65_536
+    page: int = 65_536
     compression: str = "zstd"
-    level: int | None = None
-    dictionary: tuple[str, ...] = (*_IDS, *_NUMBERS)
-    encodings: dict[str, str] = field(
-        default_factory=lambda: dict.fromkeys(_TIMES, "DELTA_BINARY_PACKED")
+    level: int | dict[str, int] | None = field(
+        default_factory=lambda: {name: 6 if name == "arrival_pos" else 3 for name in _ALL}
     )
-    page_index: bool = True
+    encodings: dict[str, str] = field(default_factory=lambda: _CHOSEN)
+    page_index: bool = False
     more: dict[str, Any] = field(default_factory=dict)
 
 
-_POSITIONS = dict.fromkeys((*_TIMES, "arrival_pos"), "DELTA_BINARY_PACKED")
-_RATES = dict.fromkeys((*_TIMES, "heart_rate"), "DELTA_BINARY_PACKED")
-_TIMESTAMP, _RATE, _POSITION = (
-    {name: "DELTA_BINARY_PACKED"} for name in ("timestamp", "heart_rate", "arrival_pos")
-)
+def _encoded(**encodings: str) -> Variant:
+    """As chosen but for these columns; DICTIONARY isn't an encoding that can be asked for."""
+    both = {**_CHOSEN, **encodings}
+    return Variant(encodings={name: one for name, one in both.items() if one != "DICTIONARY"})
+
+
 VARIANTS: dict[str, Variant | None] = {
     "as it is": None,
-    "row groups of 122,880, deltas of times, zstd": Variant(),
+    "row groups of 65,536, a page each": Variant(),
     "row groups of 16,384": Variant(row_group=16_384),
     "row groups of 32,768": Variant(row_group=32_768),
-    "row groups of 65,536": Variant(row_group=65_536),
-    "row groups of 245,760": Variant(row_group=245_760),
-    "row groups of 1,048,576": Variant(row_group=2**20),
+    "row groups of 122,880": Variant(row_group=122_880, page=122_880),
+    "row groups of 245,760": Variant(row_group=245_760, page=245_760),
+    "row groups of 1,048,576, pages of 122,880": Variant(row_group=2**20, page=122_880),
+    "pages of 20,000": Variant(page=20_000),
+    "pages of 20,000 with a page index": Variant(page=20_000, page_index=True),
+    "zstd at level 1": Variant(level=1),
+    "zstd at level 3": Variant(level=3),
+    "zstd at level 6": Variant(level=6),
     "zstd at level 9": Variant(level=9),
-    "not compressed": Variant(compression="none"),
-    "snappy": Variant(compression="snappy"),
-    "dictionaries for all": Variant(dictionary=(*_IDS, *_NUMBERS, *_TIMES), encodings={}),
-    "deltas of positions, too": Variant(
-        dictionary=(*_IDS, "heart_rate", "arrival_shard"), encodings=_POSITIONS
-    ),
-    "deltas of heart rates, too": Variant(
-        dictionary=(*_IDS, "arrival_shard", "arrival_pos"), encodings=_RATES
-    ),
-    "deltas of both, too": Variant(
-        dictionary=(*_IDS, "arrival_shard"), encodings={**_POSITIONS, **_RATES}
-    ),
-    "dictionaries of arrivals": Variant(
-        dictionary=(*_IDS, *_NUMBERS, *_TIMES[1:]), encodings=_TIMESTAMP
-    ),
-    "the same, deltas of heart rates": Variant(
-        dictionary=(*_IDS, *_NUMBERS[1:], *_TIMES[1:]), encodings={**_TIMESTAMP, **_RATE}
-    ),
-    "the same, deltas of positions": Variant(
-        dictionary=(*_IDS, "arrival_shard", *_TIMES[1:]),
-        encodings={**_TIMESTAMP, **_RATE, **_POSITION},
-    ),
-    "deltas of both at zstd's level 9": Variant(
-        dictionary=(*_IDS, "arrival_shard"), encodings={**_POSITIONS, **_RATES}, level=9
-    ),
-    "no page index": Variant(page_index=False),
+    "not compressed": Variant(compression="none", level=None),
+    "snappy": Variant(compression="snappy", level=None),
+    "dictionaries for all": Variant(encodings={}),
+    "entry ids by dictionary": _encoded(arrival_ms="DICTIONARY"),
+    "entry ids by differences": _encoded(arrival_ms=_DIFFERENCES),
+    "positions by dictionary": _encoded(arrival_pos="DICTIONARY"),
+    "positions by differences": _encoded(arrival_pos=_DIFFERENCES),
+    "positions by byte streams": _encoded(arrival_pos="BYTE_STREAM_SPLIT"),
+    "heart rates by dictionary": _encoded(heart_rate="DICTIONARY"),
     "data pages of version 2": Variant(more={"data_page_version": "2.0"}),
     "bloom filter of users": Variant(
         more={"bloom_filter_options": {"user_id": {"ndv": 2000, "fpp": 0.01}}}
@@ -171,13 +170,19 @@ def _written(source: Path, to: Path, variant: Variant | None) -> float:
         rows.schema,
         compression=variant.compression,
         compression_level=variant.level,
-        use_dictionary=list(variant.dictionary),
+        use_dictionary=[name for name in _ALL if name not in variant.encodings],
         column_encoding=variant.encodings or None,
+        max_rows_per_page=variant.page,
         write_page_index=variant.page_index,
         **variant.more,
     ) as out:
         out.write_table(rows, row_group_size=variant.row_group)
-        out.add_key_value_metadata({name: said[name] for name in (parquet.KEY, parquet.DIGEST)})
+        # A footer's own checksum, which this one's isn't, is looked at wherever there is one.
+        digest = msgspec.json.decode(said[parquet.DIGEST], type=dict[str, Any])
+        del digest["footer"]
+        out.add_key_value_metadata(
+            {parquet.KEY: said[parquet.KEY], parquet.DIGEST: msgspec.json.encode(digest)}
+        )
     return time.process_time() - began
 
 

@@ -50,6 +50,7 @@ def settings_in(home: Path, **more: object) -> Settings:
     return Settings(home=home, **{**ample, **more})  # type: ignore[arg-type]  # pydantic checks
 
 
+@needs("hb_assets.contracts")
 def ours(home: str, memory: int = 2**30, rebuild: int = 0) -> Found:
     """The project's consolidation of what is pending, checks and fsync included."""
     settings = settings_in(Path(home), duckdb_memory=memory)

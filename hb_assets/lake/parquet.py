@@ -29,8 +29,11 @@ DIGEST = b"hb.digest"
 _SCHEMA = b"ARROW:schema"
 """Where Arrow keeps a file's Arrow schema: its IPC message in base64 (Arrow's documentation of the
 Parquet format). pyarrow itself would put dictionaries there, as they were written."""
-ROW_GROUP = 122_880
-"""Rows of a row group: DuckDB's own, so that its scans run side by side."""
+ROW_GROUP = 65_536
+"""Rows of a row group, each column of it one page: half as many answer a question about an hour a
+little faster and compress worse, twice as many the other way round."""
+_LEVEL, _LEVEL_OF_POSITIONS = 3, 6
+"""zstd levels. Positions lie in runs that higher levels find; other columns hardly get smaller."""
 
 _READ = 2**20
 
@@ -154,8 +157,10 @@ class Writer:
 
     def _open(self, rows: pa.Table) -> pq.ParquetWriter:
         """Open the file, its encodings chosen for rows like these."""
-        dense = {
-            field.name: "DELTA_BINARY_PACKED" for field in rows.schema if _is_dense(field, rows)
+        encodings = {
+            field.name: encoding
+            for field in rows.schema
+            if (encoding := _encoding(field, rows)) is not None
         }
         plain = pa.schema(
             field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
@@ -166,37 +171,49 @@ class Writer:
             self._sink,
             self._schema,
             compression="zstd",
+            compression_level={
+                field.name: _LEVEL_OF_POSITIONS if field.name == "arrival_pos" else _LEVEL
+                for field in self._schema
+            },
             use_dictionary=[
                 field.name
                 for field in self._schema
-                if field.name not in dense and not pa.types.is_binary(field.type)
+                if field.name not in encodings and not pa.types.is_binary(field.type)
             ],
-            column_encoding=dense,
+            column_encoding=encodings,
             sorting_columns=order or None,
-            write_page_index=True,
+            max_rows_per_page=ROW_GROUP,
             store_schema=False,
         )
         self._out.add_key_value_metadata({_SCHEMA: base64.b64encode(plain.serialize())})
         return self._out
 
 
-def _is_dense(field: pa.Field, rows: pa.Table) -> bool:
-    """Whether a column takes less room as differences than as a dictionary.
+def _encoding(field: pa.Field, rows: pa.Table) -> str | None:
+    """How a column takes the least room; None stands for a dictionary.
 
-    Instants and heart rates always do. Entry ids do where few heartbeats share one, positions where
-    most follow the one before: a batch of one device holds hundreds in a row, an entry that a busy
-    gateway gathered holds those of many users.
+    Instants and heart rates differ little from row to row. Entry ids repeat where a batch of one
+    device holds many rows, and positions count up there: zstd finds both in plain numbers, whatever
+    comes between. Where each row came alone, ids differ little, and positions follow no rule.
     """
     if pa.types.is_uint64(field.type):
-        return bool(pc.count_distinct(rows[field.name]).as_py() * _SHARED > rows.num_rows)
+        distinct = pc.count_distinct(rows[field.name]).as_py()
+        if distinct <= _FEW:
+            return None
+        return _PLAIN if distinct * _SHARED <= rows.num_rows else _DIFFERENCES
     if field.name == "arrival_pos":
         steps = np.diff(rows[field.name].to_numpy())
-        return 2 * int(np.count_nonzero(steps == 1)) > len(steps)
-    return bool(pa.types.is_timestamp(field.type)) or field.name == "heart_rate"
+        return _PLAIN if 2 * int(np.count_nonzero(steps == 1)) > len(steps) else None
+    if pa.types.is_timestamp(field.type) or field.name == "heart_rate":
+        return _DIFFERENCES
+    return None
 
 
+_PLAIN, _DIFFERENCES = "PLAIN", "DELTA_BINARY_PACKED"
+_FEW = 256
+"""Distinct numbers whose places in a dictionary take a byte each."""
 _SHARED = 16
-"""Rows that share an entry id, on average, where ids are written by dictionary."""
+"""Rows that share an entry id, on average, where batches hold rows of one device."""
 
 
 def tables(paths: Iterable[Path], texts: Sequence[str]) -> Iterator[pa.Table]:
