@@ -15,7 +15,7 @@ from pathlib import Path
 from bench import backlogs, lakes
 from bench.measure import Cost, FailedMeasurementError, Found, measured, needs
 from bench.run import MILLION, Bench
-from bench.table import Row, Ways
+from bench.table import Row, Study, Ways
 from bench.traffic import Traffic
 from bench.ways import settings_in
 from hb_assets.buffer import connection, server
@@ -28,6 +28,7 @@ from hb_assets.settings import Settings
 
 OURS = "hb drain, to fsynced fragments and acknowledgement"
 FLOOR = "floor: XREADGROUP, data thrown away"
+SINGLE = "hb drain"
 PARTS = "its own parts, one after the other"
 BARE = "its bare parts: read, JSON to columns, Parquet"
 DLT = "dlt, from the same entries to Parquet"
@@ -158,7 +159,7 @@ def small_drains(home: str, repeats: int, *places: str) -> Found:
     return times
 
 
-def speed(bench: Bench) -> Iterator[Row | Ways]:
+def speed(bench: Bench) -> Iterator[Row | Ways | Study]:
     """Entries of 500 and of one heartbeat, against reading alone and the sum of the parts."""
     about = (1 if bench.quick else 4) * MILLION
     costs: dict[str, list[Cost]] = {name: [] for name in (OURS, PARTS, BARE, DLT, FLOOR)}
@@ -231,22 +232,45 @@ def day(bench: Bench) -> Iterator[Row]:
     yield Row("the largest of these against the smallest", "ms", slow, fast, 1.1, at_most=True)
 
 
-def _single(bench: Bench) -> Iterator[Row]:
-    """One heartbeat per entry."""
+def _single(bench: Bench) -> Iterator[Row | Study]:
+    """One heartbeat per entry, and what an entry costs on both sides."""
     about = MILLION // (10 if bench.quick else 2)
-    mine, theirs = [], []
+    each: dict[str, list[tuple[float, ...]]] = {SINGLE: [], FLOOR: []}
     for run in range(bench.repeats):
         bench.say(f"drain, one heartbeat per entry, run {run + 1} of {bench.repeats}")
         with _filled(bench, about, entry_rows=1) as (home, rows):
-            theirs.append(measured(backlogs.bare, home, 10_000))
-            mine.append(_drained(home, rows))
+            redis = connection.connect(settings_in(home))
+            for name in (FLOOR, SINGLE):
+                before = _server_cpu(redis)
+                cost = _drained(home, rows) if name == SINGLE else _bare(home)
+                spent = (cost.seconds, cost.cpu, _server_cpu(redis) - before)
+                each[name].append(tuple(seconds / rows * 1e6 for seconds in spent))
+            redis.close()
     yield Row(
         "drain, one heartbeat per entry, against a bare XREADGROUP",
         "heartbeats/s",
-        [rows / cost.seconds for cost in mine],
-        [rows / cost.seconds for cost in theirs],
+        [1e6 / clock for clock, *_ in each[SINGLE]],
+        [1e6 / clock for clock, *_ in each[FLOOR]],
         0.75,
     )
+    heads = ("one heartbeat per entry, us each", "by the clock", "reader's CPU", "Redis' CPU")
+    yield Study(
+        heads,
+        [
+            (name, *(f"{statistics.median(column):.1f}" for column in zip(*found, strict=True)))
+            for name, found in each.items()
+        ],
+    )
+
+
+def _bare(home: Path) -> Cost:
+    return measured(backlogs.bare, home, 10_000)
+
+
+def _server_cpu(redis: connection.Client) -> float:
+    """Seconds of CPU time of the server so far."""
+    found = redis.info("cpu")
+    return float(found["used_cpu_user"]) + float(found["used_cpu_sys"])
 
 
 @contextlib.contextmanager

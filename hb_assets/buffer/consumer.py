@@ -31,8 +31,9 @@ from hb_assets.settings import Settings
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
-_STEP_ENTRIES = 1024
+_STEP_ENTRIES = 2048
 """Most entries that one read asks for, whatever their size so far lets hope."""
+_FIRST_STEP_ENTRIES = 256
 _STEP_GROWTH = 4
 _MOST_ENTRIES = 50_000
 """Entries of one claim: with one heartbeat each, a larger one would be at Redis for seconds."""
@@ -190,7 +191,7 @@ class Consumer:
         now_ms = self._clock.now_ms()
         return (now_ms - min((entry.ms for entry in entries), default=now_ms)) / 1000
 
-    def acknowledge(self, counts: Sequence[tuple[Entry, int]]) -> int:
+    def acknowledge(self, counts: Iterable[tuple[Entry, int]]) -> int:
         """Delete entries that are durable in the lake, and enter them in the ledger.
 
         Args:
@@ -203,11 +204,15 @@ class Consumer:
             BufferUnavailableError: some are not known to be acknowledged; they'll be handed out
                 again unless they were.
         """
-        lots: dict[tuple[int, int, int, int], list[str]] = {}
+        lots: dict[tuple[int, int, int, int], list[bytes]] = {}
         for entry, count in counts:
-            own = entry.own
-            alike = (entry.shard, -1 if own is None else own, count, entry.size)
-            lots.setdefault(alike, []).append(f"{entry.ms}-{entry.seq}")
+            own, data = entry.own, entry.data
+            size = 0 if data is None else len(data)
+            alike = (entry.shard, -1 if own is None else own, count, size)
+            lot = lots.get(alike)
+            if lot is None:
+                lot = lots[alike] = []
+            lot.append(b"%d-%d" % (entry.ms, entry.seq))
         calls = [
             (shard, script("acknowledge", _names(shard), (keys.GROUP, *arguments)))
             for shard, arguments in _acknowledgements(lots)
@@ -460,7 +465,7 @@ class _Budget:
         # Until entries were seen they are taken to be full ones of our own.
         self._largest_rows, self._largest_bytes = 0, 0
         self._step = max(
-            1, min(_STEP_ENTRIES // 4, max_rows // entry_rows, max_bytes // _ENTRY_BYTES)
+            1, min(_FIRST_STEP_ENTRIES, max_rows // entry_rows, max_bytes // _ENTRY_BYTES)
         )
 
     def entries(self) -> int:
@@ -478,7 +483,8 @@ class _Budget:
     def take(self, entries: Sequence[Entry]) -> list[Entry]:
         """The first ones that fit."""
         for number, entry in enumerate(entries):
-            own, size = entry.own, entry.size
+            own, data = entry.own, entry.data
+            size = 0 if data is None else len(data)
             rows = entry.rows if own is None else own
             if self._any and (rows > self._rows or size > self._bytes or self._entries <= 0):
                 self._close(rows > self._rows, size > self._bytes)
@@ -503,10 +509,10 @@ class _Budget:
 
 
 def _acknowledgements(
-    lots: Mapping[tuple[int, int, int, int], Sequence[str]],
-) -> Iterator[tuple[int, list[str | int]]]:
+    lots: Mapping[tuple[int, int, int, int], Sequence[bytes]],
+) -> Iterator[tuple[int, list[bytes | int]]]:
     """Shards, each with as many lots (without their shard) as one call may take."""
-    arguments: list[str | int] = []
+    arguments: list[bytes | int] = []
     shard, room = -1, 0
     for (of, *alike), ids in sorted(lots.items()):
         for start in range(0, len(ids), _ACKNOWLEDGE_ENTRIES):
@@ -534,6 +540,8 @@ def _entry(shard: int, id_: bytes, fields: Sequence[bytes], deliveries: int) -> 
     data: bytes | None
     if len(fields) == 4 and fields[0] == b"data" and fields[2] == b"n":  # as we append them
         data, n = fields[1], fields[3]
+        if n == b"1":
+            return Entry(shard, int(ms), int(seq), data, 1, deliveries)
     else:
         named = dict(zip(fields[::2], fields[1::2], strict=True))
         data, n = named.get(b"data"), named.get(b"n", b"")
