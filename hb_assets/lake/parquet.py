@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from hb_assets.errors import DamagedFileError, HbError
 from hb_assets.lake import layout
+from hb_assets.lake.columns import neighbours, ranks
 
 KEY = b"hb"
 DIGEST = b"hb.digest"
@@ -30,12 +31,18 @@ _SCHEMA = b"ARROW:schema"
 """Where Arrow keeps a file's Arrow schema: its IPC message in base64 (Arrow's documentation of the
 Parquet format). pyarrow itself would put dictionaries there, as they were written."""
 ROW_GROUP = 65_536
-"""Rows of a row group, each column of it one page: half as many answer a question about an hour a
-little faster and compress worse, twice as many the other way round."""
+"""Rows of a row group, about, each column of it one page: half as many answer a question about an
+hour a little faster and compress worse, twice as many the other way round."""
 _LEVEL, _LEVEL_OF_POSITIONS = 3, 6
 """zstd levels. Positions lie in runs that higher levels find; other columns hardly get smaller."""
 
 _READ = 2**20
+
+
+def _longest() -> int:
+    """Rows that a row group never has."""
+    return ROW_GROUP + ROW_GROUP // 2
+
 
 Note = TypeVar("Note", bound=msgspec.Struct)
 
@@ -123,13 +130,16 @@ class Writer:
         self._waiting: list[pa.Table] = []
 
     def write(self, rows: pa.Table) -> None:
-        """Write rows, in row groups of ROW_GROUP: what isn't a whole one waits for more."""
+        """Write rows, in row groups of about ROW_GROUP: what isn't a whole one waits for more."""
         self._waiting.append(rows)
-        if sum(part.num_rows for part in self._waiting) >= ROW_GROUP:
-            whole = pa.concat_tables(self._waiting)
-            end = whole.num_rows - whole.num_rows % ROW_GROUP
+        if sum(part.num_rows for part in self._waiting) < _longest():
+            return
+        whole = pa.concat_tables(self._waiting)
+        while whole.num_rows >= _longest():
+            end = self._end_of_group(whole)
             self._write(whole.slice(0, end))
-            self._waiting = [whole.slice(end)]
+            whole = whole.slice(end)
+        self._waiting = [whole]
 
     def close_with(self, note: msgspec.Struct) -> None:
         """Write what waits, and the footer; nothing can be written after it."""
@@ -147,13 +157,22 @@ class Writer:
         if self._out is not None:
             self._out.close()
 
+    def _end_of_group(self, rows: pa.Table) -> int:
+        """Where a row group ends best: between two users, so that a question reads few of them."""
+        if not self._sorted_by:
+            return ROW_GROUP
+        shortest = ROW_GROUP // 2
+        first = rows[self._sorted_by[0]].slice(shortest - 1, _longest() - shortest)
+        _, same = neighbours([ranks(first)])
+        ends = np.flatnonzero(~same[1:]) + shortest
+        return int(ends[np.abs(ends - ROW_GROUP).argmin()]) if len(ends) else ROW_GROUP
+
     def _write(self, rows: pa.Table) -> None:
-        for start in range(0, rows.num_rows, ROW_GROUP):
-            group = rows.slice(start, ROW_GROUP)
-            # Dictionaries are written as they are where a row group has one a column.
-            group = group.unify_dictionaries().combine_chunks()
-            out = self._out or self._open(group)
-            out.write_table(group)
+        """Write a row group."""
+        # Dictionaries are written as they are where a row group has one a column.
+        group = rows.unify_dictionaries().combine_chunks()
+        out = self._out or self._open(group)
+        out.write_table(group, row_group_size=group.num_rows)
 
     def _open(self, rows: pa.Table) -> pq.ParquetWriter:
         """Open the file, its encodings chosen for rows like these."""
@@ -182,7 +201,7 @@ class Writer:
             ],
             column_encoding=encodings,
             sorting_columns=order or None,
-            max_rows_per_page=ROW_GROUP,
+            max_rows_per_page=_longest(),
             store_schema=False,
         )
         self._out.add_key_value_metadata({_SCHEMA: base64.b64encode(plain.serialize())})

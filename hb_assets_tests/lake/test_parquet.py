@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hb_assets.lake import parquet
+from hb_assets.lake import columns, parquet
 from hb_assets.lake.consolidated import ConsolidatedNote
 from hb_assets.schema import HEARTBEATS, ORDER
 
@@ -118,15 +118,39 @@ def test_batches_with_repeats_between_weigh_little(tmp_path: Path) -> None:
     assert sizes["arrival_pos"] < 0.6
 
 
-def test_row_groups_are_full_but_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("encoded", [False, True])
+@pytest.mark.parametrize("at_once", [1, 370, 10_000])
+@pytest.mark.parametrize(
+    ("of_users", "groups"),
+    [
+        pytest.param([3700], [1000, 1000, 1000, 700], id="one user"),
+        pytest.param([1499], [1499], id="not two halves"),
+        pytest.param([700, 700, 1400, 300], [700, 700, 1400, 300], id="between users"),
+        pytest.param([300] * 10, [900, 900, 1200], id="several users each"),
+        pytest.param([480, 4000], [1000, 1000, 1000, 1480], id="a user who is too short"),
+        pytest.param([1480, 20, 2000], [1480, 1000, 1020], id="as long as it may be"),
+    ],
+)
+def test_row_groups_end_between_users(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    of_users: Sequence[int],
+    groups: Sequence[int],
+    at_once: int,
+    *,
+    encoded: bool,
+) -> None:
     monkeypatch.setattr(parquet, "ROW_GROUP", 1000)
     path = tmp_path / "rows.parquet"
     path.touch()
-    rows = rows_of(list(range(3700)), [0] * 3700)
-    with parquet.writer(path, HEARTBEATS, ORDER) as out:
-        for start in range(0, rows.num_rows, 370):
-            out.write(rows.slice(start, 370))
+    count = sum(of_users)
+    users = pa.array(np.repeat([f"user-{n:02}" for n in range(len(of_users))], of_users))
+    rows = rows_of(list(range(count)), [0] * count).set_column(0, HEARTBEATS.field(0), users)
+    given = columns.encoded(rows) if encoded else rows
+    with parquet.writer(path, given.schema, ORDER) as out:
+        for start in range(0, count, at_once):
+            out.write(given.slice(start, at_once))
         out.close_with(ConsolidatedNote.nothing())
     found = parquet.footer(path)
-    assert [found.row_group(n).num_rows for n in range(4)] == [1000, 1000, 1000, 700]
+    assert [found.row_group(n).num_rows for n in range(found.num_row_groups)] == groups
     assert pq.read_table(path, partitioning=None).equals(rows)
