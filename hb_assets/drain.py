@@ -9,12 +9,10 @@ Doesn't belong here: how entries are claimed (`buffer.consumer`) and how files a
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import Event
 from typing import Literal, Self
@@ -302,7 +300,7 @@ def drain(
     def over() -> bool:
         return stop() or (seconds is not None and time.monotonic() - began >= seconds)
 
-    with _frozen(), _Claims(consumer, settings, stop, wait=follow) as claims:
+    with _Claims(consumer, settings, stop, wait=follow) as claims:
         while claims.ahead or not over():
             try:
                 batch = claims.next()
@@ -324,19 +322,6 @@ def drain(
             if not batch.entries:
                 time.sleep(settings.drain_poll.total_seconds())
     return replace(total, seconds=time.monotonic() - began)
-
-
-@contextmanager
-def _frozen() -> Iterator[None]:
-    """Leave what is there to itself, while entries and replies come and go by the million.
-
-    Going through all objects of all libraries for each of them is a tenth of a drain's CPU time.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _rest(seconds: float, stop: Callable[[], bool]) -> None:

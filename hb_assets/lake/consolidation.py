@@ -23,7 +23,7 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
-from hb_assets.errors import DamagedFileError
+from hb_assets.errors import DamagedFileError, FencedError
 from hb_assets.lake import checks, damage, fragments, layout, parquet, tombstones
 from hb_assets.lake.checks import Figure
 from hb_assets.lake.columns import BYTES_PER_ROW, ENCODED
@@ -219,6 +219,11 @@ def _without_damage(task: _Task, set_aside: list[str]) -> _ShardResult | None:
             return _consolidate_shard(task)
         except DamagedFileError as error:
             damaged = error
+        except FileNotFoundError as error:
+            # What lies below the published file goes while we count it, whatever we have of it.
+            raise FencedError(
+                f"{task.where}: {error.filename or error} is gone, a pruner was here; start again"
+            ) from None
         except parquet.engine_errors() as error:
             paths = [task.final, *(fragment.path for fragment in task.raw())]
             explained = parquet.explained(error, paths)
@@ -256,7 +261,7 @@ def _consolidate_shard(task: _Task) -> _ShardResult | None:
             _require_all(task, published, raw)
         new = pending(base, raw)
         if not new and base is None:
-            return None
+            return None if task.is_published(published) else _consolidate_shard(task)
         note = _merge(task, temp.path, base, new, raw, published)
         if not task.is_published(published):
             # Overtaken: the rows that were read needn't be those that the note speaks of.

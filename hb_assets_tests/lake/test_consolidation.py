@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import errno
 import os
 import threading
@@ -404,6 +405,47 @@ def test_fenced_off(
     monkeypatch.undo()
     assert consolidated(lake) == before
     assert consolidate(lake, DAY, settings).pending == 1
+
+
+def test_pruned_while_the_fragments_are_counted(
+    lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file that stays, fragments are looked at without a temp file that could be unlinked."""
+    deliver(lake, settings, entry([line()], 0))
+    consolidate(lake, DAY, settings)
+    shard = one_user(lake)
+    [fragment] = fragments.listed(lake, DAY, shard)
+
+    def pruned(*_: object) -> int:
+        fragment.path.unlink()
+        return fragment.path.stat().st_size
+
+    monkeypatch.setattr(fragments, "distinct_rows", pruned)
+    with pytest.raises(FencedError, match=rf"shard {shard:02d}: .*part-.*start again"):
+        consolidate(lake, DAY, settings)
+    monkeypatch.undo()
+    assert consolidate(lake, DAY, settings).rows == 1
+
+
+def test_first_publication_overtaken_and_pruned(
+    lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing published was seen, and then nothing raw: the day isn't empty for all that."""
+    deliver(lake, settings, entry([line()], 0))
+    original, looks = fragments.listed, 0
+
+    def listed(where: Lake, day: dt.date, shard: int) -> list[Fragment]:
+        nonlocal looks
+        if shard == one_user(lake):
+            looks += 1
+            if looks == 2:  # after the temp file was made, and the published file looked for
+                consolidate(lake, DAY, settings, shards=[shard])
+                for fragment in original(where, day, shard):
+                    fragment.path.unlink()
+        return original(where, day, shard)
+
+    monkeypatch.setattr(fragments, "listed", listed)
+    assert consolidate(lake, DAY, settings).rows == 1
 
 
 # -- what goes wrong
