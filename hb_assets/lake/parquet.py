@@ -217,9 +217,9 @@ def _encoding(field: pa.Field, rows: pa.Table) -> str | None:
     """
     if pa.types.is_uint64(field.type):
         distinct = pc.count_distinct(rows[field.name]).as_py()
-        if distinct <= _FEW:
-            return None
-        return _PLAIN if distinct * _SHARED <= rows.num_rows else _DIFFERENCES
+        if distinct * _SHARED > rows.num_rows:
+            return _DIFFERENCES
+        return None if distinct <= _FEW else _PLAIN
     if field.name == "arrival_pos":
         steps = np.diff(rows[field.name].to_numpy())
         return _PLAIN if 2 * int(np.count_nonzero(steps == 1)) > len(steps) else None
