@@ -34,6 +34,7 @@ _Result = TypeVar("_Result")
 _STEP_ENTRIES = 2048
 """Most entries that one read asks for, whatever their size so far lets hope."""
 _FIRST_STEP_ENTRIES = 256
+"""As many at first, while nothing is known of their size; each further read asks for more."""
 _STEP_GROWTH = 4
 _MOST_ENTRIES = 50_000
 """Entries of one claim: with one heartbeat each, a larger one would be at Redis for seconds."""
@@ -206,9 +207,8 @@ class Consumer:
         """
         lots: dict[tuple[int, int, int, int], list[bytes]] = {}
         for entry, count in counts:
-            own, data = entry.own, entry.data
-            size = 0 if data is None else len(data)
-            alike = (entry.shard, -1 if own is None else own, count, size)
+            own = entry.own
+            alike = (entry.shard, -1 if own is None else own, count, entry.size)
             lot = lots.get(alike)
             if lot is None:
                 lot = lots[alike] = []
@@ -483,8 +483,7 @@ class _Budget:
     def take(self, entries: Sequence[Entry]) -> list[Entry]:
         """The first ones that fit."""
         for number, entry in enumerate(entries):
-            own, data = entry.own, entry.data
-            size = 0 if data is None else len(data)
+            own, size = entry.own, entry.size
             rows = entry.rows if own is None else own
             if self._any and (rows > self._rows or size > self._bytes or self._entries <= 0):
                 self._close(rows > self._rows, size > self._bytes)
@@ -540,8 +539,6 @@ def _entry(shard: int, id_: bytes, fields: Sequence[bytes], deliveries: int) -> 
     data: bytes | None
     if len(fields) == 4 and fields[0] == b"data" and fields[2] == b"n":  # as we append them
         data, n = fields[1], fields[3]
-        if n == b"1":
-            return Entry(shard, int(ms), int(seq), data, 1, deliveries)
     else:
         named = dict(zip(fields[::2], fields[1::2], strict=True))
         data, n = named.get(b"data"), named.get(b"n", b"")
