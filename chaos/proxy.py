@@ -39,8 +39,7 @@ class Proxy:
 
     def close(self) -> None:
         """Stop listening and drop every connection."""
-        self._server.close()
-        self._do(self._drop_all())
+        self._do(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
@@ -60,6 +59,10 @@ class Proxy:
 
     def _do(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=30)
+
+    async def _end(self) -> None:
+        self._server.close()  # here: beside the loop, it and a connection's end both wake who waits
+        await self._drop_all()
 
     async def _drop_all(self) -> None:
         for writer in self._writers:
