@@ -40,7 +40,7 @@ Outcomes: TypeAlias = dict[int, HbError | None]
 
 _log = logging.getLogger(__name__)
 
-_APART_SECONDS = 0.001
+_APART_SECONDS = 0.0005
 """How far apart round trips begin while several calls share one: a command costs as much for one
 heartbeat as for fifty. A single caller never waits for it."""
 _ROUND_TRIP_HEARTBEATS = 50_000
@@ -170,13 +170,18 @@ class AsyncProducer:
 
     async def append(self, lines_by_shard: Lines) -> Outcomes:
         """As `Producer.append`, in the next round trip."""
+        return await self.append_soon(lines_by_shard)
+
+    def append_soon(self, lines_by_shard: Lines) -> asyncio.Future[Outcomes]:
+        """As `append`, for who has something else to do."""
+        future: asyncio.Future[Outcomes] = asyncio.get_running_loop().create_future()
         if self._closed or self._flusher is None:
             closed = BufferUnavailableError("the gateway is stopping: send again in a moment")
-            return dict.fromkeys(lines_by_shard, closed)
-        future: asyncio.Future[Outcomes] = asyncio.get_running_loop().create_future()
-        self._waiting.append((lines_by_shard, future))
-        self._wake.set()
-        return await future
+            future.set_result(dict.fromkeys(lines_by_shard, closed))
+        else:
+            self._waiting.append((lines_by_shard, future))
+            self._wake.set()
+        return future
 
     async def _flush_for_ever(self) -> None:
         pause = 0.0

@@ -73,6 +73,14 @@ class _Known(msgspec.Struct, frozen=True, gc=False):
     principal: Principal
 
 
+class Admission(msgspec.Struct, frozen=True, gc=False):
+    """That a request was let through, as whom, and what has to stay as it is for that to hold."""
+
+    principal: Principal
+    keys: object
+    expires: float
+
+
 class Access:
     """The keys of one gateway process.
 
@@ -201,6 +209,19 @@ class Access:
         if needed not in known.principal.scopes:
             raise forbidden(f"this needs an API key with the scope {needed}")
         scope[PRINCIPAL] = known.principal
+
+    def admission(self, scope: Scope, needed: str) -> Admission:
+        """As `check`, for further requests with the same headers: `stands` says for how long."""
+        self.check(scope, needed)
+        principal: Principal = scope[PRINCIPAL]
+        expires = math.inf
+        if principal.key_id is not None:
+            expires = self._known[principal.key_id.encode()].expires
+        return Admission(principal, self._known, expires)
+
+    def stands(self, admission: Admission) -> bool:
+        """Whether a request that was let through would be let through now."""
+        return admission.keys is self._known and admission.expires > time.time()
 
     def _check_name(self, scope: Scope) -> None:
         """Keep out web pages that had their own name point here (DNS rebinding).

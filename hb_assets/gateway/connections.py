@@ -50,10 +50,6 @@ class Guard:
         self.body_seconds = settings.body_timeout.total_seconds()
         self.connections: set[GuardedProtocol] = set()
 
-    def protocol(self, *args: Any, **options: Any) -> GuardedProtocol:
-        """A new connection, as uvicorn makes them."""
-        return GuardedProtocol(self, *args, **options)
-
     @contextlib.asynccontextmanager
     async def sweeping(self) -> AsyncIterator[None]:
         """End what keeps us waiting for too long, for the time of the block."""

@@ -20,16 +20,18 @@ from starlette.types import Receive, Scope, Send
 
 from hb_assets import record
 from hb_assets.buffer.limits import Denial
-from hb_assets.buffer.producer import Joined
+from hb_assets.buffer.producer import Joined, Lines, Outcomes
 from hb_assets.errors import HbError
 from hb_assets.gateway import limits, problems
 from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.bodies import BATCH_TYPES, Records, media_type, read_body, split
-from hb_assets.gateway.limits import Limits
+from hb_assets.gateway.limits import Headers, Identity, Limits, identity
 from hb_assets.gateway.metrics import Metrics
 from hb_assets.gateway.problems import ProblemError
 from hb_assets.settings import Settings
 
+TAKEN = "hb.taken"
+"""In the ASGI scope once its heartbeat is stored."""
 SLICE = 500
 """Records of a batch, or users, that are dealt with in one go; then others get their turn."""
 
@@ -46,6 +48,14 @@ class Refused(msgspec.Struct, frozen=True, gc=False):
     reason: str
     message: str
     retry: bool
+
+
+class InFlight(NamedTuple):
+    """A heartbeat on its way to Redis, what becomes of it, and what its sender is told of limits."""
+
+    lines: Lines
+    outcomes: asyncio.Future[Outcomes]
+    warnings: Headers
 
 
 class One:
@@ -71,7 +81,7 @@ class One:
             HbError: neither buffer nor spool took it.
         """
         limits = self._limits
-        sender = limits.sender(scope)
+        sender = limits.sender(identity(scope))
         try:
             body = await read_body(scope, receive, self._body_max, room=self._backend.room)
         except ProblemError:
@@ -87,15 +97,48 @@ class One:
         subjects = limits.with_user(sender, user)
         limits.admit(subjects)
         shard = self._shards[user]
-        outcome = await self._backend.append({shard: (record.encode(heartbeat),)})
-        error = outcome[shard]
+        self._judge(await self._backend.append({shard: (record.encode(heartbeat),)}))
+        scope[TAKEN] = True
+        headers = [*ACCEPTED_HEADERS, *limits.warnings(subjects)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send(_ACCEPTED_BODY)
+
+    def begin(self, body: bytes, who: Identity) -> InFlight | None:
+        """Take a heartbeat as a call does, without waiting for what becomes of it.
+
+        None where it isn't the usual case: then nothing was done about it, and nobody was charged.
+        """
+        backend, limits = self._backend, self._limits
+        if not backend.direct:
+            return None
+        heartbeat, unknown = record.parse(body, backend.now_ms(), self._bounds)
+        if unknown or isinstance(heartbeat, record.Refusal):
+            return None
+        user = heartbeat.user_id
+        subjects = limits.with_user(limits.sender(who), user)
+        if not limits.admits(subjects):
+            return None
+        lines = {self._shards[user]: (record.encode(heartbeat),)}
+        return InFlight(lines, backend.append_soon(lines), limits.warnings(subjects))
+
+    def is_stored(self, one: InFlight) -> bool:
+        """Whether Redis has it; where it doesn't, `settle` says what becomes of it."""
+        found = one.outcomes
+        if found.exception() is not None or not self._backend.is_settled(found.result()):
+            return False
+        self._metrics.accepted.inc()
+        return True
+
+    async def settle(self, one: InFlight) -> None:
+        """Store it in the spool, if that's what is left. Raises HbError as a call does."""
+        self._judge(await self._backend.settle(one.lines, one.outcomes.result()))
+
+    def _judge(self, outcomes: Outcomes) -> None:
+        [error] = outcomes.values()
         if error is not None:
             self._metrics.refused(problems.storage_reason(error))
             raise error
         self._metrics.accepted.inc()
-        headers = [*_ACCEPTED_HEADERS, *limits.warnings(subjects)]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send(_ACCEPTED_BODY)
 
     def _refuse(self, refusal: record.Refusal) -> NoReturn:
         self._metrics.refused(refusal.reason)
@@ -110,12 +153,12 @@ class One:
         )
 
 
-_ACCEPTED = b'{"status":"accepted"}'
-_ACCEPTED_HEADERS = (
+ACCEPTED = b'{"status":"accepted"}'
+ACCEPTED_HEADERS = (
     (b"content-type", b"application/json"),
-    (b"content-length", str(len(_ACCEPTED)).encode()),
+    (b"content-length", str(len(ACCEPTED)).encode()),
 )
-_ACCEPTED_BODY = {"type": "http.response.body", "body": _ACCEPTED}
+_ACCEPTED_BODY = {"type": "http.response.body", "body": ACCEPTED}
 
 
 class _Why(NamedTuple):
@@ -200,7 +243,7 @@ class Batch:
             ProblemError: 400, 413, 415; 422 when none is valid; 429 when all have to wait; 503
                 when none could be stored.
         """
-        sender = self._limits.sender(scope)
+        sender = self._limits.sender(identity(scope))
         room = self._backend.room
         size = 0
         try:

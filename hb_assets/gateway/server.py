@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -27,6 +28,7 @@ from hb_assets.gateway import tls
 from hb_assets.gateway.access import Access
 from hb_assets.gateway.app import Gateway
 from hb_assets.gateway.connections import Guard
+from hb_assets.gateway.express import ExpressProtocol
 from hb_assets.gateway.workers import Workers
 from hb_assets.settings import Settings
 
@@ -82,7 +84,7 @@ class Server(uvicorn.Server):
         context = tls.server_context(settings)
         config = uvicorn.Config(
             self._app,
-            http=self._guard.protocol,  # type: ignore[arg-type]  # whatever makes protocols
+            http=partial(ExpressProtocol, self._app.express, self._guard),  # type: ignore[arg-type]  # whatever makes protocols
             interface="asgi3",
             ws="none",
             # Run by ourselves, below: uvicorn would turn a clear error into a traceback.
