@@ -129,7 +129,7 @@ class ExpressProtocol(GuardedProtocol):
         cycle: RequestResponseCycle | None = self.cycle  # None before the first request
         if cycle is None:
             return self.scope is None
-        # uvicorn's watch runs from an answer to the first byte after it
+        # the watch runs from an answer to the first byte after it
         return self.timeout_keep_alive_task is not None and not cycle.more_body
 
     def _take(self, data: bytes) -> bool:
@@ -146,6 +146,8 @@ class ExpressProtocol(GuardedProtocol):
             return False
         self._ride = _Ride(taken, head.request_id or self._express.edge.new_id(), began)
         taken.outcomes.add_done_callback(self._arrived)
+        if self.timeout_keep_alive_task is None:  # the first request of its connection
+            self._watch(self.timeout_keep_alive)
         return True
 
     def _arrived(self, _: object) -> None:
@@ -207,8 +209,13 @@ class ExpressProtocol(GuardedProtocol):
         if self._ride is None and rest <= 0:
             super().timeout_keep_alive_handler()
             return
-        again = self.timeout_keep_alive if self._ride else rest
-        self.timeout_keep_alive_task = self.loop.call_later(again, self.timeout_keep_alive_handler)
+        self._watch(self.timeout_keep_alive if self._ride else rest)
+
+    def _watch(self, seconds: float) -> None:
+        """End this connection when nothing comes until then, as uvicorn does behind an answer."""
+        self.timeout_keep_alive_task = self.loop.call_later(
+            seconds, self.timeout_keep_alive_handler
+        )
 
     @override
     def shutdown(self) -> None:

@@ -51,7 +51,7 @@ class Refused(msgspec.Struct, frozen=True, gc=False):
 
 
 class InFlight(NamedTuple):
-    """A heartbeat on its way to Redis, what becomes of it, and what its sender is told of limits."""
+    """A heartbeat on its way to Redis, what becomes of it, and what its client hears of limits."""
 
     lines: Lines
     outcomes: asyncio.Future[Outcomes]
