@@ -1,9 +1,9 @@
 """CPU time of one request, without sockets: `python -m bench.request`.
 
 Belongs here: the way of a single POST from the bytes of its connection to the bytes of its answer,
-through uvicorn's protocol and the whole gateway to a real Redis and back, against a no-op app on
-the same protocol. Doesn't belong here: requests per second (`gateway`), in which kernel, network,
-load and Redis have their share. CPU time is what a noisy machine disturbs least.
+through the whole gateway to a real Redis and back, by both ways that there are, against a no-op app
+on uvicorn's protocol. Doesn't belong here: requests per second (`gateway`), in which kernel,
+network, load and Redis have their share. CPU time is what a noisy machine disturbs least.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from uvicorn.server import ServerState
 
 from bench import host, noop, servers
 from hb_assets.gateway.app import Gateway
-from hb_assets.gateway.connections import Guard
+from hb_assets.gateway.connections import Guard, GuardedProtocol
 from hb_assets.gateway.express import ExpressProtocol
 from hb_assets.settings import Settings
 
@@ -43,7 +43,7 @@ class _Wire(asyncio.Transport):
         self._answered = answered
 
     def write(self, data: Any) -> None:
-        """Taken; uvicorn writes a body by itself."""
+        """Taken; an answer's body comes last, whether by itself or not."""
         if data.endswith(noop.BODY):
             self._answered()
 
@@ -118,17 +118,15 @@ async def _measure(app: Any, protocol: Any) -> list[float]:
 
 async def _compare(settings: Settings) -> dict[str, list[float]]:
     gateway = Gateway(settings)
+    guard = Guard(settings, gateway.metrics.connection_refused)
     async with gateway.opened():
-        ours = await _measure(
-            gateway,
-            partial(
-                ExpressProtocol,
-                gateway.express,
-                Guard(settings, gateway.metrics.connection_refused),
+        return {
+            "hb_assets, by express": await _measure(
+                gateway, partial(ExpressProtocol, gateway.express, guard)
             ),
-        )
-        floor = await _measure(noop.app, HttpToolsProtocol)
-    return {"hb_assets": ours, "no-op app": floor}
+            "hb_assets, the ordinary way": await _measure(gateway, partial(GuardedProtocol, guard)),
+            "no-op app": await _measure(noop.app, HttpToolsProtocol),
+        }
 
 
 def main() -> None:
