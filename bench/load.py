@@ -193,18 +193,25 @@ def percentile(times: Sequence[float], share: float) -> float:
 def asking(served: Served, rows: int) -> Iterator[None]:
     """GETs in a loop, in a process of its own, for the time of the block: each tenth a whole day.
 
+    It runs when the block begins: its start takes a core for longer than a hundred questions.
+
     Raises:
         FailedLoadError: it ended by itself.
     """
     argv = [sys.executable, "-m", "bench.load", str(served.port), str(rows), *_key(served)]
-    child = subprocess.Popen(argv, cwd=Path(__file__).parent.parent, start_new_session=True)
+    child = subprocess.Popen(
+        argv, cwd=Path(__file__).parent.parent, start_new_session=True, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
     try:
+        child.stdout.readline()
         yield
         if child.poll() is not None:
             raise FailedLoadError("the GETs in a loop ended by themselves")
     finally:
         child.terminate()
         child.wait()
+        child.stdout.close()
 
 
 def _ask_for_ever(port: int, rows: int, api_key: str | None = None) -> None:
@@ -213,6 +220,8 @@ def _ask_for_ever(port: int, rows: int, api_key: str | None = None) -> None:
         for seed in itertools.count():
             client.ask_all(hours(users, 9, seed))
             client.ask_all(whole_days(users, 1, seed))
+            if not seed:
+                print("asking", flush=True)
 
 
 if __name__ == "__main__":

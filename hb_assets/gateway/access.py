@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
+from typing import NamedTuple
 
 import msgspec
 from starlette.types import Scope
@@ -33,6 +34,8 @@ from hb_assets.settings import Settings
 
 PRINCIPAL = "hb.principal"
 """Where the ASGI scope holds the Principal, on every route that needs a scope."""
+ADMISSION = "hb.admission"
+"""Where it holds the Admission."""
 REREAD_SECONDS = 1.0
 
 _ID = slice(3, 3 + 2 * ID_BYTES)
@@ -73,11 +76,22 @@ class _Known(msgspec.Struct, frozen=True, gc=False):
     principal: Principal
 
 
-class Admission(msgspec.Struct, frozen=True, gc=False):
-    """That a request was let through, as whom, and what has to stay as it is for that to hold."""
+class _Keys:
+    """The keys of one reading of the file, by id; none at all where there is no file.
 
-    principal: Principal
-    keys: object
+    Another thread puts new ones in their place: whoever decides looks at one object only.
+    """
+
+    def __init__(self, keys: Iterable[Key] | None) -> None:
+        self.keyless = keys is None
+        self.known = _table(keys or ())
+        self.reading = object()
+
+
+class Admission(NamedTuple):
+    """That a request was let through, by which reading of the keys, and until when that holds."""
+
+    reading: object
     expires: float
 
 
@@ -93,8 +107,7 @@ class Access:
         self._host = settings.gateway_host
         names = {"localhost", "127.0.0.1", "::1", self._host, *settings.gateway_names}
         self._names = frozenset(name.lower().strip("[]").encode() for name in names)
-        self._known: dict[bytes, _Known] = {}
-        self._keyless = False
+        self._keys = _Keys(())
         self._seen: tuple[int, ...] | None = None
         self._fault: str | None = None
 
@@ -113,8 +126,7 @@ class Access:
                 f"without an API key the gateway serves this machine only, not {self._host}: make "
                 "one with `hb keys create`, or set HB_GATEWAY_HOST to 127.0.0.1"
             )
-        self._keyless = keys is None
-        self._known = _table(keys or ())
+        self._keys = _Keys(keys)
 
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
@@ -150,14 +162,13 @@ class Access:
         except SettingsError as error:
             self._fail(str(error))
             return
-        if keys is None and not self._keyless:
+        if keys is None and not self._keys.keyless:
             self._fail(f"the file of API keys {self._path} is gone: put it back, or make new keys")
             return
         self._seen = seen
         self._fault = None
         if keys is not None:
-            self._known = _table(keys)
-            self._keyless = False
+            self._keys = _Keys(keys)
             _log.info("the API keys have changed: there are %d now", len(keys))
 
     def _fail(self, fault: str) -> None:
@@ -179,15 +190,17 @@ class Access:
     def check(self, scope: Scope, needed: str) -> None:
         """Let a request through that has a key with the scope `needed`, as its PRINCIPAL.
 
-        The key comes as `Authorization: Bearer …` or as `X-API-Key`.
+        Its ADMISSION says for how long others with the same headers may follow. The key comes as
+        `Authorization: Bearer …` or as `X-API-Key`.
 
         Raises:
             ProblemError: 401 without a valid key, 403 without that scope; 421 where no key is asked
                 for, and the request was sent to a name that isn't ours.
         """
-        if self._keyless:
+        keys = self._keys
+        if keys.keyless:
             self._check_name(scope)
-            scope[PRINCIPAL] = ANYBODY
+            scope[PRINCIPAL], scope[ADMISSION] = ANYBODY, Admission(keys.reading, math.inf)
             return
         token = b""
         for name, value in scope["headers"]:
@@ -197,7 +210,7 @@ class Access:
                     break
             elif name == b"x-api-key":
                 token = value
-        known = self._known.get(token[_ID])
+        known = keys.known.get(token[_ID])
         if (
             known is None
             or len(token) != _TOKEN_LENGTH
@@ -208,20 +221,14 @@ class Access:
             raise _refused(f"the API key {known.principal.key_id} has expired")
         if needed not in known.principal.scopes:
             raise forbidden(f"this needs an API key with the scope {needed}")
-        scope[PRINCIPAL] = known.principal
-
-    def admission(self, scope: Scope, needed: str) -> Admission:
-        """As `check`, for further requests with the same headers: `stands` says for how long."""
-        self.check(scope, needed)
-        principal: Principal = scope[PRINCIPAL]
-        expires = math.inf
-        if principal.key_id is not None:
-            expires = self._known[principal.key_id.encode()].expires
-        return Admission(principal, self._known, expires)
+        scope[PRINCIPAL], scope[ADMISSION] = (
+            known.principal,
+            Admission(keys.reading, known.expires),
+        )
 
     def stands(self, admission: Admission) -> bool:
         """Whether a request that was let through would be let through now."""
-        return admission.keys is self._known and admission.expires > time.time()
+        return admission.reading is self._keys.reading and admission.expires > time.time()
 
     def _check_name(self, scope: Scope) -> None:
         """Keep out web pages that had their own name point here (DNS rebinding).

@@ -50,7 +50,7 @@ class Gateway:
         routes = _routes(settings, self._backend, self.metrics, limits, one)
         access = self._backend.access
         self._edge = Edge(_Table(routes, access), self.metrics, frozenset(routes))
-        self.express = Express(one, access, self.metrics, self._edge, HEART_RATE)
+        self.express = Express(HEART_RATE, one, access, self.metrics, self._edge.new_id)
         self._events = Router(lifespan=lambda _app: self.opened())
 
     @asynccontextmanager

@@ -180,8 +180,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._head_is_incomplete():
             return "head", self.scope
         if cycle is None:
-            # by express there may have been requests, and uvicorn watches
-            return ("first byte" if self.timeout_keep_alive_task is None else None), None
+            return "first byte", None
         if not cycle.response_complete:
             return ("body" if cycle.more_body else None), cycle
         # Whatever comes ends uvicorn's watch: a blank line, a body that was answered by its head.

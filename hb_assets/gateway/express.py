@@ -1,12 +1,12 @@
 """The express way: a single heartbeat behind a head that is known, byte for byte.
 
-Belongs here: which heads are known, and a connection on which such a request is taken as soon as
-its bytes are there, and answered once it is stored. Doesn't belong here: what is valid, limited and
-stored (`heartbeats`), and anything unusual: that is left to the ordinary way, before anything has
-been done about it.
+Belongs here: a connection that remembers heads, takes what comes behind one as soon as its bytes
+are there, and answers once it is stored. Doesn't belong here: what is valid, limited and stored
+(`heartbeats`), and anything unusual: that is left to the ordinary way, before anything has been
+done about it.
 
-A device that keeps its connection sends the same head again and again. The same bytes from the same
-address mean the same path, key, content type and length, so a head that the ordinary way took a
+A device that keeps its connection sends the same head again and again. The same bytes on the same
+connection mean the same path, key, content type and length, so a head that the ordinary way took a
 heartbeat with needs no parser, no ASGI and no task any more. Decision 24 says what that saves, and
 how both ways are kept alike.
 """
@@ -15,31 +15,39 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import msgspec
-from starlette.types import Scope
 from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from hb_assets.gateway import problems
-from hb_assets.gateway.access import Access, Admission
+from hb_assets.gateway.access import ADMISSION, Access, Admission
 from hb_assets.gateway.connections import Guard, GuardedProtocol
-from hb_assets.gateway.edge import REQUEST_ID, Edge, id_given
-from hb_assets.gateway.heartbeats import ACCEPTED, ACCEPTED_HEADERS, TAKEN, InFlight, One
-from hb_assets.gateway.keyring import INGEST
+from hb_assets.gateway.edge import REQUEST_ID, id_given
+from hb_assets.gateway.heartbeats import ACCEPTED, TAKEN, InFlight, One
 from hb_assets.gateway.limits import Identity, identity
 from hb_assets.gateway.metrics import Metrics
-from hb_assets.gateway.problems import ProblemError
 
 _END = b"\r\n\r\n"
-_REQUEST_BYTES = 4096
+_REQUEST_BYTES = 2048
 """Longest request whose head is remembered: several times that of one heartbeat."""
-_HEADS = 4096
-"""Most heads that are remembered: 16 MB at worst, 2 MB of usual ones."""
+_HEADS = 4
+"""Heads that a connection remembers: a heart rate of two digits, of three, and room for more."""
 _UNUSUAL = frozenset({b"content-encoding", b"transfer-encoding", b"expect", b"upgrade", b"trailer"})
 """Headers by which more happens than that a body of so many bytes is read."""
+_REQUEST_ID = REQUEST_ID.encode()
+
+
+class Express(NamedTuple):
+    """What all connections of a gateway share; `route` is the path that `one` serves."""
+
+    route: str
+    one: One
+    access: Access
+    metrics: Metrics
+    new_id: Callable[[], bytes]
 
 
 class _Head(msgspec.Struct, frozen=True, gc=False):
@@ -51,40 +59,12 @@ class _Head(msgspec.Struct, frozen=True, gc=False):
     request_id: bytes | None
 
 
-class Express:
-    """The heads that one gateway process knows.
+class _Ride(NamedTuple):
+    """A heartbeat under way, its request's id, and when it came (`perf_counter`)."""
 
-    They are looked up by a hash that is keyed anew in each process, so that the time of a look says
-    nothing about the keys in them.
-    """
-
-    def __init__(self, one: One, access: Access, metrics: Metrics, edge: Edge, route: str) -> None:
-        """`route` is the path that `one` serves, as metrics show it."""
-        self.one = one
-        self.metrics = metrics
-        self.edge = edge
-        self.route = route
-        self._access = access
-        self._heads: dict[tuple[str, bytes], _Head] = {}
-
-    def known(self, address: str, head: bytes) -> _Head | None:
-        """What this head says when it comes from this address, as long as its key may do that."""
-        found = self._heads.get((address, head))
-        return found if found is not None and self._access.stands(found.admission) else None
-
-    def learn(self, address: str, request: bytes, scope: Scope) -> None:
-        """Remember the head of a request that came as these bytes alone, and was answered 200."""
-        head, _, body = request.partition(_END)
-        headers = dict(scope["headers"])
-        if headers.get(b"content-length") != b"%d" % len(body) or not _UNUSUAL.isdisjoint(headers):
-            return
-        try:
-            admission = self._access.admission(scope, INGEST)
-        except ProblemError:  # its key was revoked meanwhile
-            return
-        if len(self._heads) >= _HEADS:
-            self._heads.clear()
-        self._heads[address, head] = _Head(len(body), admission, identity(scope), id_given(scope))
+    taken: InFlight
+    request_id: bytes
+    began: float
 
 
 class ExpressProtocol(GuardedProtocol):
@@ -96,18 +76,18 @@ class ExpressProtocol(GuardedProtocol):
     def __init__(self, express: Express, guard: Guard, *args: Any, **options: Any) -> None:
         super().__init__(guard, *args, **options)
         self._express = express
-        self._address = ""
-        self._request_bytes: bytes | None = None
+        self._heads: dict[bytes, _Head] = {}
+        self._candidate: bytes | None = None
         self._ride: _Ride | None = None
         self._behind = bytearray()
         self._ending = False
         self._answered_at = 0.0
 
     @override
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if self.client:
-            self._address = self.client[0]
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._ride is not None:
+            self._wait_for(self._ride.taken.outcomes)
+        super().connection_lost(exc)
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -115,50 +95,61 @@ class ExpressProtocol(GuardedProtocol):
             self._behind += data
             self.flow.pause_reading()
             return
-        self._request_bytes = None
+        self._candidate = None
         if len(data) <= _REQUEST_BYTES and self._is_at_rest():
             if self._take(data):
                 return
-            self._request_bytes = data
+            self._candidate = data
         super().data_received(data)
 
     def _is_at_rest(self) -> bool:
-        """Whether all that came was answered, and what comes next begins a request."""
+        """Whether all that came was whole and is answered: what comes next begins a request."""
         if self._closed or self.flow.write_paused or self.transport.is_closing():
             return False
         cycle: RequestResponseCycle | None = self.cycle  # None before the first request
         if cycle is None:
             return self.scope is None
-        # the watch runs from an answer to the first byte after it
-        return self.timeout_keep_alive_task is not None and not cycle.more_body
+        # uvicorn has a scope of its own for a head that has begun to come, and watches from an
+        # answer on until something comes behind it
+        watched = self.timeout_keep_alive_task is not None
+        return watched and not cycle.more_body and self.scope is cycle.scope
 
     def _take(self, data: bytes) -> bool:
+        """Take a request by express; False: nothing was done about it."""
         end = data.find(_END)
-        if end < 0:
-            return False
-        head = self._express.known(self._address, data[:end])
+        head = self._heads.get(data[:end]) if end >= 0 else None
         end += len(_END)
         if head is None or len(data) != end + head.body_bytes:
             return False
+        if not self._express.access.stands(head.admission):
+            return False
         began = time.perf_counter()
-        taken = self._express.one.begin(data[end:], head.sender)
+        try:
+            taken = self._express.one.begin(data[end:], head.sender)
+        except Exception:  # noqa: BLE001  # the ordinary way meets it too, and answers
+            return False
         if taken is None:
             return False
-        self._ride = _Ride(taken, head.request_id or self._express.edge.new_id(), began)
+        self._ride = _Ride(taken, head.request_id or self._express.new_id(), began)
         taken.outcomes.add_done_callback(self._arrived)
-        if self.timeout_keep_alive_task is None:  # the first request of its connection
-            self._watch(self.timeout_keep_alive)
         return True
 
-    def _arrived(self, _: object) -> None:
+    def _arrived(self, outcomes: asyncio.Future[Any]) -> None:
         ride = self._ride
         assert ride is not None
-        if self._express.one.is_stored(ride.taken):
+        if outcomes.cancelled():  # at our end: the grace is over
+            self._ride = None
+            self.transport.close()
+        elif self._express.one.is_settled(ride.taken):
             self._accept(ride)
         else:
-            task = self.loop.create_task(self._settle(ride), name="express-settle")
-            self.tasks.add(task)  # uvicorn's: it waits for them before it ends
-            task.add_done_callback(self.tasks.discard)
+            self._wait_for(self.loop.create_task(self._settle(ride), name="express-settle"))
+
+    def _wait_for(self, work: asyncio.Future[Any]) -> None:
+        """Let uvicorn wait for it before it ends, as it does for its own tasks."""
+        tasks: set[Any] = self.tasks
+        tasks.add(work)
+        work.add_done_callback(tasks.discard)
 
     async def _settle(self, ride: _Ride) -> None:
         try:
@@ -171,7 +162,7 @@ class ExpressProtocol(GuardedProtocol):
             self._accept(ride)
 
     def _accept(self, ride: _Ride) -> None:
-        self._answer(ride, 200, (*ACCEPTED_HEADERS, *ride.taken.warnings), ACCEPTED)
+        self._answer(ride, 200, self._express.one.accept(ride.taken.subjects), ACCEPTED)
 
     def _answer(
         self, ride: _Ride, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes
@@ -184,23 +175,36 @@ class ExpressProtocol(GuardedProtocol):
             return
         every = (*self.server_state.default_headers, *headers, (_REQUEST_ID, ride.request_id))
         lines = [b"%s: %s\r\n" % header for header in every]
-        if self._ending:
+        last = self._ending and not self._behind
+        if last:
             lines.append(b"connection: close\r\n")
         self.transport.write(b"".join((STATUS_LINE[status], *lines, b"\r\n", body)))
         self._answered_at = self.loop.time()
-        if self._ending:
+        if last:
             self.transport.close()
         elif self._behind:
             behind, self._behind = bytes(self._behind), bytearray()
             self.flow.resume_reading()
             self.data_received(behind)
+            if self._ending:
+                self.shutdown()
 
     @override
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        request, self._request_bytes = self._request_bytes, None
+        request, self._candidate = self._candidate, None
         if request is not None and TAKEN in self.cycle.scope and self._is_at_rest():
-            self._express.learn(self._address, request, dict(self.cycle.scope))
+            self._learn(request, dict(self.cycle.scope))
+
+    def _learn(self, request: bytes, scope: dict[str, Any]) -> None:
+        """Remember the head of a request that came as these bytes alone, and was answered 200."""
+        head, _, body = request.partition(_END)
+        headers = dict(scope["headers"])
+        if headers.get(b"content-length") != b"%d" % len(body) or not _UNUSUAL.isdisjoint(headers):
+            return
+        if head not in self._heads and len(self._heads) >= _HEADS:
+            del self._heads[next(iter(self._heads))]
+        self._heads[head] = _Head(len(body), scope[ADMISSION], identity(scope), id_given(scope))
 
     @override
     def timeout_keep_alive_handler(self) -> None:
@@ -209,13 +213,8 @@ class ExpressProtocol(GuardedProtocol):
         if self._ride is None and rest <= 0:
             super().timeout_keep_alive_handler()
             return
-        self._watch(self.timeout_keep_alive if self._ride else rest)
-
-    def _watch(self, seconds: float) -> None:
-        """End this connection when nothing comes until then, as uvicorn does behind an answer."""
-        self.timeout_keep_alive_task = self.loop.call_later(
-            seconds, self.timeout_keep_alive_handler
-        )
+        again = self.timeout_keep_alive if self._ride else rest
+        self.timeout_keep_alive_task = self.loop.call_later(again, self.timeout_keep_alive_handler)
 
     @override
     def shutdown(self) -> None:
@@ -223,14 +222,3 @@ class ExpressProtocol(GuardedProtocol):
             super().shutdown()
         else:
             self._ending = True
-
-
-class _Ride(NamedTuple):
-    """A heartbeat under way, its request's id, and when it came (`perf_counter`)."""
-
-    taken: InFlight
-    request_id: bytes
-    began: float
-
-
-_REQUEST_ID = REQUEST_ID.encode()

@@ -19,7 +19,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from hb_assets import record
-from hb_assets.buffer.limits import Denial
+from hb_assets.buffer.limits import Denial, Subject
 from hb_assets.buffer.producer import Joined, Lines, Outcomes
 from hb_assets.errors import HbError
 from hb_assets.gateway import limits, problems
@@ -51,11 +51,11 @@ class Refused(msgspec.Struct, frozen=True, gc=False):
 
 
 class InFlight(NamedTuple):
-    """A heartbeat on its way to Redis, what becomes of it, and what its client hears of limits."""
+    """A heartbeat on its way to Redis, what becomes of it, and whom it was charged to."""
 
     lines: Lines
     outcomes: asyncio.Future[Outcomes]
-    warnings: Headers
+    subjects: list[Subject]
 
 
 class One:
@@ -99,7 +99,7 @@ class One:
         shard = self._shards[user]
         self._judge(await self._backend.append({shard: (record.encode(heartbeat),)}))
         scope[TAKEN] = True
-        headers = [*ACCEPTED_HEADERS, *limits.warnings(subjects)]
+        headers = self.accept(subjects)
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send(_ACCEPTED_BODY)
 
@@ -112,33 +112,36 @@ class One:
         if not backend.direct:
             return None
         heartbeat, unknown = record.parse(body, backend.now_ms(), self._bounds)
-        if unknown or isinstance(heartbeat, record.Refusal):
+        if isinstance(heartbeat, record.Refusal):
             return None
         user = heartbeat.user_id
         subjects = limits.with_user(limits.sender(who), user)
+        lines = {self._shards[user]: (record.encode(heartbeat),)}
         if not limits.admits(subjects):
             return None
-        lines = {self._shards[user]: (record.encode(heartbeat),)}
-        return InFlight(lines, backend.append_soon(lines), limits.warnings(subjects))
+        if unknown:
+            self._metrics.unknown_fields.inc(unknown)
+        return InFlight(lines, backend.append_soon(lines), subjects)
 
-    def is_stored(self, one: InFlight) -> bool:
-        """Whether Redis has it; where it doesn't, `settle` says what becomes of it."""
+    def is_settled(self, one: InFlight) -> bool:
+        """Whether Redis has it, and that is all; else `settle` says what becomes of it."""
         found = one.outcomes
-        if found.exception() is not None or not self._backend.is_settled(found.result()):
-            return False
-        self._metrics.accepted.inc()
-        return True
+        return found.exception() is None and self._backend.is_settled(found.result())
 
     async def settle(self, one: InFlight) -> None:
         """Store it in the spool, if that's what is left. Raises HbError as a call does."""
         self._judge(await self._backend.settle(one.lines, one.outcomes.result()))
+
+    def accept(self, subjects: Sequence[Subject]) -> Headers:
+        """Count a heartbeat that is stored; the headers of the answer to it."""
+        self._metrics.accepted.inc()
+        return [*_ACCEPTED_HEADERS, *self._limits.warnings(subjects)]
 
     def _judge(self, outcomes: Outcomes) -> None:
         [error] = outcomes.values()
         if error is not None:
             self._metrics.refused(problems.storage_reason(error))
             raise error
-        self._metrics.accepted.inc()
 
     def _refuse(self, refusal: record.Refusal) -> NoReturn:
         self._metrics.refused(refusal.reason)
@@ -154,7 +157,7 @@ class One:
 
 
 ACCEPTED = b'{"status":"accepted"}'
-ACCEPTED_HEADERS = (
+_ACCEPTED_HEADERS = (
     (b"content-type", b"application/json"),
     (b"content-length", str(len(ACCEPTED)).encode()),
 )

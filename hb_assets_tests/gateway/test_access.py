@@ -14,7 +14,7 @@ import pytest
 
 from hb_assets.errors import SettingsError
 from hb_assets.gateway import keyring
-from hb_assets.gateway.access import ANYBODY, PRINCIPAL, Access
+from hb_assets.gateway.access import ADMISSION, ANYBODY, PRINCIPAL, Access
 from hb_assets.gateway.app import Gateway
 from hb_assets.gateway.problems import ProblemError
 from hb_assets.settings import Settings
@@ -255,7 +255,7 @@ def test_no_key_gets_into_the_log(
     said += caplog.text + repr([vars(record) for record in caplog.records])
     access = opened(settings_valkey)
     principals = [check(access, tokens[0], "ingest"), check(access, tokens[1], "read")]
-    said += repr([access, access._known, [scope[PRINCIPAL] for scope in principals]])
+    said += repr([access, access._keys.known, [scope[PRINCIPAL] for scope in principals]])
     for token in tokens:
         assert token[16:40] not in said
     assert "Erika" not in said
@@ -273,6 +273,25 @@ def settings_valkey(tmp_path: Path, server_urls: Callable[[str], str]) -> Settin
 
 def bearer(token: str, scheme: str = "Bearer") -> dict[str, str]:
     return {"Authorization": f"{scheme} {token}"}
+
+
+def test_keys_that_appear_while_somebody_is_let_in(
+    settings_valkey: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He was let in without one, which holds for nothing that he sends later."""
+    access = opened(settings_valkey)
+    scope: dict[str, Any] = {"headers": []}
+
+    def appear(*_: object) -> None:
+        keyring.create(settings_valkey, "a", ["ingest"])
+        access.refresh()
+
+    monkeypatch.setattr(access, "_check_name", appear)
+    access.check(scope, "ingest")
+    assert scope[PRINCIPAL] is ANYBODY
+    assert not access.stands(scope[ADMISSION])
+    with pytest.raises(ProblemError):
+        access.check({"headers": []}, "ingest")
 
 
 def opened(settings: Settings) -> Access:

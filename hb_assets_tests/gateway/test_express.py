@@ -137,7 +137,7 @@ def test_a_known_head_is_answered_as_an_unknown_one(
         told = [ask(one, request(body(heart_rate=70 + n))) for n in range(3)]
         told += [ask(other, request(body(heart_rate=73)))]
         theirs = [ask(one, request(body(heart_rate=80 + n), named)) for n in range(2)]
-    assert ways == ["ordinary", "express", "express", "express", "ordinary", "express"]
+    assert ways == ["ordinary", "express", "express", "ordinary", "ordinary", "express"]
     assert [one.said for one in told[1:]] == [told[0].said] * 3
     assert told[0].headers.keys() == told[1].headers.keys() >= {"date", "x-request-id"}
     assert len({one.headers["x-request-id"] for one in told}) == 4
@@ -180,13 +180,11 @@ def test_what_is_not_valid_is_refused_by_the_ordinary_way(
     assert total(samples(http), "hb_heartbeats_refused_total") == 2
 
 
-def test_unknown_fields_are_counted_by_the_ordinary_way(
-    http: httpx.Client, ways: list[str]
-) -> None:
+def test_unknown_fields_are_counted(http: httpx.Client, ways: list[str]) -> None:
     with connected(http) as client:
         for _ in range(2):
             assert ask(client, request(body(steps=5))).status == 200
-    assert ways == ["ordinary", "declined", "ordinary"]
+    assert ways == ["ordinary", "express"]
     assert total(samples(http), "hb_unknown_fields_total") == 2
 
 
@@ -223,36 +221,16 @@ def test_a_connection_that_the_client_ends(http: httpx.Client, ways: list[str]) 
     assert ways == ["ordinary", "ordinary"]
 
 
-def test_a_head_is_known_by_the_address_that_sent_it(settings: Settings) -> None:
-    """It is limited by address, and so the same head from elsewhere is another one."""
-
+def test_a_connection_remembers_the_last_few_heads(settings: Settings, ways: list[str]) -> None:
     async def told() -> None:
         async with opened(settings) as connect:
-            await connect("10.0.0.1").ask(request(body()))
-            app = connect.app.express
-            head = request(body()).partition(b"\r\n\r\n")[0]
-            known = app.known("10.0.0.1", head)
-            assert known is not None
-            assert known.sender == (None, "10.0.0.1")
-            assert app.known("10.0.0.2", head) is None
+            line = connect()
+            for number in [*range(6), *range(5, 1, -1), 1]:
+                await line.ask(request(body(), f"User-Agent: {number}"))
+            assert len(line.protocol._heads) == express._HEADS  # type: ignore[attr-defined]  # ours
 
     asyncio.run(told())
-
-
-def test_no_more_than_so_many_heads_are_remembered(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(express, "_HEADS", 3)
-
-    async def told() -> int:
-        async with opened(settings) as connect:
-            line = connect()
-            for number in range(8):
-                await line.ask(request(body(), f"User-Agent: {number}"))
-                assert len(connect.app.express._heads) <= 3
-            return len(connect.app.express._heads)
-
-    assert asyncio.run(told()) == 2
+    assert ways == ["ordinary"] * 6 + ["express"] * 4 + ["ordinary"]
 
 
 # -- what may end a right
@@ -578,27 +556,66 @@ def test_a_body_that_looks_like_a_request(settings: Settings, ways: list[str]) -
     assert ways == ["ordinary", "ordinary"]
 
 
-def test_an_answer_is_waited_for_whichever_way_it_comes(
-    settings: Settings, ways: list[str]
-) -> None:
-    async def behind() -> list[Answer]:
+def test_a_head_that_began_behind_the_last_request(settings: Settings, ways: list[str]) -> None:
+    """What looks like a request then is the rest of that head, to both ways."""
+    known = request(body())
+    begun = b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: a\r\nX: "
+
+    async def shifted(*, ordinary: bool) -> list[Answer]:
+        async with opened(settings) as connect:
+            line = connect(ordinary=ordinary)
+            await line.ask(known)
+            await line.ask(known + begun)
+            line.protocol.data_received(known)
+            await line.answered(3)
+            await line.ask(request(b"", "x-request-id: b", path="/elsewhere", method="GET"))
+            return answers(line.wire.sent)
+
+    found = asyncio.run(shifted(ordinary=False))
+    assert [one.status for one in found] == [200, 200, 404, 404]
+    assert [one.said for one in found] == [one.said for one in asyncio.run(shifted(ordinary=True))]
+    assert "express" not in ways
+
+
+def test_a_head_is_remembered_with_its_own_rights(settings: Settings, ways: list[str]) -> None:
+    """Not with those of one that began before it came."""
+    _, token = keyring.create(settings, "device", ["ingest"])
+    begun = (
+        f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\nX: "
+    ).encode()
+    keyless = request(body(heart_rate=99))
+
+    async def borrowed() -> list[Answer]:
         async with opened(settings) as connect:
             line = connect()
-            await line.ask(request(body()))
+            await line.ask(request(body(), f"Authorization: Bearer {token}"))
+            await line.ask(request(body(), f"Authorization: Bearer {token}", "X: 1") + begun)
+            await line.ask(keyless)  # the rest of a request that may be sent
+            await line.ask(keyless)
+            return answers(line.wire.sent)
+
+    assert [one.status for one in asyncio.run(borrowed())] == [200, 200, 200, 401]
+    assert ways == ["ordinary"] * 3
+
+
+@pytest.mark.parametrize("first", [request(body()), request(b"[" + body() + b"]", path=BATCH)])
+def test_an_answer_is_waited_for_whichever_way_it_comes(settings: Settings, first: bytes) -> None:
+    async def in_turn() -> list[Answer]:
+        async with opened(settings) as connect:
+            line = connect()
+            await line.ask(request(body(), "X-Request-Id: known"))
             for sent in (
-                request(body()),
-                request(b"[" + body() + b"]", path=BATCH),
-                request(body()),
-                request(b"", path="/health/live", method="GET"),
+                first,
+                request(body(), "X-Request-Id: known"),
+                request(b"", "X-Request-Id: live", path="/health/live", method="GET"),
+                request(body(), "X-Request-Id: known"),
             ):
                 line.protocol.data_received(sent)
             return (await line.answered(5))[1:]
 
-    told = [json.loads(one.content) for one in asyncio.run(behind())]
-    assert [next(iter(one)) for one in told] == ["status", "accepted", "status", "status"]
-    assert [one.get("status") for one in told] == ["accepted", None, "accepted", told[3]["status"]]
-    assert ways[:2] == ["ordinary", "express"]
-    assert told[3]["status"] != "accepted"
+    told = [one.headers["x-request-id"] for one in asyncio.run(in_turn())]
+    assert GENERATED(told[0])
+    assert told[1:] == ["known", "live", "known"]
 
 
 def test_requests_that_do_not_wait_for_answers(
@@ -632,26 +649,68 @@ def test_a_client_that_goes_meanwhile(
     assert caplog.records == []
 
 
-def test_an_end_waits_for_the_answer(settings: Settings) -> None:
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_an_end_waits_for_the_answers(settings: Settings, ahead: int) -> None:
+    """To all requests that have come."""
+
+    async def ending() -> Line:
+        async with opened(settings) as connect:
+            line = connect()
+            await line.ask(request(body()))
+            for _ in range(ahead):
+                line.protocol.data_received(request(body()))
+            line.protocol.shutdown()
+            assert not line.wire.closed
+            await line.answered(1 + ahead)
+            return line
+
+    line = asyncio.run(ending())
+    closing = ["connection" in one.headers for one in answers(line.wire.sent)]
+    assert closing == [False] * ahead + [True]
+    assert line.wire.closed
+
+
+def test_an_end_waits_for_what_a_client_that_went_has_sent(
+    settings: Settings, client: redis.Redis
+) -> None:
+    async def idle(state: ServerState) -> None:
+        async with asyncio.timeout(30):
+            while state.tasks:  # noqa: ASYNC110  # no event of ours
+                await asyncio.sleep(0.001)
+
+    async def ending() -> None:
+        async with opened(settings) as connect:
+            line = connect()
+            await line.ask(request(body()))
+            await idle(connect.state)
+            line.protocol.data_received(request(body()))
+            line.protocol.connection_lost(None)
+            assert len(connect.state.tasks) == 1
+            await idle(connect.state)
+            assert len(stored(client, settings.shards)) == 2
+
+    asyncio.run(ending())
+
+
+def test_an_end_that_waits_no_longer(settings: Settings) -> None:
     async def ending() -> Line:
         async with opened(settings) as connect:
             line = connect()
             await line.ask(request(body()))
             line.protocol.data_received(request(body()))
-            line.protocol.shutdown()
-            assert not line.wire.closed
-            await line.answered(2)
+            ride = line.protocol._ride  # type: ignore[attr-defined]  # ours
+            ride.taken.outcomes.cancel()
+            await asyncio.sleep(0)
             return line
 
     line = asyncio.run(ending())
-    assert answers(line.wire.sent)[1].headers["connection"] == "close"
     assert line.wire.closed
+    assert len(answers(line.wire.sent)) == 1
 
 
 def test_a_connection_that_rests_is_closed_and_a_busy_one_is_not(
     settings: Settings, ways: list[str]
 ) -> None:
-    """Whether the first request of a connection went by express or not."""
     short = settings.model_copy(update={"head_timeout": dt.timedelta(seconds=0.3)})
 
     async def closed(line: Line) -> None:
@@ -664,7 +723,6 @@ def test_a_connection_that_rests_is_closed_and_a_busy_one_is_not(
             lines = [connect(keep_alive=0.5) for _ in range(4)]
             for line in lines:
                 await line.ask(request(body()))
-            assert ways == ["ordinary", *["express"] * 3]
             loop = asyncio.get_running_loop()
             began = loop.time()
             while loop.time() - began < 2:  # longer than any of the times
@@ -672,6 +730,8 @@ def test_a_connection_that_rests_is_closed_and_a_busy_one_is_not(
                     assert (await line.ask(request(body()))).status == 200
                 await asyncio.sleep(0.01)
             assert [line.wire.closed for line in lines] == [False, False, True, True]
+            assert ways[:4] == ["ordinary"] * 4
+            assert {*ways[4:]} == {"express"}
             for line in lines[:2]:
                 await closed(line)
 
