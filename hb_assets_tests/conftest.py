@@ -93,7 +93,7 @@ def server_urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
 @pytest.fixture(params=SERVERS)
 def redis_url(request: pytest.FixtureRequest, server_urls: Callable[[str], str]) -> str:
     """A server with nothing in it; each test runs on both kinds."""
-    return _emptied(server_urls(request.param))
+    return emptied(server_urls(request.param))
 
 
 @pytest.fixture
@@ -103,10 +103,11 @@ def on_valkey(server_urls: Callable[[str], str]) -> str:
     That is so where the buffer is used and its commands are not what is tested: `buffer/` and what
     is left on both kinds do that.
     """
-    return _emptied(server_urls("valkey"))
+    return emptied(server_urls("valkey"))
 
 
-def _emptied(url: str) -> str:
+def emptied(url: str) -> str:
+    """The server at this URL, without what other tests have left there."""
     with contextlib.closing(redis.Redis.from_url(url)) as client:
         client.flushall()
     return url

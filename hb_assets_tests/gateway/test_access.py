@@ -18,6 +18,7 @@ from hb_assets.gateway.access import ADMISSION, ANYBODY, PRINCIPAL, Access
 from hb_assets.gateway.app import Gateway
 from hb_assets.gateway.problems import ProblemError
 from hb_assets.settings import Settings
+from hb_assets_tests.conftest import emptied
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, running
 from hb_assets_tests.servers import wait_for
 
@@ -30,9 +31,8 @@ def keyed(
     tmp_path_factory: pytest.TempPathFactory, server_urls: Callable[[str], str]
 ) -> Iterator[tuple[httpx.Client, dict[str, str]]]:
     """A gateway with keys, and their tokens by name."""
-    settings = Settings(
-        home=tmp_path_factory.mktemp("access") / "home", redis_url=server_urls("valkey"), shards=4
-    )
+    url = emptied(server_urls("valkey"))  # what is old there is a fault to /health
+    settings = Settings(home=tmp_path_factory.mktemp("access") / "home", redis_url=url, shards=4)
     tokens = {
         "ingest": keyring.create(settings, "a", ["ingest"])[1],
         "read": keyring.create(settings, "b", ["read"])[1],
