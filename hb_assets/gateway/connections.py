@@ -183,7 +183,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return "first byte", None
         if not cycle.response_complete:
             return ("body" if cycle.more_body else None), cycle
-        # Whatever comes ends uvicorn's watch: a blank line, a body that was answered by its head.
+        # What the parser gets ends uvicorn's watch: a blank line, a body that was answered early.
         return ("rest" if self.timeout_keep_alive_task is None else None), cycle
 
     def _head_is_incomplete(self) -> bool:

@@ -16,9 +16,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
+from starlette.types import Scope
 from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
@@ -87,6 +88,8 @@ class ExpressProtocol(GuardedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._ride is not None:
             self._wait_for(self._ride.taken.outcomes)
+        self._heads.clear()
+        self._unset_keepalive_if_required()  # which would hold on to all of this until then
         super().connection_lost(exc)
 
     @override
@@ -137,10 +140,9 @@ class ExpressProtocol(GuardedProtocol):
     def _arrived(self, outcomes: asyncio.Future[Any]) -> None:
         ride = self._ride
         assert ride is not None
-        if outcomes.cancelled():  # at our end: the grace is over
-            self._ride = None
-            self.transport.close()
-        elif self._express.one.is_settled(ride.taken):
+        if outcomes.cancelled():  # at our end, and its client has gone
+            return
+        if self._express.one.is_settled(ride.taken):
             self._accept(ride)
         else:
             self._wait_for(self.loop.create_task(self._settle(ride), name="express-settle"))
@@ -154,15 +156,26 @@ class ExpressProtocol(GuardedProtocol):
     async def _settle(self, ride: _Ride) -> None:
         try:
             await self._express.one.settle(ride.taken)
+        except asyncio.CancelledError:  # at our end: the grace is over
+            self.transport.close()
+            raise
         except Exception as error:  # noqa: BLE001  # whatever it is, a client gets an answer
-            request_id = ride.request_id.decode()
-            problem = problems.of(error, request_id).response(request_id)
-            self._answer(ride, problem.status_code, problem.raw_headers, bytes(problem.body))
+            self._fail(ride, error)
         else:
             self._accept(ride)
 
     def _accept(self, ride: _Ride) -> None:
-        self._answer(ride, 200, self._express.one.accept(ride.taken.subjects), ACCEPTED)
+        try:
+            headers = self._express.one.accept(ride.taken.subjects)
+        except Exception as error:  # noqa: BLE001  # as above
+            self._fail(ride, error)
+        else:
+            self._answer(ride, 200, headers, ACCEPTED)
+
+    def _fail(self, ride: _Ride, error: Exception) -> None:
+        request_id = ride.request_id.decode()
+        problem = problems.of(error, request_id).response(request_id)
+        self._answer(ride, problem.status_code, problem.raw_headers, bytes(problem.body))
 
     def _answer(
         self, ride: _Ride, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes
@@ -175,7 +188,7 @@ class ExpressProtocol(GuardedProtocol):
             return
         every = (*self.server_state.default_headers, *headers, (_REQUEST_ID, ride.request_id))
         lines = [b"%s: %s\r\n" % header for header in every]
-        last = self._ending and not self._behind
+        last = self._ending and _END not in self._behind
         if last:
             lines.append(b"connection: close\r\n")
         self.transport.write(b"".join((STATUS_LINE[status], *lines, b"\r\n", body)))
@@ -184,7 +197,8 @@ class ExpressProtocol(GuardedProtocol):
             self.transport.close()
         elif self._behind:
             behind, self._behind = bytes(self._behind), bytearray()
-            self.flow.resume_reading()
+            if not self._ending:
+                self.flow.resume_reading()
             self.data_received(behind)
             if self._ending:
                 self.shutdown()
@@ -194,10 +208,11 @@ class ExpressProtocol(GuardedProtocol):
         super().on_response_complete()
         request, self._candidate = self._candidate, None
         if request is not None and TAKEN in self.cycle.scope and self._is_at_rest():
-            self._learn(request, dict(self.cycle.scope))
+            self._learn(request)
 
-    def _learn(self, request: bytes, scope: dict[str, Any]) -> None:
+    def _learn(self, request: bytes) -> None:
         """Remember the head of a request that came as these bytes alone, and was answered 200."""
+        scope = cast("Scope", self.cycle.scope)
         head, _, body = request.partition(_END)
         headers = dict(scope["headers"])
         if headers.get(b"content-length") != b"%d" % len(body) or not _UNUSUAL.isdisjoint(headers):
@@ -222,3 +237,4 @@ class ExpressProtocol(GuardedProtocol):
             super().shutdown()
         else:
             self._ending = True
+            self.flow.pause_reading()

@@ -378,6 +378,7 @@ class Wire(asyncio.Transport):
         super().__init__()
         self.sent = b""
         self.closed = False
+        self.reading = True
         self._address = address
 
     def write(self, data: Any) -> None:
@@ -391,10 +392,10 @@ class Wire(asyncio.Transport):
         self.closed = True
 
     def pause_reading(self) -> None:
-        pass
+        self.reading = False
 
     def resume_reading(self) -> None:
-        pass
+        self.reading = True
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return (self._address, 8000) if name in ("peername", "sockname") else default
@@ -651,7 +652,7 @@ def test_a_client_that_goes_meanwhile(
 
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_an_end_waits_for_the_answers(settings: Settings, ahead: int) -> None:
-    """To all requests that have come."""
+    """To all requests that have come, and to none that come later."""
 
     async def ending() -> Line:
         async with opened(settings) as connect:
@@ -659,7 +660,9 @@ def test_an_end_waits_for_the_answers(settings: Settings, ahead: int) -> None:
             await line.ask(request(body()))
             for _ in range(ahead):
                 line.protocol.data_received(request(body()))
+            assert line.wire.reading == (ahead == 1)
             line.protocol.shutdown()
+            assert not line.wire.reading
             assert not line.wire.closed
             await line.answered(1 + ahead)
             return line
@@ -692,20 +695,94 @@ def test_an_end_waits_for_what_a_client_that_went_has_sent(
     asyncio.run(ending())
 
 
-def test_an_end_that_waits_no_longer(settings: Settings) -> None:
+def test_an_end_behind_a_part_of_a_request(settings: Settings) -> None:
     async def ending() -> Line:
         async with opened(settings) as connect:
             line = connect()
             await line.ask(request(body()))
             line.protocol.data_received(request(body()))
-            ride = line.protocol._ride  # type: ignore[attr-defined]  # ours
-            ride.taken.outcomes.cancel()
+            line.protocol.data_received(request(body())[:20])
+            line.protocol.shutdown()
+            await line.answered(2)
+            return line
+
+    line = asyncio.run(ending())
+    assert answers(line.wire.sent)[1].headers["connection"] == "close"
+    assert line.wire.closed
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_an_end_that_waits_no_longer(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    gone: bool,
+) -> None:
+    """uvicorn cancels what it waits for once the grace is over."""
+
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(One, "settle", never)
+    monkeypatch.setattr(One, "is_settled", lambda *_: False)
+
+    async def ending() -> Line:
+        async with opened(settings) as connect:
+            line = connect()
+            await line.ask(request(body()))
+            async with asyncio.timeout(30):
+                while connect.state.tasks:  # noqa: ASYNC110  # no event of ours
+                    await asyncio.sleep(0.001)
+            line.protocol.data_received(request(body()))
+            if gone:
+                line.protocol.connection_lost(None)
+            else:
+                line.protocol.shutdown()
+            async with asyncio.timeout(30):
+                while not connect.state.tasks:  # noqa: ASYNC110  # no event of ours
+                    await asyncio.sleep(0.001)
+            for task in list(connect.state.tasks):
+                task.cancel("the grace is over")
+                await asyncio.wait([task])
             await asyncio.sleep(0)
             return line
 
     line = asyncio.run(ending())
     assert line.wire.closed
     assert len(answers(line.wire.sent)) == 1
+    assert caplog.records == []
+
+
+def test_a_connection_that_is_gone_remembers_nothing(settings: Settings) -> None:
+    async def lost() -> None:
+        async with opened(settings) as connect:
+            line = connect()
+            await line.ask(request(body()))
+            watch = line.protocol.timeout_keep_alive_task
+            assert watch is not None
+            assert line.protocol._heads  # type: ignore[attr-defined]  # ours
+            line.protocol.connection_lost(ConnectionResetError())
+            assert watch.cancelled()
+            assert not line.protocol._heads  # type: ignore[attr-defined]  # ours
+
+    asyncio.run(lost())
+
+
+def test_an_error_while_it_is_answered(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def failing() -> list[int]:
+        async with opened(settings) as connect:
+            line = connect()
+            await line.ask(request(body()))
+            with monkeypatch.context() as patch:
+                patch.setattr(One, "accept", lambda *_: 1 // 0)
+                await line.ask(request(body()))
+            await line.ask(request(body()))
+            return [one.status for one in answers(line.wire.sent)]
+
+    assert asyncio.run(failing()) == [200, 500, 200]
+    assert "unexpected ZeroDivisionError" in caplog.text
 
 
 def test_a_connection_that_rests_is_closed_and_a_busy_one_is_not(
