@@ -121,11 +121,14 @@ class GuardedProtocol(HttpToolsProtocol):
             known = self._head_bytes if self.scope is before else 0
             self._head_bytes = known + len(data)
             if self._head_bytes > _HEAD_BYTES or len(self.headers) > _HEADERS:
-                self._refuse(
-                    431,
-                    "head-too-large",
-                    f"a request may have {_HEADERS} headers with {_HEAD_BYTES} bytes at most",
-                )
+                self._refuse_head()
+
+    @override
+    def on_headers_complete(self) -> None:
+        if len(self.headers) > _HEADERS:
+            self._refuse_head()
+            raise ValueError("too many headers")  # so that the parser goes no further
+        super().on_headers_complete()
 
     @override
     def send_400_response(self, msg: str) -> None:
@@ -185,6 +188,13 @@ class GuardedProtocol(HttpToolsProtocol):
             return ("body" if cycle.more_body else None), cycle
         # What the parser gets ends uvicorn's watch: a blank line, a body that was answered early.
         return ("rest" if self.timeout_keep_alive_task is None else None), cycle
+
+    def _refuse_head(self) -> None:
+        self._refuse(
+            431,
+            "head-too-large",
+            f"a request may have {_HEADERS} headers with {_HEAD_BYTES} bytes at most",
+        )
 
     def _head_is_incomplete(self) -> bool:
         """Whether a request has begun to come whose headers aren't all there."""

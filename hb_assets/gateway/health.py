@@ -25,6 +25,8 @@ OFF = "off"
 """A part that there isn't, or that the settings don't watch."""
 UNKNOWN = "unknown: Redis doesn't answer"
 _UNSEEN = "not seen yet"
+_RETRY_AFTER = "5"
+"""Seconds until another look is worth it: nothing that fails here mends itself sooner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,5 +172,6 @@ def _answer(status: int, body: dict[str, object]) -> Response:
     return Response(
         msgspec.json.encode(body),
         status_code=status,
+        headers={} if status == 200 else {"retry-after": _RETRY_AFTER},
         media_type="application/json",
     )

@@ -483,7 +483,11 @@ def _get_ready(name: str, summary: str) -> Json:
         summary,
         {
             "200": _answer("Everything does.", "HealthAnswer"),
-            "503": _answer("The parts in `failing` don't; their lines say why.", "HealthAnswer"),
+            "503": _answer(
+                "The parts in `failing` don't; their lines say why.",
+                "HealthAnswer",
+                ("Retry-After",),
+            ),
         },
         description="Redis, drain, lake, spool, consolidation and Dagster. For monitors: a gateway "
         "that is not ready may still take heartbeats.",

@@ -181,9 +181,23 @@ def test_a_client_that_reads_no_answer(serving: Serving, settings: Settings) -> 
         wait_for(let_in, "that client to be gone")
 
 
-def test_very_many_headers(serving: Serving, settings: Settings) -> None:
-    with serving(settings) as http, connected(http, HEAD + b"a:b\r\n" * 300) as client:
-        assert answer(client).startswith(b"HTTP/1.1 431 ")
+@pytest.mark.parametrize("end", [b"", b"content-length: 2\r\n\r\n[]"])
+def test_very_many_headers(serving: Serving, settings: Settings, end: bytes) -> None:
+    with serving(settings) as http, connected(http, HEAD + b"a:b\r\n" * 300 + end) as client:
+        told = answer(client)
+        assert told.startswith(b"HTTP/1.1 431 ")
+        assert told.count(b"HTTP/1.1 ") == 1
+
+
+def test_a_request_in_front_of_one_with_very_many_headers_is_answered(
+    serving: Serving, settings: Settings
+) -> None:
+    with serving(settings) as http, connected(http, LIVE) as client:
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+        client.sendall(HEAD + b"a:b\r\n" * 300 + b"content-length: 2\r\n\r\n[]" + LIVE)
+        told = answer(client)
+        assert told.startswith(b"HTTP/1.1 431 ")
+        assert told.count(b"HTTP/1.1 ") == 1
 
 
 def test_a_body_behind_an_upgrade_is_not_lost_silently(

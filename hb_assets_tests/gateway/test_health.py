@@ -41,6 +41,7 @@ def failing(http: httpx.Client) -> list[str]:
     assert (response.status_code, body["status"]) == (
         (503, "failing") if body["failing"] else (200, "ok")
     )
+    assert ("retry-after" in response.headers) == bool(body["failing"])
     assert all(body["parts"][name] != "ok" for name in body["failing"])
     return list(body["failing"])
 

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from hb_assets.gateway import keyring
 from hb_assets.gateway.limits import _network
 from hb_assets.settings import Quota, Settings
 from hb_assets_tests.conftest import VALKEY
@@ -74,6 +75,41 @@ def test_an_address_pays_for_all_that_it_sends(serving: Serving, settings: Setti
         assert problem(http.post(PATH, json=heartbeat()), 429, "rate-limited")["policy"] == "ip"
         whole = http.post(BATCH, json=batch)
         assert "refused" not in problem(whole, 429, "rate-limited")
+
+
+@VALKEY
+def test_a_key_pays_for_all_that_is_sent_with_it(serving: Serving, settings: Settings) -> None:
+    tokens = [keyring.create(settings, name, ["ingest"])[1] for name in ("a", "b")]
+    with serving(limited(settings, key=Quota(3, HOUR))) as http:
+
+        def post(token: str, user: str = "u1") -> httpx.Response:
+            headers = {"Authorization": f"Bearer {token}"}
+            return http.post(PATH, json=heartbeat(user_id=user), headers=headers)
+
+        assert [post(tokens[0], f"u{n}").status_code for n in range(3)] == [200] * 3
+        assert problem(post(tokens[0], "u9"), 429, "rate-limited")["policy"] == "key"
+        assert post(tokens[1]).status_code == 200
+
+
+@VALKEY
+@pytest.mark.parametrize("trusted", [("127.0.0.1",), ("10.0.0.0/8",), ()])
+def test_who_is_believed_about_an_address(
+    serving: Serving, settings: Settings, trusted: tuple[str, ...]
+) -> None:
+    """A proxy that is trusted; nobody else buys another quota by a header."""
+    behind = limited(settings, ip=Quota(3, HOUR)).model_copy(update={"trusted_proxies": trusted})
+    with serving(behind) as http:
+
+        def post(*sent_for: str) -> int:
+            headers = {"X-Forwarded-For": ", ".join(sent_for)} if sent_for else {}
+            return http.post(PATH, json=heartbeat(), headers=headers).status_code
+
+        assert [post("192.0.2.1") for _ in range(3)] == [200] * 3
+        assert post("192.0.2.1") == 429
+        others = [post("192.0.2.2"), post("192.0.2.2"), post("2001:db8::1"), post()]
+        assert others == ([200] * 4 if trusted == ("127.0.0.1",) else [429] * 4)
+        # the last address that isn't a proxy's counts: what a client writes before it doesn't
+        assert post("192.0.2.9", "192.0.2.1") == 429
 
 
 @VALKEY

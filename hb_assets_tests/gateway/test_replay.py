@@ -27,7 +27,7 @@ from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.replay import Replayer
 from hb_assets.gateway.spool import Spool
 from hb_assets.record import shard_of
-from hb_assets.settings import Settings
+from hb_assets.settings import Quota, Settings
 from hb_assets_tests.conftest import SERVERS
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, running
 from hb_assets_tests.gateway.test_heartbeats import problem, stored
@@ -331,6 +331,29 @@ def test_a_replay_keeps_to_the_buffers_bound(
                 client.delete(keys.stream(shard), keys.ledger(shard))  # as if it were drained
             wait_for(lambda: empty(spool), "the replay")
         assert rates(settings) == [60, 61]
+
+
+def test_limits_hold_while_redis_is_away_and_after(
+    redis: Redis, settings: Settings, spool: Spool
+) -> None:
+    """By what this gateway knows by itself; what it couldn't charge meanwhile ends nothing."""
+    quota = Quota(6, dt.timedelta(hours=1))
+    with running(settings.model_copy(update={"limit_user": quota})) as http:
+        post(http)
+        redis.kill()
+        for rate in range(60, 64):
+            post(http, heart_rate=rate)
+        assert not empty(spool)
+        redis.start()
+        wait_for(lambda: empty(spool), "the replay")
+        post(http, heart_rate=64)
+        problem(http.post(PATH, json=heartbeat()), 429, "rate-limited")
+        redis.kill()
+        problem(http.post(PATH, json=heartbeat()), 429, "rate-limited")
+        post(http, user_id="u2")
+        redis.start()
+        wait_for(lambda: empty(spool), "the replay")
+    assert sorted(rates(settings)) == [60, 61, 62, 63, 64, 75, 75]
 
 
 def test_a_full_spool_answers_503(redis: Redis, settings: Settings, spool: Spool) -> None:
