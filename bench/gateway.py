@@ -161,6 +161,48 @@ def batch(bench: Bench) -> Iterator[Row]:
     )
 
 
+def server(bench: Bench) -> Iterator[Row]:
+    """The same application by uvicorn, as `hb serve` has it, and by granian."""
+    single = load.heartbeats(5 * USERS, USERS)
+    kinds = {
+        "single POST": (ONE, single, 64, 1),
+        f"batch of {BATCH_SIZE}": (
+            BATCH,
+            load.batches(load.heartbeats(100 * BATCH_SIZE, USERS), BATCH_SIZE, load.JSON),
+            8,
+            BATCH_SIZE,
+        ),
+    }
+    with contextlib.ExitStack() as stack:
+        served = []
+        for name in ("uvicorn", "granian"):
+            buffer = stack.enter_context(servers.buffer(bench.folder / f"redis-{name}"))
+            gateway = servers.gateway(bench.folder / name, buffer, by_granian=name == "granian")
+            served.append((name, buffer, stack.enter_context(gateway)))
+        for number, (what, (path, texts, connections, size)) in enumerate(kinds.items()):
+            bodies = load.write_bodies(bench.folder / f"server-{number}", texts)
+            found: dict[str, list[load.Posts]] = {name: [] for name, _, _ in served}
+            for run in range(-1, bench.runs):
+                for name, buffer, one in served:
+                    bench.say(f"{what}, run {max(0, run) + 1} of {bench.runs}: {name}")
+                    before = buffer.appended()
+                    posts = load.post(one, path, bodies, bench.seconds, connections=connections)
+                    _prove(buffer, before, posts.requests * size)
+                    buffer.clear()
+                    if run >= 0:  # before that, the warm-up
+                        found[name].append(posts)
+            uvicorn, granian = found["uvicorn"], found["granian"]
+            yield Row(
+                f"{what} by uvicorn, against granian",
+                "requests/s" if size == 1 else "heartbeats/s",
+                [one.per_second * size for one in uvicorn],
+                [one.per_second * size for one in granian],
+            )
+            yield Row(
+                "its p99", "ms", [one.p99_ms for one in uvicorn], [one.p99_ms for one in granian]
+            )
+
+
 @contextlib.contextmanager
 def _memory(served: Served, buffer: Buffer) -> Iterator[list[float]]:
     """Resident MB of each second of the block; the streams are emptied meanwhile."""
@@ -288,6 +330,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "batch": batch,
     "get": get,
     "both": both,
+    "server": server,
 }
 
 

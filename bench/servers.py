@@ -85,8 +85,13 @@ class Served:
 
 
 @contextlib.contextmanager
-def gateway(folder: Path, buffer: Buffer, **more: str) -> Iterator[Served]:
-    """`hb serve` behind an API key, its home in `folder`; `more` are settings of its own."""
+def gateway(
+    folder: Path, buffer: Buffer, *, by_granian: bool = False, **more: str
+) -> Iterator[Served]:
+    """A gateway behind an API key, its home in `folder`; `more` are settings of its own.
+
+    As `hb serve` serves it, or the same application by granian, with one worker.
+    """
     port = free_port()
     _, api_key = keyring.create(Settings(home=folder), "bench", (keyring.INGEST, keyring.READ))
     environment = {
@@ -96,7 +101,12 @@ def gateway(folder: Path, buffer: Buffer, **more: str) -> Iterator[Served]:
         **AMPLE,
         **more,
     }
-    with _serving([sys.executable, "-m", "hb_assets", "serve"], environment, port, folder) as found:
+    argv = [sys.executable, "-m", "hb_assets", "serve"]
+    if by_granian:
+        argv = [sys.executable, "-m", "granian", "--interface", "asgi", "--port", str(port)]
+        argv += ["--loop", "uvloop", "--no-ws", "--no-access-log", "--factory"]
+        argv += ["bench.application:gateway"]
+    with _serving(argv, environment, port, folder) as found:
         yield dataclasses.replace(found, api_key=api_key)
 
 

@@ -1,0 +1,15 @@
+"""The gateway as an application for a server that isn't ours.
+
+Belongs here: nothing else. `hb serve` serves it with uvicorn (`hb_assets.gateway.server`), and
+without what that has of connections: their bounds, and the express way.
+"""
+
+from __future__ import annotations
+
+from hb_assets.gateway.app import Gateway
+from hb_assets.settings import Settings
+
+
+def gateway() -> Gateway:
+    """An application with the settings of the environment."""
+    return Gateway(Settings())
