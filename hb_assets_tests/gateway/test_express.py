@@ -9,15 +9,18 @@ import gzip
 import json
 import re
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import redis
+import trustme
 import uvicorn
 from hypothesis import given
 from hypothesis import settings as example_settings
@@ -37,6 +40,7 @@ from hb_assets_tests.examples import examples
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
 from hb_assets_tests.gateway.test_heartbeats import stored
 from hb_assets_tests.gateway.test_metrics import samples, total
+from hb_assets_tests.gateway.test_tls import with_cert
 from hb_assets_tests.servers import wait_for
 
 # which server it is makes no difference here
@@ -632,6 +636,22 @@ def test_requests_that_do_not_wait_for_answers(
     assert "express" in ways
     rates = [row["heart_rate"] for row in stored(client, settings.shards)]
     assert rates == list(range(60, 90))
+
+
+def test_over_tls(serving: Serving, settings: Settings, tmp_path: Path, ways: list[str]) -> None:
+    authority = trustme.CA()
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    secure = with_cert(settings, authority, tmp_path, "cert")
+    with (
+        serving(secure) as http,
+        connected(http) as plain,
+        trusting.wrap_socket(plain, server_hostname="heartbeats.example") as client,
+    ):
+        assert [ask(client, request(body())).status for _ in range(3)] == [200] * 3
+        client.sendall(request(body()) * 3)
+        assert [one.status for one in receive(client, 3)] == [200] * 3
+    assert ways == ["ordinary", "express", "express", *["ordinary"] * 3]
 
 
 def test_a_client_that_goes_meanwhile(
