@@ -193,7 +193,7 @@ def percentile(times: Sequence[float], share: float) -> float:
 def asking(served: Served, rows: int) -> Iterator[None]:
     """GETs in a loop, in a process of its own, for the time of the block: each tenth a whole day.
 
-    It runs when the block begins: its start takes a core for longer than a hundred questions.
+    It asks already when the block begins: its start, with all its imports, is no question.
 
     Raises:
         FailedLoadError: it ended by itself.
