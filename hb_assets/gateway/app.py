@@ -48,6 +48,9 @@ class Gateway:
         limits = Limits(settings, self._backend.limiter, self.metrics.rate_limited)
         one = One(settings, self._backend, limits, self.metrics)
         routes = _routes(settings, self._backend, self.metrics, limits, one)
+        for path, methods in routes.items():
+            for method in methods:
+                self.metrics.expect(path, method)
         access = self._backend.access
         self._edge = Edge(_Table(routes, access), self.metrics, frozenset(routes))
         self.express = Express(HEART_RATE, one, access, self.metrics, self._edge.new_id)

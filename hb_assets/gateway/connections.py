@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -31,6 +31,18 @@ _AHEAD = 64
 """Requests that wait on a connection for the answers to others (pipelining)."""
 _STEP_BYTES = 16 * 2**10
 """Bytes that are taken apart before these bounds are looked at."""
+
+_Kind: TypeAlias = Literal[
+    "too-many-connections",
+    "too-many-requests-ahead",
+    "malformed-request",
+    "upgrade-with-a-body",
+    "head-timeout",
+    "body-timeout",
+    "head-too-large",
+]
+REASONS = tuple(kind.replace("-", "_") for kind in get_args(_Kind))
+"""Why connections are refused, as `count` is told."""
 
 _Part: TypeAlias = Literal["first byte", "head", "body", "rest", "reader"]
 """What a connection is waiting for."""
@@ -203,7 +215,7 @@ class GuardedProtocol(HttpToolsProtocol):
         return scope is not None and "path" not in scope
 
     def _refuse(
-        self, status: int, kind: str, detail: str, retry_after: float | None = None
+        self, status: int, kind: _Kind, detail: str, retry_after: float | None = None
     ) -> None:
         """Answer in the place of whoever is waiting for the request, and close."""
         if self._closed:

@@ -24,6 +24,7 @@ Headers: TypeAlias = list[tuple[bytes, bytes]]
 Identity: TypeAlias = tuple[str | None, str | None]
 """Id of the API key and network of the address, where there are any."""
 
+POLICIES = ("key", "ip", "user", "key-queries", "ip-queries")
 _NETWORK_BITS = 64
 """An IPv6 client has a whole network of this size, and is limited as one."""
 

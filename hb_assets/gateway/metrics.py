@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -36,6 +36,7 @@ from hb_assets.buffer import beats
 from hb_assets.buffer.beats import DAGSTER, Signs
 from hb_assets.buffer.depth import ShardDepth
 from hb_assets.errors import HbError
+from hb_assets.gateway import connections, limits, problems
 from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.health import Health
 from hb_assets.gateway.probes import Probe
@@ -46,6 +47,9 @@ from hb_assets.settings import Settings
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Bounds of the latency histogram, seconds."""
+
+_CELLS = len(BUCKETS) + 2
+"""Numbers of one route, method and status: their seconds, each bucket, and what is above them."""
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +78,7 @@ def _table(*rows: tuple[str, str, str]) -> dict[str, Described]:
     return table
 
 
+_ID_CODES = ("missing", "wrong_type", "wrong_length")
 TABLE = _table(
     # -- this gateway, all of its workers
     (
@@ -115,7 +120,11 @@ TABLE = _table(
     ("hb_buffer_appended_total", "shard", "Heartbeats that were ever appended, by the ledger."),
     ("hb_drained_total", "shard", "Heartbeats that were ever acknowledged, by the ledger."),
     # -- drains, anywhere
-    ("hb_drain_age_seconds", "shard", "Time since a drain looked for entries of the shard."),
+    (
+        "hb_drain_age_seconds",
+        "shard",
+        "Time since a drain looked for entries of the shard; 0 before the first.",
+    ),
     (
         "hb_drain_neglected_seconds",
         "shard",
@@ -149,7 +158,11 @@ TABLE = _table(
         "",
         "How far the oldest pending fragment is beyond its HB_CONSOLIDATE_MAX_AGE.",
     ),
-    ("hb_dagster_age_seconds", "", "Time since the last tick of Dagster's buffer sensor."),
+    (
+        "hb_dagster_age_seconds",
+        "",
+        "Time since the last tick of Dagster's buffer sensor; 0 before the first.",
+    ),
     # -- the lake
     ("hb_lake_up", "", "Whether the lake's folder could be written when these metrics were read."),
     ("hb_lake_free_bytes", "", "Free space of its disk."),
@@ -181,6 +194,34 @@ TABLE = _table(
     ("hb_spool_replayed_total", "", "Heartbeats that Redis took over from the spool."),
 )
 
+_RECORD_REASONS = (
+    "record_not_json",
+    "record_not_an_object",
+    *(f"{field}_{code}" for field in ("user_id", "device_id") for code in _ID_CODES),
+    "timestamp_missing",
+    "timestamp_wrong_type",
+    "timestamp_not_a_time",
+    "timestamp_too_old",
+    "timestamp_in_the_future",
+    "heart_rate_missing",
+    "heart_rate_wrong_type",
+    "heart_rate_out_of_range",
+)
+KNOWN: Mapping[str, Sequence[str]] = {
+    "hb_connections_refused_total": connections.REASONS,
+    "hb_heartbeats_refused_total": (
+        *_RECORD_REASONS,
+        "rate_limited",
+        *problems.STORAGE_REASONS,
+    ),
+    "hb_rate_limited_total": limits.POLICIES,
+    "hb_drain_flushes_total": ("rows", "bytes", "entries", "age", "all"),
+    "hb_quarantined_total": (*_RECORD_REASONS, "record_no_data", "record_poison"),
+    "hb_consolidations_total": ("done", "failed"),
+}
+"""Values of the one label of these metrics: shown as 0 until they are counted, since Prometheus'
+`increase` can't see a series' first step."""
+
 _DEPTH = ("entries", "heartbeats", "bytes", "pending", "foreign", "lost", "consumers")
 _SPOOL = ("heartbeats", "bytes", "most_bytes", "damaged_records", "damaged_files")
 _LAKE = ("fragments", "pending_fragments", "pending_bytes", "rows", "bytes")
@@ -208,18 +249,22 @@ class Metrics:
     def __init__(self, settings: Settings) -> None:
         self.accepted = Cell()
         self.unknown_fields = Cell()
-        self._refused: dict[str, Cell] = {}
-        self._limited: dict[str, Cell] = {}
-        self._closed: dict[str, Cell] = {}
+        self._refused = _cells("hb_heartbeats_refused_total")
+        self._limited = _cells("hb_rate_limited_total")
+        self._closed = _cells("hb_connections_refused_total")
         self._requests: dict[tuple[str, str, int], list[float]] = {}
         self._process = ProcessCollector(registry=None)
         self.tallies = Tallies(settings, self.counts)
+
+    def expect(self, route: str, method: str) -> None:
+        """Show requests of this kind before there were any."""
+        self._requests.setdefault((route, method, 200), [0.0] * _CELLS)
 
     def request(self, route: str, method: str, status: int, elapsed: float) -> None:
         """Count one answered request; `elapsed` in seconds."""
         cells = self._requests.get((route, method, status))
         if cells is None:
-            cells = self._requests[route, method, status] = [0.0] * (len(BUCKETS) + 2)
+            cells = self._requests[route, method, status] = [0.0] * _CELLS
         cells[0] += elapsed
         cells[bisect_left(BUCKETS, elapsed) + 1] += 1
 
@@ -269,6 +314,10 @@ class Metrics:
             },
             levels={name: process.get(name, 0.0) for name in _LEVELS},
         )
+
+
+def _cells(name: str) -> dict[str, Cell]:
+    return {label: Cell() for label in KNOWN[name]}
 
 
 def _inc(cells: dict[str, Cell], label: str, count: int) -> None:
@@ -357,9 +406,8 @@ def show_buffer(
         families.set("hb_buffer_dead_consumers", dead, shard)
         families.set("hb_buffer_appended_total", depth.appended, shard)
         families.set("hb_drained_total", depth.acknowledged, shard)
-        age = signs.age(beats.drained(depth.shard))
-        if age is not None:
-            families.set("hb_drain_age_seconds", age, shard)
+        age = signs.age(beats.drained(depth.shard)) or 0.0
+        families.set("hb_drain_age_seconds", age, shard)
         neglected = vitals.neglected_seconds(depth, signs)
         families.set("hb_drain_neglected_seconds", neglected, shard)
 
@@ -380,11 +428,10 @@ def show_work(families: Families, signs: Signs) -> None:
         ("hb_quarantined_total", "quarantined"),
         ("hb_consolidations_total", "consolidations"),
     ):
-        for label, number in sorted(signs.labelled(count).items()):
+        numbers_by_label = dict.fromkeys(KNOWN[name], 0) | signs.labelled(count)
+        for label, number in sorted(numbers_by_label.items()):
             families.set(name, number, label)
-    age = signs.age(DAGSTER)
-    if age is not None:
-        families.set("hb_dagster_age_seconds", age)
+    families.set("hb_dagster_age_seconds", signs.age(DAGSTER) or 0.0)
 
 
 def show_lake(families: Families, survey: Survey) -> None:

@@ -113,6 +113,9 @@ _KINDS: dict[type[HbError], tuple[str, str]] = {
 """Kind and title of each way in which a heartbeat isn't stored."""
 
 
+STORAGE_REASONS = tuple(kind.replace("-", "_") for kind, _ in _KINDS.values())
+
+
 def of_storage(error: HbError, members: Mapping[str, object] | None = None) -> ProblemError:
     """The 503 of a heartbeat (or a whole batch) that neither buffer nor spool took."""
     kind, title = _KINDS[type(error)]

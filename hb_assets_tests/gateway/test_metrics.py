@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -152,24 +153,71 @@ def test_all_workers_together(settings: Settings) -> None:
         assert len(list((settings.run_dir / "metrics").rglob("*.tally"))) == 1
 
 
+def documented(heading: str) -> list[list[str]]:
+    """The rows of a table of docs/http.md, the first one under this heading."""
+    section = DOCS.read_text(encoding="utf-8").partition(f"{heading}\n")[2].partition("\n#")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [line.strip("| ").split(" | ") for line in lines[2:]]
+
+
+def values(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def labels() -> dict[str, tuple[str, list[str]]]:
+    """The documented label of a metric, and its values."""
+    return {
+        values(name)[0]: (label, values(known))
+        for name, label, known in documented("### Label values")
+    }
+
+
 def test_every_metric_is_documented() -> None:
     rows = re.findall(
-        r"^\| `(hb_\w+|process_\w+)` \| (.*) \| (.*) \| (.*) \|$", DOCS.read_text(), re.MULTILINE
+        r"^\| `(hb_\w+|process_\w+)` \| (\w*) \| ([\w, ]*) \| (.*) \|$",
+        DOCS.read_text(encoding="utf-8").partition("### Label values")[0],
+        re.MULTILINE,
     )
     assert [tuple(row) for row in rows] == [
         (one.name, one.kind, ", ".join(one.labels), one.text) for one in TABLE.values()
     ]
 
 
-def test_every_metric_is_shown_and_promtool_is_content(
-    work: httpx.Client, client: redis.Redis
-) -> None:
-    client.hset("hb:{all}:beats", "dagster", 1)
-    work.get("/health")
-    wait_for(lambda: "hb_dagster_age_seconds" in work.get("/metrics").text, "the beat")
-    text = work.get("/metrics").text
-    shown = re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE)
-    expected = [(one.name, one.kind) for one in TABLE.values()]
-    refusals = ("hb_rate_limited_total", "hb_connections_refused_total")
-    assert shown == [one for one in expected if one[0] not in refusals]
+def test_every_documented_metric_is_there_from_the_start(http: httpx.Client) -> None:
+    """As the docs list them, and not as the code does."""
+    text = http.get("/metrics").text
+    found = {
+        (sample.name, tuple(sorted(sample.labels.items())))
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    names = re.findall(r"^# TYPE (\w+) ", text, re.MULTILINE)
+    assert names == [values(name)[0] for name, *_ in documented("## GET /metrics")]
+    for name, (label, known) in labels().items():
+        assert {(name, ((label, value),)) for value in known} <= found
+    for route in (PATH, BATCH):
+        posted = (("method", "POST"), ("route", route), ("status", "200"))
+        assert ("hb_http_requests_total", posted) in found
+
+
+def test_reasons_of_refused_records_are_documented(http: httpx.Client) -> None:
+    """Whatever can be wrong with a record: one of each, and no reason that isn't known before."""
+    ids: list[dict[str, object]] = [
+        {name: value} for name in ("user_id", "device_id") for value in (None, 5, "")
+    ]
+    clocks = (None, True, "noon", "2001-01-01T00:00:00Z", "2999-01-01T00:00:00Z")
+    rates = (None, "75", 999)
+    wrong = [*ids, *({"timestamp": one} for one in clocks), *({"heart_rate": one} for one in rates)]
+    lines = [json.dumps(heartbeat(**changes)) for changes in wrong]
+    batch = "\n".join(["{", "[]", *lines])
+    sent = http.post(BATCH, content=batch, headers={"content-type": "application/x-ndjson"})
+    given = {one["reason"] for one in sent.json()["refused"]}
+    assert len(given) == len(wrong) + 2
+    for name in ("hb_heartbeats_refused_total", "hb_quarantined_total"):
+        assert given <= set(labels()[name][1])
+
+
+def test_work_is_shown_and_promtool_is_content(work: httpx.Client) -> None:
+    shown = re.findall(r"^# TYPE (\w+) (\w+)$", work.get("/metrics").text, re.MULTILINE)
+    assert shown == [(one.name, one.kind) for one in TABLE.values()]
     checked(work)
