@@ -22,7 +22,7 @@ import datetime as dt
 import errno
 import importlib
 import traceback
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -33,6 +33,9 @@ from hb_assets.cli import output, state
 from hb_assets.days import parse_day
 from hb_assets.errors import HbError, SettingsError
 from hb_assets.settings import Settings
+
+if TYPE_CHECKING:
+    from hb_assets.lake.store import Lake
 
 COMMANDS = (
     "up",
@@ -158,6 +161,23 @@ def _agree(settings: Settings) -> None:
             + "; ".join(differing)
             + "; use the same in both terminals"
         )
+
+
+def existing_lake(settings: Settings) -> Lake:
+    """The lake of a command that has nothing to do without one: it makes neither lake nor home.
+
+    Raises:
+        SettingsError: HB_HOME or the lake isn't there.
+        HbError: the lake can't be used, as `Lake.open`.
+    """
+    from hb_assets.lake.store import Lake
+
+    if not settings.home_dir.is_dir():
+        raise SettingsError(
+            f"there is no HB_HOME at {settings.home_dir}: check HB_HOME; `hb up`, `hb serve`, "
+            "`hb import` and `hb drain` make one"
+        )
+    return Lake.open(settings, create=False)
 
 
 def day_of(text: str) -> dt.date:

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from hb_assets.cli import output, state
-from hb_assets.cli.app import FAILED, AsJson, app, settings_of
+from hb_assets.cli.app import FAILED, AsJson, app, existing_lake, settings_of
 from hb_assets.cli.control_room import ControlRoom, Run
+from hb_assets.cli.interrupts import Interrupts
 from hb_assets.days import parse_day
 from hb_assets.errors import HbError
 
@@ -33,12 +34,11 @@ def backfill(
 ) -> None:
     """Consolidate every day from FIRST to LAST that the lake holds, by Dagster, and wait for it."""
     from hb_assets.lake import inventory
-    from hb_assets.lake.store import Lake
 
     settings = settings_of(context)
     days = _range(first, last)
     if not empty:
-        held = set(inventory.days(Lake.open(settings)))
+        held = set(inventory.days(existing_lake(settings)))
         days = [day for day in days if day in held]
     if not days:
         raise HbError(f"the lake {settings.lake_dir} holds nothing from {first} to {last}")
@@ -47,14 +47,24 @@ def backfill(
         raise HbError(
             f"no `hb up` runs on {settings.home_dir}: start it, or use `hb consolidate` without it"
         )
-    with ControlRoom(up.dagster) as room:
-        backfill_id = room.backfill(days, rebuild=rebuild)
+    with ControlRoom(up.dagster) as room, Interrupts() as interrupts:
 
         def look() -> tuple[list[Run], bool]:
             over = room.backfill_over(backfill_id)
             return room.backfill_runs(backfill_id), over
 
-        runs = follow(f"backfill of {len(days)} days", look, expected=len(days))
+        backfill_id = ""
+        try:
+            with interrupts.held_back():  # once it is launched, its id is known
+                backfill_id = room.backfill(days, rebuild=rebuild)
+            runs = follow(f"backfill of {len(days)} days", look, expected=len(days))
+        except KeyboardInterrupt:
+            if backfill_id:
+                output.note(
+                    f"backfill {backfill_id} goes on without this command; to cancel it, open "
+                    f"{up.dagster}/runs/b/{backfill_id} and choose Cancel backfill"
+                )
+            raise
     succeeded = {run.day for run in runs if run.succeeded}
     failed = [day for day in days if day not in succeeded]
     if as_json:

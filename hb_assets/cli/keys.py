@@ -17,6 +17,7 @@ from rich.text import Text
 from hb_assets import record
 from hb_assets.cli import output
 from hb_assets.cli.app import AsJson, app, settings_of
+from hb_assets.errors import HbError
 from hb_assets.gateway import keyring
 from hb_assets.gateway.keyring import ADMIN, NAME_MAX, READ, SCOPES, Key, ScopeName
 from hb_assets.settings import PositiveDuration
@@ -116,6 +117,8 @@ def revoke(
 ) -> None:
     """End a key for good; running gateways refuse it within two seconds."""
     settings = settings_of(context, agree=False)
+    if keyring.read(keyring.path(settings)) is None:
+        raise HbError(f"there are no keys in {settings.home_dir}: check HB_HOME")
     key = keyring.revoke(settings, identifier)
     left = len(keyring.read(keyring.path(settings)) or ())
     if as_json:

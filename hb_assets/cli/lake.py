@@ -16,7 +16,7 @@ from hb_assets import days, record
 from hb_assets.audit import Audit, audit
 from hb_assets.buffer import connection, server
 from hb_assets.cli import output
-from hb_assets.cli.app import FAILED, AsJson, app, day_of, settings_of
+from hb_assets.cli.app import FAILED, AsJson, app, day_of, existing_lake, settings_of
 from hb_assets.coordination import coordinated
 from hb_assets.errors import HbError
 from hb_assets.lake import inventory, minutes, query
@@ -46,7 +46,7 @@ def consolidate(
     settings = settings_of(context)
     if sum((bool(wanted), pending, every)) != 1:
         raise typer.BadParameter("name days, or --pending, or --all")
-    lake = Lake.open(settings)
+    lake = existing_lake(settings)
     named = [day_of(text) for text in wanted or ()]
     unknown = sorted(set(named) - set(inventory.days(lake)))
     if unknown:
@@ -152,7 +152,7 @@ def query_user(
             f"must be one of {', '.join(GRANULARITIES)}", param_hint="--granularity"
         )
     question = Question(user, first, last, device, granularity)
-    points = query.answer(Lake.open(settings), question, settings).points.to_pylist()
+    points = query.answer(existing_lake(settings), question, settings).points.to_pylist()
     if as_json:
         output.print_json(
             {
@@ -201,7 +201,7 @@ def audit_all(
 ) -> None:
     """Reconcile the buffer and every day of the lake; exit code 1 when it doesn't add up."""
     settings = settings_of(context)
-    lake = Lake.open(settings)
+    lake = existing_lake(settings)
     began = time.monotonic()
     with server.borrowed(settings):
         client = connection.connect(settings)

@@ -15,16 +15,13 @@ import typer
 from hb_assets.buffer import connection, server
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.cli import output
-from hb_assets.cli.app import FAILED, AsJson, app, day_of, settings_of
+from hb_assets.cli.app import FAILED, AsJson, app, day_of, existing_lake, settings_of
 from hb_assets.coordination import coordinated
 from hb_assets.days import EPOCH
 from hb_assets.erasure import Forgotten
 from hb_assets.erasure import forget as forget_user
-from hb_assets.errors import HbError
 from hb_assets.gateway.spool import Spool
-from hb_assets.lake.store import Lake
-from hb_assets.maintenance import Maintained, maintain
-from hb_assets.settings import Settings
+from hb_assets.maintenance import maintain
 
 
 @app.command()
@@ -40,13 +37,7 @@ def prune(
     """Delete raw fragments that are consolidated and older than HB_RAW_KEEP, and leftovers."""
     settings = settings_of(context)
     chosen = [day_of(text) for text in wanted] if wanted else None
-    if not _has_lake(settings):
-        if as_json:
-            output.print_json(Maintained(0, 0, 0, 0, ()))
-        else:
-            output.results.print(f"there is no lake at {settings.lake_dir}: nothing to prune")
-        return
-    lake = Lake.open(settings)
+    lake = existing_lake(settings)
     with coordinated(lake, settings, start_server=True) as known, output.progress() as progress:
         progress.add_task("prune", total=None)
         done = maintain(lake, settings, known, days=chosen, dry_run=dry_run)
@@ -85,12 +76,7 @@ def forget(
         raise typer.BadParameter("must be UTF-8", param_hint="USER") from None
     if not user_id:
         raise typer.BadParameter("must not be empty", param_hint="USER")
-    if not _has_lake(settings):
-        raise HbError(
-            f"there is no lake at {settings.lake_dir}: check HB_HOME and HB_LAKE; what waits in "
-            "the buffer can be forgotten once `hb drain` has run"
-        )
-    lake = Lake.open(settings)
+    lake = existing_lake(settings)
     if not yes:
         typer.confirm(f"Erase the heartbeats of {user_id} from {lake.root} for good?", abort=True)
     spool = Spool(settings)
@@ -118,11 +104,6 @@ def forget(
     _show_forgotten(done, as_json=as_json)
     if not done.done:
         raise typer.Exit(FAILED)
-
-
-def _has_lake(settings: Settings) -> bool:
-    """Whether anything was ever stored: these commands don't make a lake."""
-    return (settings.lake_dir / "lake.json").exists()
 
 
 def _show_forgotten(done: Forgotten, *, as_json: bool) -> None:

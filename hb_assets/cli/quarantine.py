@@ -20,7 +20,7 @@ from hb_assets import days, record
 from hb_assets.buffer import connection, durability, server
 from hb_assets.buffer.producer import Producer
 from hb_assets.cli import output
-from hb_assets.cli.app import FAILED, AsJson, app, settings_of
+from hb_assets.cli.app import FAILED, AsJson, app, existing_lake, settings_of
 from hb_assets.errors import DamagedFileError, HbError
 from hb_assets.lake import quarantine, tombstones
 from hb_assets.lake.quarantine import Choice, Quarantined, parse_id
@@ -56,7 +56,7 @@ def list_records(
 ) -> None:
     """Count records by reason and list the first ones (without their content)."""
     settings = settings_of(context)
-    lake = Lake.open(settings)
+    lake = existing_lake(settings)
     damage = _Damage()
     choice = _choice(reason, day, None)
     counted = quarantine.summary(lake, settings, choice, on_damage=damage)
@@ -102,7 +102,7 @@ def show(
     With --raw each line is {"id": ..., "raw": ...}; `raw_base64` instead where it isn't UTF-8.
     """
     settings = settings_of(context)
-    lake = Lake.open(settings)
+    lake = existing_lake(settings)
     damage = _Damage()
     if ids:
         found: Iterable[Quarantined] = _named(lake, settings, ids, damage)
@@ -149,7 +149,7 @@ def replay(
     settings = settings_of(context)
     if sum((bool(ids), bool(reason or day), every, repaired is not None)) != 1:
         raise typer.BadParameter("name ids, or --reason or --day, or --all, or --from")
-    lake = Lake.open(settings)
+    lake = existing_lake(settings)
     damage = _Damage()
     done = _Outcome()
     if repaired is not None:

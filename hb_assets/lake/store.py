@@ -36,18 +36,27 @@ class Lake:
     mask_key: bytes
 
     @classmethod
-    def open(cls, settings: Settings) -> Lake:
+    def open(cls, settings: Settings, *, create: bool = True) -> Lake:
         """Open the lake that the settings name; make it when it isn't there.
+
+        Args:
+            settings: for HB_LAKE and HB_SHARDS.
+            create: False: make nothing.
 
         Raises:
             LakeMismatchError: made with another shard count or format.
-            SettingsError: the folder can't be made or written.
+            SettingsError: the folder can't be made or written, or there is no lake in it.
             DamagedFileError: lake.json can't be read.
         """
         root = settings.lake_dir
         path = root / "lake.json"
         try:
             if not path.exists():
+                if not create:
+                    raise SettingsError(
+                        f"there is no lake at {root}: check HB_HOME and HB_LAKE; `hb up`, "
+                        "`hb serve`, `hb import` and `hb drain` make one"
+                    )
                 _create(path, settings.shards)
             identity = msgspec.json.decode(path.read_bytes(), type=_Identity)
         except OSError as error:

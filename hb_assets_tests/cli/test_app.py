@@ -13,7 +13,9 @@ from hb_assets.cli import app as frame
 from hb_assets.cli import state
 from hb_assets.cli.state import UpState
 from hb_assets.errors import HbError
+from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
+from hb_assets_tests.cli.commands import complaint, hb
 
 
 def run(error: BaseException) -> tuple[int, str]:
@@ -53,6 +55,60 @@ def test_every_command_has_help_and_json() -> None:
         result = CliRunner().invoke(app, [name, "--help"])
         assert result.exit_code == 0
         assert "--json" in result.stdout, name
+
+
+QUERY = ("query", "u1", "--start", "2025-01-15", "--end", "2025-01-16")
+OF_THE_LAKE = {
+    " ".join(command): command
+    for command in (
+        ("consolidate", "--pending"),
+        QUERY,
+        ("audit",),
+        ("prune",),
+        ("forget", "u1", "--yes"),
+        ("quarantine", "list"),
+        ("quarantine", "show"),
+        ("quarantine", "replay", "--all"),
+        ("backfill", "2025-01-15", "2025-01-15"),
+    )
+}
+
+
+@pytest.mark.parametrize("command", OF_THE_LAKE.values(), ids=OF_THE_LAKE)
+def test_looking_at_a_lake_makes_neither_lake_nor_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    home, lake = tmp_path / "home", tmp_path / "lake"
+    monkeypatch.setenv("HB_HOME", str(home))
+    monkeypatch.setenv("HB_LAKE", str(lake))
+    assert complaint(*command).startswith(f"hb: there is no HB_HOME at {home}: check HB_HOME")
+    Lake.open(Settings(home=home, lake=str(lake)))
+    assert "there is no HB_HOME" in complaint(*command)
+    assert not home.exists()
+    home.mkdir()
+    monkeypatch.delenv("HB_LAKE")
+    text = complaint(*command)
+    assert text.startswith(f"hb: there is no lake at {home / 'lake'}: check HB_HOME and HB_LAKE")
+    assert text.count("\n") == 1
+    assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "says"),
+    [
+        ("status", 0, "doesn't run"),
+        ("keys list", 0, "no keys"),
+        ("keys revoke abc", 2, "there are no keys"),
+        ("down", 0, "no `hb up` runs"),
+    ],
+)
+def test_what_needs_no_lake_makes_no_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, code: int, says: str
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HB_HOME", str(home))
+    assert says in hb(*command.split(), code=code).output
+    assert not home.exists()
 
 
 def test_settings_that_differ_from_the_running_up(

@@ -171,10 +171,10 @@ def test_lake_that_cannot_be_used(
     assert text.count("\n") == 1
 
 
-def test_a_day_that_the_lake_does_not_hold() -> None:
+def test_a_day_that_the_lake_does_not_hold(lake: Lake) -> None:
     assert "holds nothing of 2019-01-01" in complaint("consolidate", "2019-01-01")
 
 
-def test_a_query_takes_days() -> None:
+def test_a_query_takes_days(lake: Lake) -> None:
     found = told("query", "nobody", "--start", "2025-01-15", "--end", "2025-01-16")
     assert found["count"] == 0

@@ -45,7 +45,8 @@ def lake(settings: Settings, client: redis.Redis) -> Lake:
     return Lake.open(settings)
 
 
-def test_empty() -> None:
+def test_empty(settings: Settings) -> None:
+    Lake.open(settings)
     assert told("quarantine", "list") == {"count": 0, "reasons": {}, "records": []}
     hb("quarantine", "list")
     assert told("quarantine", "replay", "--all") == {"replayed": 0, "still_refused": 0}
