@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import layout, parquet
+from hb_assets.lake import layout, parquet, sealed_json
 from hb_assets.lake.files import TempFile, sync_folder
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.layout import FragmentName
@@ -128,7 +128,7 @@ def mark_incomplete(lake: Lake, day: dt.date, shard: int) -> None:
         sync_folder(path.parent)  # whoever made it may not have got so far
         return
     with TempFile(lake.root, path.parent) as temp:
-        temp.path.write_bytes(msgspec.json.encode(_Mark(FORMAT, int(time.time() * 1000))))
+        sealed_json.write(temp.path, _Mark(FORMAT, int(time.time() * 1000)))
         temp.publish_replacing(path)
 
 

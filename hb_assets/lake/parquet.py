@@ -434,6 +434,8 @@ _REMEDIES = {
     layout.RELEASED: "restore it from a copy, or move it away: its records may be put back twice "
     "then, which changes nothing",
     layout.MINUTES: "move it away, then make it anew: hb consolidate DAY",
+    layout.TOMBSTONES: "restore it from a copy: without it heartbeats of a user who was forgotten "
+    "may be read again",
 }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from hb_assets.errors import DamagedFileError, LakeMismatchError, SettingsError
+from hb_assets.lake import sealed_json
 from hb_assets.lake.files import TempFile, make_folder
 from hb_assets.settings import Settings
 
@@ -58,15 +59,16 @@ class Lake:
                         "`hb serve`, `hb import` and `hb drain` make one"
                     )
                 _create(path, settings.shards)
-            identity = msgspec.json.decode(path.read_bytes(), type=_Identity)
+            identity = sealed_json.read(path, _Identity)
         except OSError as error:
             raise SettingsError(
                 f"the lake {root} can't be used: {error.strerror}; mend it or set HB_LAKE"
             ) from None
-        except msgspec.DecodeError:
+        except DamagedFileError:
             raise DamagedFileError(
-                f"{path} can't be read; write it anew as "
-                f'{{"format": {FORMAT}, "shards": <as before>, "mask_key": ""}}'
+                f"{path} can't be read; restore it from a copy, or write it anew as "
+                f'{{"format": {FORMAT}, "shards": <as before>, "mask_key": "<as before>"}}: without '
+                "the mask_key nobody who was forgotten is known any more"
             ) from None
         if identity.format != FORMAT:
             raise LakeMismatchError(
@@ -89,7 +91,7 @@ def _create(path: Path, shards: int) -> None:
     make_folder(path.parent)
     identity = _Identity(FORMAT, shards, secrets.token_hex(16))
     with TempFile(path.parent, path.parent) as temp:
-        temp.path.write_bytes(msgspec.json.encode(identity))
+        sealed_json.write(temp.path, identity)
         try:
             temp.publish_new(path)
         except FileExistsError:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hb_assets.lake import parquet
+from hb_assets.lake import sealed_json
 from hb_assets.lake.engine import engine
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.layout import TOMBSTONES
@@ -61,14 +61,14 @@ def put(lake: Lake, tombstone: Tombstone) -> None:
     """Write a tombstone, in the place of an older one of the same user; durable on return."""
     folder = lake.root / TOMBSTONES
     with TempFile(lake.root, folder) as temp:
-        temp.path.write_bytes(msgspec.json.encode(tombstone))
+        sealed_json.write(temp.path, tombstone)
         temp.publish_replacing(folder / f"{tombstone.user}.json")
 
 
 def of_user(lake: Lake, user_id: str) -> Tombstone | None:
     """The user's tombstone, if there is one. Raises DamagedFileError."""
     try:
-        return _read(lake.root / TOMBSTONES / f"{hashed(lake, user_id)}.json")
+        return sealed_json.read(lake.root / TOMBSTONES / f"{hashed(lake, user_id)}.json", Tombstone)
     except FileNotFoundError:
         return None
 
@@ -84,14 +84,7 @@ def listed(lake: Lake) -> list[Tombstone]:
 
 @lru_cache(maxsize=100_000)
 def _known(path: Path, inode: int, mtime_ns: int) -> Tombstone:  # noqa: ARG001  # the cache's key
-    return _read(path)
-
-
-def _read(path: Path) -> Tombstone:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Tombstone)
-    except msgspec.MsgspecError as error:
-        raise parquet.damaged(path, str(error)) from None
+    return sealed_json.read(path, Tombstone)
 
 
 def cutoffs(lake: Lake, user_ids: Iterable[str]) -> dict[str, Cutoffs]:
