@@ -25,6 +25,8 @@ ERASED = "erased"
 PRUNED = "pruned"
 TOMBSTONES = "tombstones"
 DAMAGED = "damaged"
+ACCEPTED = "accepted"
+FAULTS = "faults"
 TEMP = "tmp"
 """Where files lie that aren't published yet: beside the datasets, so that no reader sees them."""
 
