@@ -465,6 +465,11 @@ class Settings(BaseSettings):
 
     # -- the control room
     dagster_port: Port = Field(default=3000, description="Port of the Dagster UI, on 127.0.0.1.")
+    dagster_names: Words = Field(
+        default=(),
+        description="Further names, comma separated, that the Dagster UI of `hb up` may be asked by, "
+        "besides localhost, 127.0.0.1 and [::1]: that of a reverse proxy, for example.",
+    )
     drain_sensor_interval: int = Field(
         default=5, ge=1, description="Seconds between ticks of the drain sensor, at best."
     )
@@ -509,7 +514,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"not an address or a network: {one}") from None
         return proxies
 
-    @field_validator("gateway_names")
+    @field_validator("gateway_names", "dagster_names")
     @classmethod
     def _host_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for one in names:

@@ -198,6 +198,7 @@ BAD = {
     "limit_ip": ["100", "0/1m", "many/1m", "5/0s", "5/later"],
     "limit_queries": ["100", "0/1m", "many/1m", "5/0s", "5/later"],
     "gateway_names": ["hb.test:8000", "https://hb.test"],
+    "dagster_names": ["hb.test:3000"],
     "trusted_proxies": ["proxy.example", "10.0.0.1,10.0.0.0/33"],
     "query_max_range": ["all"],
     "query_max_points": ["0"],

@@ -60,11 +60,7 @@ def stages(settings: Settings, room: ControlRoom) -> list[list[Member]]:
         [
             Member(
                 "webserver",
-                _module(
-                    "dagster_webserver",
-                    *("--host", "127.0.0.1", "--port", str(settings.dagster_port)),
-                    *("--workspace", str(workspace)),
-                ),
+                _module("hb_assets.defs.webserver", str(workspace)),
                 lambda: room.answers() and room.loaded(),
             ),
             Member(
