@@ -175,7 +175,7 @@ def _watched(settings: Settings) -> Iterator[_Depths]:
 
     def watch() -> None:
         while not done.wait(_LOOK_SECONDS):
-            heartbeats = sum(shard.heartbeats for shard in depth.depths(client, settings))
+            heartbeats = sum(shard.heartbeats for shard in depth.depths(client, settings).states)
             found.seconds.append(time.monotonic())
             found.heartbeats.append(heartbeats)
 

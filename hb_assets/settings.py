@@ -436,8 +436,8 @@ class Settings(BaseSettings):
     # -- health
     health_drain_age: Duration = Field(
         default=dt.timedelta(minutes=2),
-        description="/health/ready fails, and an alarm is raised, when entries of a shard wait and no "
-        "drain has looked for them for so long. 0, here and below: not watched.",
+        description="An alarm is raised when entries of a shard wait and no drain has looked for them "
+        "for so long. 0, here and below: not watched.",
     )
     health_entry_age: Duration = Field(
         default=dt.timedelta(minutes=10),

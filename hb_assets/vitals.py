@@ -88,7 +88,7 @@ def dagster(signs: Signs, settings: Settings) -> str | None:
     if age is None or not _beyond(age, most):
         return None
     return (
-        f"no tick of its sensors for {_duration(age)}: see to Dagster's daemon and code server; "
+        f"no tick of Dagster's sensors for {_duration(age)}: see to its daemon and code server; "
         f"where it isn't used any more set HB_HEALTH_DAGSTER_AGE=0 (now {_text(most)})"
     )
 

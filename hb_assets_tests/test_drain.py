@@ -89,7 +89,7 @@ def users(count: int) -> list[bytes]:
 
 
 def buffered(client: redis.Redis, settings: Settings) -> int:
-    return sum(one.entries for one in depth.depths(client, settings))
+    return sum(one.entries for one in depth.depths(client, settings).states)
 
 
 def settled(client: redis.Redis, lake: Lake, settings: Settings) -> list[Row]:
@@ -191,7 +191,7 @@ def test_disk_that_is_full(
         with pytest.raises(OSError, match="No space left"):
             drain_cycle(consumer, lake, settings)
     monkeypatch.undo()
-    assert [one.acknowledged for one in depth.depths(client, settings)] == [0] * 4
+    assert [one.acknowledged for one in depth.depths(client, settings).states] == [0] * 4
     assert buffered(client, settings) == 1
     assert audit(client, lake, settings).differences == []
     assert drain(consumer, lake, settings, until_empty=True).rows == 20
@@ -618,7 +618,10 @@ def test_little_is_gathered_until_it_is_much(
     with following(consumer, lake, settings, drain_max_wait=wait, drain_max_rows=3) as running:
         for seq in range(2):
             append(client, settings, [beat(f"u{seq}")])
-            wait_for(lambda: depth.depths(client, settings)[0].pending == seq + 1, "its claim")  # noqa: B023  # called at once
+            wait_for(
+                lambda: depth.depths(client, settings).states[0].pending == seq + 1,  # noqa: B023  # called at once
+                "its claim",
+            )
         append(client, settings, [beat("u2")])
         wait_for(lambda: buffered(client, settings) == 0, "the drain")
     assert (running.result().rows, running.result().cycles) == (3, 1)
@@ -643,7 +646,7 @@ def test_what_is_gathered_when_it_has_to_stop_is_brought(
 ) -> None:
     with following(consumer, lake, settings, drain_max_wait=dt.timedelta(seconds=30)) as running:
         append(client, settings, users(3))
-        wait_for(lambda: depth.depths(client, settings)[0].pending == 1, "its claim")
+        wait_for(lambda: depth.depths(client, settings).states[0].pending == 1, "its claim")
     assert running.result().rows == 3
     assert buffered(client, settings) == 0
 
@@ -663,7 +666,10 @@ def test_what_lies_ahead_of_a_failing_cycle_is_claimed_again(
     def failing(*arguments: Any) -> Any:
         calls[0] += 1
         if calls[0] == 2:
-            wait_for(lambda: sum(one.pending for one in depth.depths(client, settings)) > 3, "more")
+            wait_for(
+                lambda: sum(one.pending for one in depth.depths(client, settings).states) > 3,
+                "more",
+            )
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return publish(*arguments)
 

@@ -82,7 +82,7 @@ def test_fault_02_buffer_without_a_limit_and_gone_when_redis_restarts(tmp_path: 
         assert isinstance(refusal, BufferFullError)
         assert refusal.retry_after > 0
         server.kill()
-        assert [one.heartbeats for one in depth.depths(client, settings)] == [60, 0, 0, 0]
+        assert [one.heartbeats for one in depth.depths(client, settings).states] == [60, 0, 0, 0]
         assert drained(settings, lake) == 60
         assert producer.append({0: users(60)}) == {0: None}
 
@@ -110,9 +110,9 @@ def test_fault_05_one_batcher(client: redis.Redis, settings: Settings) -> None:
         append(client, small, users(5), shard)
     with victims.paused_at(small, "drain/claimed", "drain") as one:
         assert drained(small, lake) == 15
-        assert sum(found.pending for found in depth.depths(client, small)) == 1
+        assert sum(found.pending for found in depth.depths(client, small).states) == 1
         victims.resume(one, small)
-    assert sum(found.acknowledged for found in depth.depths(client, small)) == 20
+    assert sum(found.acknowledged for found in depth.depths(client, small).states) == 20
     assert len(settled(client, lake, small)) == 5
 
 

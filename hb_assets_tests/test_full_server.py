@@ -122,7 +122,8 @@ def test_an_import_waits_for_a_drain_elsewhere(
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(Importer(Producer(client, tight), tight).run, file)
         wait_for(
-            lambda: sum(one.heartbeats for one in depths(client, tight)) == 20, "it to be full"
+            lambda: sum(one.heartbeats for one in depths(client, tight).states) == 20,
+            "it to be full",
         )
         assert not running.done()
         wait_for(lambda: drain(consumer, lake, tight).empty and running.done(), "the import")
@@ -149,11 +150,11 @@ def test_nothing_that_is_unread_is_ever_trimmed(
         for outcome in producer.append({n % 4: [line(f"own{n}")]}).values()
     )
     assert own == 40
-    assert sum(state.entries for state in depths(client, tight)) == 1040
+    assert sum(state.entries for state in depths(client, tight).states) == 1040
     consumer = Consumer(client, tight)
     consumer.open()
     assert drain(consumer, lake, tight, until_empty=True).rows == 1040
-    assert losses(depths(client, tight)) == []
+    assert losses(depths(client, tight).states) == []
     assert audit(client, lake, tight).differences == []
     consumer.close()
 

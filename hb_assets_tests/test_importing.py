@@ -397,7 +397,7 @@ def test_twice_changes_nothing(
     assert drained() == before
     assert len(before) == 300 == len(survivors(consolidated(lake)))
     assert audit(client, lake, settings).differences == []
-    assert sum(one.acknowledged for one in depth.depths(client, settings)) == 600
+    assert sum(one.acknowledged for one in depth.depths(client, settings).states) == 600
 
 
 def test_progress_and_unknown_fields(tmp_path: Path, run: Run) -> None:

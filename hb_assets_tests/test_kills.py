@@ -151,7 +151,7 @@ def test_gateway(client: redis.Redis, settings: Settings, point: Point) -> None:
     with gateway(settings):
         assert post(settings, users(10)) == 200
     copies = 2 if point.name == "after append" else 1
-    assert sum(one.heartbeats for one in depth.depths(client, settings)) == 10 * copies
+    assert sum(one.heartbeats for one in depth.depths(client, settings).states) == 10 * copies
     with consuming(settings) as consumer:
         drain(consumer, lake, settings, until_empty=True)
     assert len(settled(client, lake, settings)) == 10
@@ -174,7 +174,7 @@ def test_a_zombie_wakes_up(client: redis.Redis, settings: Settings, key: str) ->
             consolidate(lake, day, hasty)
         victims.resume(zombie, hasty)
     assert len(settled(client, lake, hasty)) == 20
-    assert sum(one.acknowledged for one in depth.depths(client, hasty)) == 21
+    assert sum(one.acknowledged for one in depth.depths(client, hasty).states) == 21
     assert quarantine.summary(lake, settings).reasons == {"record_not_json": 1}
 
 

@@ -103,7 +103,7 @@ def test_what_no_answer_had_confirmed_may_be_cut_off(torn: Torn) -> None:
         copies = 1 if outcomes == [None] else 0
         assert torn.server.cut_bytes > 0
         assert torn.missing() == []
-        assert depth.depths(client, torn.settings)[0].heartbeats == 21 + 7 * copies
+        assert depth.depths(client, torn.settings).states[0].heartbeats == 21 + 7 * copies
     torn.drain()
     assert torn.missing() == []
 

@@ -84,7 +84,7 @@ class Plant:
         quarantine.release(self.lake, records)
 
     def acknowledged(self) -> int:
-        return sum(state.acknowledged for state in depths(self.client, self.settings))
+        return sum(state.acknowledged for state in depths(self.client, self.settings).states)
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from typing import Any
 import redis.exceptions as failures
 
 from hb_assets.buffer import keys
-from hb_assets.buffer.connection import Client, unavailable
+from hb_assets.buffer.connection import Client, address, is_wrong_type, unavailable
 from hb_assets.buffer.roundtrip import exchange, script
+from hb_assets.errors import BufferUnavailableError
 
 DAGSTER = "dagster"
 """Beat of the buffer sensor's tick: Dagster's daemon and code server run, and reach Redis."""
@@ -102,6 +103,11 @@ def _call(client: Client, name: str, arguments: Iterable[str | bytes | int]) -> 
     except (failures.RedisError, OSError) as error:
         raise unavailable(error, client) from None
     if isinstance(reply, failures.RedisError):
+        if is_wrong_type(reply):
+            raise BufferUnavailableError(
+                f"Redis at {address(client)} holds something else at {keys.BEATS} or {keys.COUNTS}, "
+                "where hashes belong: delete or rename those keys"
+            )
         raise unavailable(reply, client)
     return reply
 

@@ -42,9 +42,9 @@ def that_may_concern(client: Client, shard: int, settings: Settings) -> list[Ent
             )
             for one, start in starts.items()
         ]
-        replies = exchange_by_shard(client, starts, commands)
+        replies = exchange_by_shard(client, starts, commands).whole()
         following = {}
-        for one, (start, page) in zip(starts, replies, strict=True):
+        for one, (start, page) in replies.items():
             entries = [_entry(one, *fields) for fields in page]
             left -= sum(entry.size for entry in entries)
             found += entries

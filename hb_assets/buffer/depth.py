@@ -7,7 +7,7 @@ reconciling it with the lake (`audit`).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hb_assets.buffer import keys
 from hb_assets.buffer.connection import Client
@@ -46,26 +46,36 @@ class ShardDepth:
     idle_ms: tuple[int, ...] = ()
 
 
-def depths(client: Client, settings: Settings) -> list[ShardDepth]:
+@dataclass(frozen=True, slots=True)
+class Depths:
+    """The state of the shards; `faults` says, in a line each, why that of others isn't known."""
+
+    states: list[ShardDepth]
+    faults: dict[int, str] = field(default_factory=dict)
+
+
+def depths(client: Client, settings: Settings) -> Depths:
     """The state of every shard, in one round trip; each shard's figures are of one instant.
 
     Raises:
-        BufferUnavailableError: Redis doesn't answer, or something else lies at a key.
+        BufferUnavailableError: Redis doesn't answer.
     """
     shards = range(settings.shards)
     commands = [
         script("depth", (keys.stream(shard), keys.ledger(shard)), (keys.GROUP,)) for shard in shards
     ]
-    return [
-        _depth(shard, *reply)
-        for shard, reply in zip(shards, exchange_by_shard(client, shards, commands), strict=True)
-    ]
+    replies = exchange_by_shard(client, shards, commands)
+    return Depths(
+        [_depth(shard, *reply) for shard, reply in replies.by_shard.items()],
+        {shard: f"buffer: shard {shard:02d}: {why}" for shard, why in replies.faults.items()},
+    )
 
 
 def scanned(client: Client, settings: Settings) -> dict[int, int]:
     """Heartbeats in each stream, counted from the entries themselves (sum of their field `n`).
 
-    Entries that come or go meanwhile may be counted or not; foreign entries never are.
+    Entries that come or go meanwhile may be counted or not; foreign entries never are. A shard
+    whose stream can't be read is left out.
 
     Raises:
         BufferUnavailableError: as `depths`.
@@ -75,6 +85,8 @@ def scanned(client: Client, settings: Settings) -> dict[int, int]:
 
 def foreign_lines(client: Client, settings: Settings) -> int:
     """Lines of the foreign entries (without `n`) that lie in the streams: no ledger has them yet.
+
+    A stream that can't be read has none.
 
     Raises:
         BufferUnavailableError: as `depths`.
@@ -89,8 +101,10 @@ def _scan(client: Client, settings: Settings) -> dict[int, tuple[int, int]]:
         shards = list(starts)
         commands = [script("scan", (keys.stream(s),), (starts[s], _PAGE)) for s in shards]
         replies = exchange_by_shard(client, shards, commands)
+        for shard in replies.faults:
+            del found[shard]
         starts = {}
-        for shard, (heartbeats, lines, following) in zip(shards, replies, strict=True):
+        for shard, (heartbeats, lines, following) in replies.by_shard.items():
             own, foreign = found[shard]
             found[shard] = (own + heartbeats, foreign + lines)
             if following:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import hiredis
 import redis.exceptions as failures
 
 from hb_assets.buffer import scripts
-from hb_assets.buffer.connection import AsyncClient, Client, unavailable
+from hb_assets.buffer.connection import AsyncClient, Client, is_wrong_type, unavailable
+from hb_assets.errors import BufferUnavailableError
 
 Command: TypeAlias = Sequence[str | bytes | int]
 
@@ -56,22 +58,46 @@ def exchange_confirmed(
     return replies
 
 
+@dataclass(frozen=True, slots=True)
+class Replies:
+    """What the shards replied; `faults` has the error of each shard that couldn't."""
+
+    by_shard: dict[int, Any]
+    faults: dict[int, BufferUnavailableError]
+
+    def whole(self) -> dict[int, Any]:
+        """The replies, where all shards gave one. Raises BufferUnavailableError."""
+        for fault in self.faults.values():
+            raise fault
+        return self.by_shard
+
+
 def exchange_by_shard(
     client: Client, shards: Iterable[int], commands: Sequence[Command]
-) -> list[Any]:
-    """Replies of one command for each of the shards; whatever Redis refuses ends it all.
+) -> Replies:
+    """Replies of one command for each of the shards.
+
+    A shard where something else lies at a key is at fault alone; what Redis refuses of all shards
+    (it is still loading, or we lack a permission) is said of them all.
 
     Raises:
-        BufferUnavailableError: Redis doesn't answer, or something else lies at a shard's key.
+        BufferUnavailableError: Redis doesn't answer, or refuses all of them.
     """
     try:
-        replies = exchange(client, commands)
+        replies = dict(zip(shards, exchange(client, commands), strict=True))
     except (failures.RedisError, OSError) as error:
         raise unavailable(error, client) from None
-    for shard, reply in zip(shards, replies, strict=True):
-        if isinstance(reply, failures.RedisError):
-            raise unavailable(reply, client, shard)
-    return replies
+    refused = {
+        shard: reply for shard, reply in replies.items() if isinstance(reply, failures.RedisError)
+    }
+    if len(refused) == len(replies):
+        for reply in refused.values():
+            if not is_wrong_type(reply):
+                raise unavailable(reply, client)
+    return Replies(
+        {shard: reply for shard, reply in replies.items() if shard not in refused},
+        {shard: unavailable(reply, client, shard) for shard, reply in refused.items()},
+    )
 
 
 async def exchange_confirmed_async(

@@ -12,21 +12,21 @@ from collections.abc import Mapping
 
 from hb_assets.buffer import keys
 from hb_assets.buffer.connection import Client
-from hb_assets.buffer.roundtrip import exchange_by_shard, script
+from hb_assets.buffer.roundtrip import Replies, exchange_by_shard, script
 from hb_assets.settings import Settings
 
 _LAST_SEQ = 2**64 - 1
 
 
 def watermarks(client: Client, settings: Settings) -> dict[int, tuple[int, int]]:
-    """Per shard the watermark.
+    """Per shard the watermark; a shard where something else lies at the key has none.
 
     Raises:
-        BufferUnavailableError: Redis doesn't answer, or something else lies at a stream's key.
+        BufferUnavailableError: Redis doesn't answer.
     """
     return {
-        shard: _before(*_id(oldest)) if oldest else max(_id(last), _before(now, 0))
-        for shard, (oldest, last, now) in _ends(client, settings).items()
+        shard: _before(*_id(oldest)) if oldest else max(_id(last), _before(int(now), 0))
+        for shard, (oldest, last, now) in _ends(client, settings).by_shard.items()
     }
 
 
@@ -34,32 +34,28 @@ def latest(client: Client, settings: Settings) -> dict[int, tuple[int, int]]:
     """Per shard the last entry id that its stream ever gave: whatever comes has a later one.
 
     Raises:
-        BufferUnavailableError: as `watermarks`.
+        BufferUnavailableError: Redis doesn't answer, or something else lies at a stream's key.
     """
-    return {shard: _id(last) for shard, (_, last, _) in _ends(client, settings).items()}
+    return {shard: _id(last) for shard, (_, last, _) in _ends(client, settings).whole().items()}
 
 
 def passed(client: Client, settings: Settings, ids: Mapping[int, tuple[int, int]]) -> bool:
     """Whether every entry up to these ids is acknowledged.
 
     Raises:
-        BufferUnavailableError: as `watermarks`.
+        BufferUnavailableError: as `latest`.
     """
     return all(
         not oldest or _id(oldest) > ids.get(shard, (0, 0))
-        for shard, (oldest, _, _) in _ends(client, settings).items()
+        for shard, (oldest, _, _) in _ends(client, settings).whole().items()
     )
 
 
-def _ends(client: Client, settings: Settings) -> dict[int, tuple[bytes, bytes, int]]:
+def _ends(client: Client, settings: Settings) -> Replies:
     """Per shard the oldest entry's id or b"", the last id ever given, and the clock (epoch ms)."""
     shards = range(settings.shards)
     commands = [script("watermark", (keys.stream(shard),), ()) for shard in shards]
-    replies = exchange_by_shard(client, shards, commands)
-    return {
-        shard: (oldest, last, int(now))
-        for shard, (oldest, last, now) in zip(shards, replies, strict=True)
-    }
+    return exchange_by_shard(client, shards, commands)
 
 
 def _id(text: bytes) -> tuple[int, int]:

@@ -86,11 +86,9 @@ def _days(lake: Lake, settings: Settings, *, pending_only: bool) -> list[dt.date
         return found
 
     def is_due(day: dt.date) -> bool:
-        try:
-            state = inventory.day_state(lake, day, settings)
-        except HbError:
-            return True  # consolidating it says what is wrong, and the other days go on
-        return bool(state.pending_fragments) or not state.minutes_current
+        state = inventory.day_state(lake, day, settings)
+        # consolidating a day with faults says what is wrong, and the other days go on
+        return bool(state.faults or state.pending_fragments) or not state.minutes_current
 
     return [day for day in found if is_due(day)]
 

@@ -221,7 +221,7 @@ def _wait_until_drained(client: Client, settings: Settings) -> None:
         task = progress.add_task("draining the buffer", total=None)
         least, moved = None, time.monotonic()
         while True:
-            states = depth.depths(client, settings)
+            states = depth.depths(client, settings).states
             waiting = sum(state.pending + state.undelivered for state in states)
             if waiting == 0:
                 break

@@ -1,7 +1,7 @@
 """`hb status`: how members, buffer and lake stand, and what raises an alarm.
 
-Belongs here: putting together what others tell, and showing it. Doesn't belong here: any figure
-of its own. It works when nothing runs, and starts nothing.
+It works when nothing runs, and starts nothing. What can't be looked at is an alarm, one line each,
+and everything else is looked at all the same. Every figure is somebody else's.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from hb_assets.buffer.clock import ServerClock
 from hb_assets.buffer.depth import ShardDepth
 from hb_assets.cli import output, state
 from hb_assets.cli.app import FAILED, AsJson, app, settings_of
+from hb_assets.cli.members import gateway_url
 from hb_assets.cli.state import MemberState, UpState
-from hb_assets.errors import BufferUnavailableError, SettingsError, SpoolUnavailableError
-from hb_assets.gateway import keyring
+from hb_assets.errors import HbError, SettingsError, SpoolUnavailableError
+from hb_assets.gateway import keyring, tls
 from hb_assets.lake import layout
-from hb_assets.lake.layout import RAW
+from hb_assets.lake.layout import HEARTBEATS, RAW
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 
 if TYPE_CHECKING:
+    import datetime as dt
+
     from hb_assets.gateway.spool import Holdings
     from hb_assets.lake.inventory import DayState
 
@@ -105,26 +108,33 @@ def _look_at_members(found: Status, up: UpState) -> None:
 def _look_at_buffer(found: Status, settings: Settings, up: UpState | None) -> None:
     if settings.embedded and up is None and not server.running(settings):
         return
+    signs = None
     try:
         with closing(connection.connect(settings)) as client:
-            found.buffer = depth.depths(client, settings)
+            depths = depth.depths(client, settings)
+            found.buffer = depths.states
+            found.alarms += [
+                *depths.faults.values(),
+                *depth.high_water(depths.states, settings),
+                *depth.losses(depths.states),
+            ]
             standing = durability.standing(client, settings)
-            signs = beats.look(client)
+            found.warnings += standing.warnings
+            found.alarms += [standing.fault] if standing.fault else []
             clock = ServerClock()
             clock.ask(client)
-    except BufferUnavailableError as error:
+            found.warnings += clock.warnings()
+            signs = beats.look(client)
+    except HbError as error:
         found.alarms.append(str(error))
-    else:
-        found.alarms += depth.high_water(found.buffer, settings) + depth.losses(found.buffer)
+    if found.buffer is not None and signs is not None:
         late = (
-            standing.fault,
             vitals.drain(found.buffer, signs, settings),
             vitals.backlog(found.buffer, signs, settings),
             vitals.consumers(found.buffer, settings),
             vitals.dagster(signs, settings),
         )
         found.alarms += [line for line in late if line]
-        found.warnings += [*standing.warnings, *clock.warnings()]
 
 
 def _look_at_spool(found: Status, settings: Settings) -> None:
@@ -139,38 +149,69 @@ def _look_at_spool(found: Status, settings: Settings) -> None:
 
 
 def _look_at_keys(found: Status, settings: Settings) -> None:
+    file = keyring.path(settings)
     try:
-        keyring.read(keyring.path(settings))
+        keys = keyring.read(file)
     except SettingsError as error:
         found.alarms.append(str(error))
+        return
+    if keys is None and file.with_suffix(".lock").exists():
+        # whoever took the file away to go back to a gateway without keys has stopped that gateway
+        found.alarms += [line for line in _alarms_of_gateway(settings) if str(file) in line]
+
+
+def _alarms_of_gateway(settings: Settings) -> list[str]:
+    """What the gateway of these settings says in /health; nothing where none answers."""
+    import httpx  # a tenth of what it takes to load all of us, and mostly for nothing
+
+    try:
+        url, verify = f"{gateway_url(settings)}/health", tls.client_context(settings)
+        said = httpx.get(url, timeout=2, trust_env=False, verify=verify).json()
+        return [str(line) for line in said["alarms"]]
+    except (SettingsError, httpx.HTTPError, ValueError, LookupError, TypeError):
+        return []
 
 
 def _look_at_lake(found: Status, settings: Settings, latest: int) -> None:
-    if not (settings.lake_dir / "lake.json").exists():
-        return  # nothing was ever stored; a look doesn't make a lake
+    root = settings.lake_dir
+    try:
+        if not (root / "lake.json").exists():
+            # nothing was ever stored, and a look doesn't make a lake; or else that file is lost
+            if any((root / kind).exists() for kind in (RAW, HEARTBEATS)):
+                found.alarms.append(
+                    f"{root / 'lake.json'} is gone, but the lake holds files: put a copy in its place"
+                )
+            return
+        lake = Lake.open(settings)
+    except (HbError, OSError) as error:
+        found.alarms.append(output.line(error))
+        return
     from hb_assets.lake import inventory, policy
 
-    lake = Lake.open(settings)
-    every = inventory.days(lake)
+    faults: list[str] = []
+    every = inventory.days_found(lake, faults)
     found.days_in_lake = len(every)
     found.days = [inventory.day_state(lake, day, settings) for day in every[-latest:]]
-    found.last_drain = _last_drain(lake)
+    found.last_drain = _last_drain(lake, every)
+    faults += [fault for one in found.days for fault in one.faults]
     now_ms = time.time_ns() // 1_000_000
     oldest = ((one.day, one.oldest_pending_ms) for one in found.days)
     late = vitals.consolidation(*policy.most_overdue(oldest, now_ms, settings), settings)
-    space = vitals.space(shutil.disk_usage(lake.root).free, settings)
-    found.alarms += [line for line in (late, space) if line]
+    space = None
+    with inventory.noted(faults, root):
+        space = vitals.space(shutil.disk_usage(root).free, settings)
+    found.alarms += [line for line in (*dict.fromkeys(faults), late, space) if line]
 
 
-def _last_drain(lake: Lake) -> float | None:
+def _last_drain(lake: Lake, days: list[dt.date]) -> float | None:
     """When a fragment was published last, epoch seconds: a folder's time is that of its names."""
     newest = None
-    for day in layout.days_of(lake.root, RAW):
+    for day in days:
         for shard in range(lake.shards):
             try:
                 changed = layout.shard_folder(lake.root, RAW, day, shard).stat().st_mtime
-            except FileNotFoundError:
-                continue
+            except OSError:
+                continue  # there is none, or it can't be read, which is told where it is listed
             newest = changed if newest is None else max(newest, changed)
     return newest
 
@@ -249,7 +290,7 @@ def _lake_table(found: Status) -> Table:
     )
     for one in found.days:
         table.add_row(
-            one.day.isoformat(),
+            f"{one.day} (alarm)" if one.faults else str(one.day),
             *(f"{n:,}" for n in (one.unique, one.superseded, one.pending_rows)),
             f"{one.pending_fragments:,}",
             f"{one.bytes:,}",

@@ -15,7 +15,7 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hb_assets.lake import layout
+from hb_assets.lake import layout, parquet
 from hb_assets.lake.consolidation import Consolidated
 from hb_assets.lake.inventory import DayState
 from hb_assets.lake.minutes import MinutesBuilt
@@ -112,7 +112,10 @@ def _folder(lake: Lake, kind: str, day: dt.date) -> dg.MetadataValue:
 
 
 def preview(lake: Lake, files: Iterable[Path], names: Iterable[str]) -> dg.MetadataValue:
-    """The first row of each of a few files, ids masked; files that aren't there are left out."""
+    """The first row of each of a few files, ids masked.
+
+    Files that aren't there, or can't be read, are left out: that they can't is said elsewhere.
+    """
     shown = list(names)
     records: list[dg.TableRecord] = []
     for path in files:
@@ -121,7 +124,7 @@ def preview(lake: Lake, files: Iterable[Path], names: Iterable[str]) -> dg.Metad
         try:
             with pq.ParquetFile(path) as file:
                 batch = next(file.iter_batches(batch_size=1, columns=shown), None)
-        except FileNotFoundError:
+        except parquet.UNREADABLE:
             continue
         records += [
             dg.TableRecord({name: _shown(lake, name, row[name]) for name in shown})

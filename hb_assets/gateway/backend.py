@@ -9,14 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from hb_assets.buffer import beats, connection, depth, durability
 from hb_assets.buffer.beats import Signs
+from hb_assets.buffer.depth import Depths
 from hb_assets.buffer.limits import Limiter
 from hb_assets.buffer.producer import AsyncProducer, Lines, Outcomes
 from hb_assets.errors import BufferUnavailableError, SpoolUnavailableError
@@ -27,6 +31,7 @@ from hb_assets.gateway.probes import LIMIT_SECONDS, Probe
 from hb_assets.gateway.readers import Asked, Readers, Reply
 from hb_assets.gateway.replay import Replayer
 from hb_assets.gateway.spool import Holdings, Spool
+from hb_assets.lake.layout import HEARTBEATS, RAW
 from hb_assets.lake.store import Lake
 from hb_assets.lake.survey import Survey, Surveyor
 from hb_assets.settings import Settings
@@ -169,7 +174,7 @@ class Backend:
         """The answer to a question, out of the lake and maybe the buffer. Raises as `Readers`."""
         return await self._readers.reply(asked)
 
-    async def depths(self) -> list[depth.ShardDepth]:
+    async def depths(self) -> Depths:
         """Depth of each shard.
 
         Raises:
@@ -185,21 +190,17 @@ class Backend:
         """Beats and counts of other processes. Raises BufferUnavailableError as `depths` does."""
         return await self._of_redis(self._ask_signs)
 
-    async def free_space(self) -> int:
-        """Write a byte to the lake's folder, where nobody sees it; free bytes of its disk.
+    async def disk(self) -> Disk:
+        """How the lake's disk is: whether it takes a byte, where nobody sees it, and what is free.
 
         Raises:
-            OSError: the folder can't be written.
+            OSError: the lake can't be read.
             TimeoutError: not in time.
         """
         return await self._ask_lake.answer(self._probes)
 
     async def survey(self) -> Survey | None:
-        """The lake as it was seen last; None until it was seen at all.
-
-        Raises:
-            OSError: its folders can't be read.
-        """
+        """The lake as it was seen last; None until it was seen at all."""
         with contextlib.suppress(TimeoutError):
             self._survey = await self._ask_survey.answer(self._probes)
         return self._survey
@@ -209,12 +210,13 @@ class Backend:
         self._ask_depths = Probe(lambda: depth.depths(client, settings))
         self._ask_standing = Probe(lambda: durability.standing(client, settings))
         self._ask_signs = Probe(lambda: beats.look(client))
-        self._ask_lake = Probe(lambda: _free_space(lake))
+        self._ask_lake = Probe(lambda: _look_at_disk(lake))
         self._ask_survey = Probe(
             Surveyor(lake, settings).look, fresh=SURVEY_SECONDS, limit=1.0, share=SURVEY_SHARE
         )
         if self._spool is not None:
-            self._ask_spool = Probe(self._spool.holdings)
+            spool = self._spool
+            self._ask_spool = Probe(lambda: _look_at_spool(spool, settings))
 
     async def _of_redis(self, probe: Probe[T]) -> T:
         try:
@@ -225,7 +227,41 @@ class Backend:
             ) from None
 
 
-def _free_space(lake: Lake) -> int:
-    with tempfile.TemporaryFile(dir=lake.root) as file:
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """The lake's disk: its free bytes, and why nothing can be written there, if so."""
+
+    free: int
+    unwritable: str | None = None
+
+
+def _look_at_disk(lake: Lake) -> Disk:
+    for folder in (lake.root, lake.root / RAW, lake.root / HEARTBEATS):
+        try:
+            os.scandir(folder).close()
+        except FileNotFoundError:
+            if folder == lake.root:
+                raise
+    free = shutil.disk_usage(lake.root).free
+    try:
+        _write_a_byte(lake.root)
+    except OSError as error:
+        return Disk(free, f"the lake's folder can't be written: {error.strerror}")
+    return Disk(free)
+
+
+def _look_at_spool(spool: Spool, settings: Settings) -> Holdings:
+    """What it holds, and whether it can take more. Raises SpoolUnavailableError."""
+    held = spool.holdings()
+    try:
+        _write_a_byte(settings.spool_dir)
+    except OSError as error:
+        raise SpoolUnavailableError(
+            f"spool: {settings.spool_dir} can't be written ({error.strerror})"
+        ) from None
+    return held
+
+
+def _write_a_byte(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"\0")
-    return shutil.disk_usage(lake.root).free

@@ -1,14 +1,16 @@
 """Health: whether this gateway and what stands behind it do their work, and which part doesn't.
 
-Belongs here: the parts that are looked at and the shape of the answers. Doesn't belong here: how
-a part is probed (`backend`), and when something is late (`vitals`).
+A part fails when it keeps this gateway from accepting heartbeats and answering queries. Whatever
+else is wrong is an alarm: it stands beside the parts, and `ready` stays 200. How a part is looked
+at is in `backend`, when something is late in `vitals`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -16,31 +18,46 @@ from starlette.responses import Response
 
 from hb_assets import vitals
 from hb_assets.buffer import depth
-from hb_assets.buffer.beats import DAGSTER
-from hb_assets.errors import BufferUnavailableError, SpoolUnavailableError
+from hb_assets.buffer.beats import DAGSTER, Signs
+from hb_assets.buffer.depth import Depths
+from hb_assets.buffer.durability import Standing
+from hb_assets.errors import HbError
 from hb_assets.gateway.backend import Backend
+from hb_assets.gateway.spool import Holdings
 
 OK = "ok"
 OFF = "off"
 """A part that there isn't, or that the settings don't watch."""
-UNKNOWN = "unknown: Redis doesn't answer"
 _UNSEEN = "not seen yet"
 _RETRY_AFTER = "5"
 """Seconds until another look is worth it: nothing that fails here mends itself sooner."""
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """How one part stands: `text` is "ok" or says it in a line; `alarms` fail nothing."""
+    """How one part stands: `text` is "ok" or says it in a line.
+
+    A part that isn't `healthy` fails, or its fault is among its `alarms`.
+    """
 
     text: str
+    healthy: bool = True
     failing: bool = False
     alarms: Sequence[str] = ()
 
     @classmethod
     def of(cls, fault: str | None, otherwise: str = OK, alarms: Sequence[str] = ()) -> Part:
-        """Failing by this fault, or not at all."""
-        return cls(fault or otherwise, failing=bool(fault), alarms=alarms)
+        """With this fault, which is an alarm, or with none."""
+        if fault is None:
+            return cls(otherwise, alarms=alarms)
+        return cls(fault, healthy=False, alarms=[fault, *alarms])
+
+    @classmethod
+    def failed(cls, fault: str, alarms: Sequence[str] = ()) -> Part:
+        """Failing by this fault."""
+        return cls(fault, healthy=False, failing=True, alarms=alarms)
 
 
 class Health:
@@ -59,9 +76,7 @@ class Health:
     async def ready(self, _request: Request) -> Response:
         """GET /health/ready, /health: 200 `{"status": "ok"}`, or 503 `{"status": "failing"}`.
 
-        With a line for each part, and the names of those that fail. A part that isn't known while
-        Redis is away doesn't fail besides it. Alarms stand beside them and fail nothing: above its
-        high-water mark the buffer still takes heartbeats, and so does a spool that holds some.
+        With a line for each part, the names of those that fail, and all alarms.
         """
         parts = await self.look()
         failing = [name for name, part in parts.items() if part.failing]
@@ -81,87 +96,123 @@ class Health:
 
     async def look(self) -> dict[str, Part]:
         """Look at all parts at once."""
-        redis, aof, disk, spool, consolidation = await asyncio.gather(
-            self._redis(), self._aof(), self._disk(), self._spool(), self._consolidation()
+        backend = self._backend
+        depths, signs, standing, held, disk, consolidation = await asyncio.gather(
+            _known(backend.depths()),
+            _known(backend.signs()),
+            _known(backend.standing()),
+            _known(backend.holdings()),
+            self._disk(),
+            self._consolidation(),
         )
-        return {**redis, "aof": aof, **disk, "spool": spool, "consolidation": consolidation}
+        takes = isinstance(held, Holdings) and not held.full
+        return {
+            "redis": self._redis(depths, signs, spooling=takes),
+            **self._drained(depths, signs),
+            "aof": _aof(standing),
+            **disk,
+            "spool": _spool(held, alone=isinstance(depths, HbError)),
+            "consolidation": consolidation,
+        }
 
-    async def _redis(self) -> dict[str, Part]:
-        settings = self._backend.settings
-        try:
-            depths, signs = await asyncio.gather(self._backend.depths(), self._backend.signs())
-        except BufferUnavailableError as error:
-            unknown = Part(UNKNOWN)
-            away = Part(str(error), failing=True)
-            return {"redis": away} | dict.fromkeys(
-                ("drain", "backlog", "consumers", "dagster"), unknown
+    def _redis(self, depths: Depths | HbError, signs: Signs | HbError, *, spooling: bool) -> Part:
+        """Failing where nothing takes heartbeats: neither a shard of Redis nor the spool."""
+        if isinstance(depths, HbError):
+            fault = str(depths)
+            return (
+                Part.of(f"{fault}; the spool takes heartbeats") if spooling else Part.failed(fault)
             )
+        settings = self._backend.settings
         alarms = [
-            *depth.high_water(depths, settings),
-            *depth.losses(depths),
+            *depths.faults.values(),
+            *([str(signs)] if isinstance(signs, HbError) else []),
+            *depth.high_water(depths.states, settings),
+            *depth.losses(depths.states),
             *self._backend.clock_warnings(),
         ]
-        seen = DAGSTER in signs.beats
+        if depths.states or spooling:
+            return Part(OK, alarms=alarms)
+        return Part.failed("no shard of the buffer can be used", alarms)
+
+    def _drained(self, depths: Depths | HbError, signs: Signs | HbError) -> dict[str, Part]:
+        """Whether what lies in the buffer is seen to."""
+        settings = self._backend.settings
+        for unknown in (depths, signs):
+            if isinstance(unknown, HbError):
+                names = ("drain", "backlog", "consumers", "dagster")
+                return dict.fromkeys(names, Part(f"unknown: {unknown}"))
+        assert isinstance(depths, Depths)
+        assert isinstance(signs, Signs)
+        states = depths.states
         return {
-            "redis": Part(OK, alarms=alarms),
-            "drain": _watched(settings.health_drain_age, vitals.drain(depths, signs, settings)),
-            "backlog": _watched(settings.health_entry_age, vitals.backlog(depths, signs, settings)),
+            "drain": _watched(settings.health_drain_age, vitals.drain(states, signs, settings)),
+            "backlog": _watched(settings.health_entry_age, vitals.backlog(states, signs, settings)),
             "consumers": _watched(
-                settings.health_consumer_idle, vitals.consumers(depths, settings)
+                settings.health_consumer_idle, vitals.consumers(states, settings)
             ),
             "dagster": _watched(
                 settings.health_dagster_age,
                 vitals.dagster(signs, settings),
-                OK if seen else _UNSEEN,
+                OK if DAGSTER in signs.beats else _UNSEEN,
             ),
         }
-
-    async def _aof(self) -> Part:
-        try:
-            standing = await self._backend.standing()
-        except BufferUnavailableError:
-            return Part(UNKNOWN)
-        return Part.of(standing.fault, alarms=standing.warnings)
 
     async def _disk(self) -> dict[str, Part]:
         settings = self._backend.settings
         try:
-            free = await self._backend.free_space()
+            disk = await self._backend.disk()
         except TimeoutError:
-            lake = Part("the lake's folder doesn't answer", failing=True)
+            fault = "the lake's folder doesn't answer"
         except OSError as error:
-            lake = Part(f"the lake's folder can't be written: {error.strerror}", failing=True)
+            fault = f"the lake's folder can't be read: {error.strerror}"
         else:
-            space = _watched(settings.health_free_space, vitals.space(free, settings))
-            return {"lake": Part(OK), "space": space}
-        return {"lake": lake, "space": Part("unknown: the lake can't be used")}
-
-    async def _spool(self) -> Part:
-        try:
-            held = await self._backend.holdings()
-        except SpoolUnavailableError as error:
-            return Part(str(error), failing=True)
-        if held is None:
-            return Part(OFF)
-        size = f"{held.heartbeats:,} heartbeats, {held.bytes:,} of {held.most_bytes:,} bytes"
-        if held.full:
-            return Part(f"full: holds {size}", failing=True, alarms=held.alarms())
-        text = f"holds {size}" if held.heartbeats else OK
-        return Part(text, alarms=held.alarms())
+            space = _watched(settings.health_free_space, vitals.space(disk.free, settings))
+            return {"lake": Part.of(disk.unwritable), "space": space}
+        return {"lake": Part.failed(fault), "space": Part(f"unknown: {fault}")}
 
     async def _consolidation(self) -> Part:
         settings = self._backend.settings
-        try:
-            survey = await self._backend.survey()
-        except OSError as error:
-            return Part(f"unknown: the lake can't be read: {error.strerror}")
+        survey = await self._backend.survey()
         if survey is None:
             return Part(_UNSEEN)
         return Part.of(
             vitals.consolidation(survey.overdue, survey.overdue_seconds, settings),
             OK if settings.health_consolidation_delay else OFF,
-            alarms=survey.damaged,
+            alarms=survey.faults,
         )
+
+
+async def _known(asked: Awaitable[T]) -> T | HbError:
+    """What is asked for, or why it isn't known."""
+    try:
+        return await asked
+    except HbError as error:
+        return error
+
+
+def _aof(standing: Standing | HbError) -> Part:
+    """Failing where what is accepted isn't as durable as this gateway's 2xx says."""
+    if isinstance(standing, HbError):
+        return Part(f"unknown: {standing}")
+    if standing.fault:
+        return Part.failed(standing.fault, standing.warnings)
+    return Part(OK, alarms=standing.warnings)
+
+
+def _spool(held: Holdings | HbError | None, *, alone: bool) -> Part:
+    """How the spool stands; `alone`: Redis is away, so that a spool that takes nothing fails."""
+    if held is None:
+        return Part(OFF)
+    alarms: Sequence[str] = ()
+    if isinstance(held, HbError):
+        fault = str(held)
+    else:
+        size = f"{held.heartbeats:,} heartbeats, {held.bytes:,} of {held.most_bytes:,} bytes"
+        alarms = held.alarms()
+        if not held.full:
+            return Part(f"holds {size}" if held.heartbeats else OK, alarms=alarms)
+        fault = f"full: holds {size}"
+    return Part.failed(fault, alarms) if alone else Part.of(fault, alarms=alarms)
 
 
 def _watched(threshold: object, fault: str | None, otherwise: str = OK) -> Part:

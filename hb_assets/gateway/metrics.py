@@ -34,7 +34,7 @@ from starlette.responses import Response
 from hb_assets import vitals
 from hb_assets.buffer import beats
 from hb_assets.buffer.beats import DAGSTER, Signs
-from hb_assets.buffer.depth import ShardDepth
+from hb_assets.buffer.depth import Depths
 from hb_assets.errors import HbError
 from hb_assets.gateway import connections, limits, problems
 from hb_assets.gateway.backend import Backend
@@ -105,9 +105,14 @@ TABLE = _table(
     ("process_resident_memory_bytes", "", "Resident memory of all workers, summed up."),
     ("process_open_fds", "", "Open file descriptors of all workers."),
     # -- health
-    ("hb_healthy", "part", "Whether a part of /health/ready doesn't fail."),
+    (
+        "hb_healthy",
+        "part",
+        "Whether a part of /health/ready is well: it neither fails nor is an alarm.",
+    ),
     # -- the buffer
     ("hb_buffer_up", "", "Whether Redis answered when these metrics were read."),
+    ("hb_buffer_unusable", "shard", "Whether something else lies at one of the shard's keys."),
     ("hb_buffer_entries", "shard", "Entries in the buffer."),
     ("hb_buffer_heartbeats", "shard", "Heartbeats in the buffer."),
     ("hb_buffer_bytes", "shard", "Bytes of NDJSON in the buffer."),
@@ -167,7 +172,7 @@ TABLE = _table(
     ("hb_lake_up", "", "Whether the lake's folder could be written when these metrics were read."),
     ("hb_lake_free_bytes", "", "Free space of its disk."),
     ("hb_lake_partitions", "", "Days that the lake holds anything of."),
-    ("hb_lake_damaged_partitions", "", "Days of which a file can't be read."),
+    ("hb_lake_damaged_partitions", "", "Days of which a file or a folder can't be read."),
     ("hb_lake_fragments", "", "Raw fragments."),
     ("hb_lake_pending_fragments", "", "Raw fragments that aren't consolidated."),
     ("hb_lake_pending_bytes", "", "Bytes of them."),
@@ -392,11 +397,11 @@ def show_counts(families: Families, counts: Counts, workers: int) -> None:
         families.set(name, level)
 
 
-def show_buffer(
-    families: Families, depths: Sequence[ShardDepth], signs: Signs, settings: Settings
-) -> None:
+def show_buffer(families: Families, depths: Depths, signs: Signs, settings: Settings) -> None:
     """The buffer, and who drains it."""
-    for depth in depths:
+    for number in range(settings.shards):
+        families.set("hb_buffer_unusable", number in depths.faults, f"{number:02d}")
+    for depth in depths.states:
         shard = f"{depth.shard:02d}"
         for name in _DEPTH:
             families.set(f"hb_buffer_{name}", getattr(depth, name), shard)
@@ -440,7 +445,7 @@ def show_lake(families: Families, survey: Survey) -> None:
         families.set(f"hb_lake_{name}", getattr(survey, name))
     families.set("hb_lake_unique_rows", survey.unique)
     families.set("hb_lake_partitions", survey.days)
-    families.set("hb_lake_damaged_partitions", len(survey.damaged))
+    families.set("hb_lake_damaged_partitions", survey.faulty_days)
     kinds = {
         "repeat": survey.repeats,
         "correction": survey.corrections,
@@ -474,7 +479,7 @@ class Exposition:
         families = Families()
         await self._show_workers(families)
         for name, part in (await self._health.look()).items():
-            families.set("hb_healthy", not part.failing, name)
+            families.set("hb_healthy", part.healthy, name)
         await self._show_buffer(families)
         await self._show_lake(families)
         await self._show_spool(families)
@@ -492,24 +497,30 @@ class Exposition:
 
     async def _show_buffer(self, families: Families) -> None:
         try:
-            depths, signs = await self._backend.depths(), await self._backend.signs()
+            depths = await self._backend.depths()
         except HbError as error:
             _log.debug("metrics without the buffer: %s", error)
             families.set("hb_buffer_up", 0)
             return
         families.set("hb_buffer_up", 1)
+        try:
+            signs = await self._backend.signs()
+            show_work(families, signs)
+        except HbError as error:
+            _log.debug("metrics without signs of life: %s", error)
+            signs = Signs(self._backend.now_ms())
         show_buffer(families, depths, signs, self._backend.settings)
-        show_work(families, signs)
 
     async def _show_lake(self, families: Families) -> None:
         try:
-            families.set("hb_lake_free_bytes", await self._backend.free_space())
-            families.set("hb_lake_up", 1)
-            survey = await self._backend.survey()
+            disk = await self._backend.disk()
+            families.set("hb_lake_free_bytes", disk.free)
+            families.set("hb_lake_up", disk.unwritable is None)
         except (OSError, TimeoutError) as error:
             _log.debug("metrics without the lake: %s", error)
             families.set("hb_lake_up", 0)
             return
+        survey = await self._backend.survey()
         if survey is not None:
             show_lake(families, survey)
 

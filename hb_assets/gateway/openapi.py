@@ -75,7 +75,7 @@ class LiveAnswer(msgspec.Struct):
 
 
 class HealthAnswer(msgspec.Struct):
-    """How the parts of the system stand; alarms fail nothing."""
+    """How the parts of the system stand. Alarms fail nothing, and stand until they are mended."""
 
     status: str
     failing: list[str]
@@ -109,7 +109,9 @@ def document(settings: Settings, now: dt.datetime, version: str) -> Json:
             "/metrics/heart-rate": {"post": _post_one(), "get": _get_readings(settings)},
             "/metrics/heart-rate/batch": {"post": _post_batch(settings)},
             "/health": {"get": _get_ready("getHealth", "See the same (for older clients)")},
-            "/health/ready": {"get": _get_ready("getReady", "See whether everything works")},
+            "/health/ready": {
+                "get": _get_ready("getReady", "See whether this gateway can do its work")
+            },
             "/health/live": {"get": _get_live()},
             "/metrics": {"get": _get_metrics()},
             "/openapi.json": {"get": _get_openapi()},
@@ -482,15 +484,18 @@ def _get_ready(name: str, summary: str) -> Json:
         "operation",
         summary,
         {
-            "200": _answer("Everything does.", "HealthAnswer"),
+            "200": _answer(
+                "It can accept heartbeats and answer queries. What else is wrong stands in `alarms`.",
+                "HealthAnswer",
+            ),
             "503": _answer(
-                "The parts in `failing` don't; their lines say why.",
+                "It can't, by the parts in `failing`; their lines say why.",
                 "HealthAnswer",
                 ("Retry-After",),
             ),
         },
-        description="Redis, drain, lake, spool, consolidation and Dagster. For monitors: a gateway "
-        "that is not ready may still take heartbeats.",
+        description="Redis, drain, lake, spool, consolidation and Dagster. Only what keeps this "
+        "gateway from accepting and answering fails; the rest is an alarm.",
     )
 
 

@@ -10,10 +10,25 @@ import errno
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from hb_assets.errors import FencedError
 from hb_assets.lake import layout
+
+
+class Look(NamedTuple):
+    """What tells a file from what it was and from what replaces it, as far as a stat can."""
+
+    inode: int
+    mtime_ns: int
+    ctime_ns: int
+    size: int
+
+
+def look(path: Path) -> Look:
+    """How the file looks now: the key of what is remembered of it. Raises OSError."""
+    seen = path.stat()
+    return Look(seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_size)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,19 +1,22 @@
-"""Folders: what this process remembers of the lake's days, as long as their folders don't change.
+"""Folders: what this process remembers of the lake's days, as long as those don't change.
 
-Belongs here: knowing without listing files that nothing happened. Doesn't belong here: what is
-remembered.
+A shard's raw folder changes when a fragment comes or goes. Of the other kinds the one file of a
+shard is looked at: a file that is changed in place leaves its folder as it is. What became
+unreadable, or readable again, is a change as well.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
-from hb_assets.lake import layout
+from hb_assets.lake import files, layout
+from hb_assets.lake.files import Look
+from hb_assets.lake.layout import HEARTBEATS, MINUTES, RAW
 from hb_assets.lake.store import Lake
 
 Value = TypeVar("Value")
@@ -25,10 +28,10 @@ _REST_SECONDS = 60
 
 @dataclass(slots=True)
 class _Known:
-    """What was found when the folders had last changed at these times; not asked again `until`."""
+    """What was found when folders and files looked so; not asked again `until`."""
 
-    folders: Sequence[str]
-    changed: Sequence[int]
+    paths: Sequence[Path]
+    looks: Sequence[Look | int]
     value: object
     until: float
 
@@ -37,7 +40,7 @@ class _Known:
 class Folders:
     """Results by day and kinds of folder.
 
-    A sensor's tick stats the shard folders of a day, and lists only those that changed. Most days
+    A sensor's tick stats what a day has in each shard, and lists only what changed. Most days
     of a year change no more: one that has been quiet for an hour is looked at once in one to two
     minutes, in turns, so that a tick costs the same however many days there are.
     """
@@ -51,7 +54,7 @@ class Folders:
         kinds: tuple[str, ...],
         look: Callable[[Lake, dt.date], Value],
     ) -> Value:
-        """What `look` found when the day's folders of these kinds looked as they do now.
+        """What `look` found when the day's files of these kinds looked as they do now.
 
         Of a quiet day: as they did one or two minutes ago. Ask with the same `look` for the same
         `kinds`, always.
@@ -60,15 +63,16 @@ class Folders:
         if known is not None and time.monotonic() < known.until:
             return known.value  # type: ignore[return-value]  # what the same look found
         began = time.time_ns()
-        folders = known.folders if known else _folders(lake, day, kinds)
-        changed = [_changed_ns(folder) for folder in folders]
-        if known is not None and known.changed == changed:
-            known.until = _until(day, began - max(changed))
+        paths = known.paths if known else _paths(lake, day, kinds)
+        looks = [_look(path) for path in paths]
+        changed = max(one.mtime_ns if isinstance(one, Look) else 0 for one in looks)
+        if known is not None and known.looks == looks:
+            known.until = _until(day, began - changed)
             return known.value  # type: ignore[return-value]  # what the same look found
         value = look(lake, day)
-        # A folder that changes twice within one step of the file system's clock looks the same.
-        if max(changed) < began - _SETTLED_NS:
-            self._known[day, kinds] = _Known(folders, changed, value, 0)
+        # What changes twice within one step of the file system's clock looks the same.
+        if changed < began - _SETTLED_NS:
+            self._known[day, kinds] = _Known(paths, looks, value, 0)
         return value
 
 
@@ -79,16 +83,20 @@ def _until(day: dt.date, quiet_ns: int) -> float:
     return time.monotonic() + _REST_SECONDS * (1 + day.toordinal() % 16 / 16)
 
 
-def _folders(lake: Lake, day: dt.date, kinds: Sequence[str]) -> list[str]:
-    return [
-        str(layout.shard_folder(lake.root, kind, day, shard))
-        for kind in kinds
-        for shard in range(lake.shards)
-    ]
+_PLACES: dict[str, Callable[[Path, dt.date, int], Path]] = {
+    RAW: lambda root, day, shard: layout.shard_folder(root, RAW, day, shard),
+    HEARTBEATS: layout.consolidated_file,
+    MINUTES: layout.minutes_file,
+}
 
 
-def _changed_ns(folder: str) -> int:
+def _paths(lake: Lake, day: dt.date, kinds: Sequence[str]) -> list[Path]:
+    return [_PLACES[kind](lake.root, day, shard) for kind in kinds for shard in range(lake.shards)]
+
+
+def _look(path: Path) -> Look | int:
+    """How it looks, or the number of the error that keeps us from looking."""
     try:
-        return os.stat(folder).st_mtime_ns  # noqa: PTH116  # making a Path takes longer than this
-    except FileNotFoundError:
-        return 0
+        return files.look(path)
+    except OSError as error:
+        return error.errno or 0

@@ -22,7 +22,7 @@ import pyarrow as pa
 from hb_assets.days import MS_PER_DAY, day_of
 from hb_assets.lake import layout, parquet
 from hb_assets.lake.engine import engine, figures
-from hb_assets.lake.files import TempFile
+from hb_assets.lake.files import Look, TempFile, look
 from hb_assets.lake.layout import RAW, FragmentName
 from hb_assets.lake.store import FORMAT, Lake
 from hb_assets.schema import ARRIVAL, HEARTBEATS, KEY, ORDER
@@ -50,13 +50,13 @@ class Fragment:
 
     @property
     def rows(self) -> int:
-        """Rows in it (immutable, so the footer is read once per process)."""
-        return _size(self.path)[0]
+        """Rows in it, by its footer."""
+        return _size(self.path, look(self.path))[0]
 
     @property
     def unpacked(self) -> int:
         """Bytes of its rows without compression, by its footer."""
-        return _size(self.path)[1]
+        return _size(self.path, look(self.path))[1]
 
     @property
     def bytes(self) -> int:
@@ -65,7 +65,7 @@ class Fragment:
 
 
 @lru_cache(maxsize=200_000)
-def _size(path: Path) -> tuple[int, int]:
+def _size(path: Path, seen: Look) -> tuple[int, int]:  # noqa: ARG001  # it is the cache's key
     found = parquet.footer(path)
     groups = (found.row_group(number) for number in range(found.num_row_groups))
     return found.num_rows, sum(group.total_byte_size for group in groups)

@@ -1,18 +1,23 @@
 """Inventory: what the lake holds of each day, out of names and footers alone.
 
-Belongs here: counts that sensors, `hb status` and the audit ask for often. Doesn't belong here:
-anything that reads rows, and what to do about it (`policy`).
+Sensors, `hb status` and the gateway's survey ask for these counts often. What can't be read is one
+line among the `faults`, and everything else is counted all the same. Nothing here reads rows, or
+says what to do (`policy`).
 """
 
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from hb_assets.errors import DamagedFileError
 from hb_assets.lake import consolidated, fragments, layout, minutes, parquet
 from hb_assets.lake.consolidated import ConsolidatedNote
+from hb_assets.lake.files import Look, look
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.layout import HEARTBEATS, RAW
 from hb_assets.lake.store import Lake
@@ -26,6 +31,8 @@ class DayState:
     `digest` changes when its set of raw fragments does, `pending_digest` when its set of pending
     ones does; `oldest_pending_ms` is when the oldest of them was written
     (epoch milliseconds); `most_pending` counts the pending fragments of the shard that has most.
+    `minutes_current`: the minute-level files are made of all rows that the day has. `faults` says,
+    in one line each, which files and folders couldn't be read: the counts are those of all others.
     """
 
     day: dt.date
@@ -47,12 +54,41 @@ class DayState:
     rows_written: int
     bytes: int
     minutes_current: bool
+    faults: tuple[str, ...] = ()
 
 
 def days(lake: Lake) -> list[dt.date]:
-    """Days of which the lake holds anything, in order."""
+    """Days of which the lake holds anything, in order. Raises OSError."""
     found = {*layout.days_of(lake.root, RAW), *layout.days_of(lake.root, HEARTBEATS)}
     return sorted(found)
+
+
+def days_found(lake: Lake, faults: list[str]) -> list[dt.date]:
+    """As `days`, without those of a folder that can't be read: `faults` gets a line about it."""
+    found: set[dt.date] = set()
+    for kind in (RAW, HEARTBEATS):
+        with noted(faults, lake.root / kind):
+            found.update(layout.days_of(lake.root, kind))
+    return sorted(found)
+
+
+@contextmanager
+def noted(faults: list[str], path: Path) -> Iterator[None]:
+    """Go on behind the block when what it looks at can't be read; `faults` gets one line about it.
+
+    What went meanwhile is no fault: it was replaced, or pruned.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        return
+    except DamagedFileError as error:
+        faults.append(str(error))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        faults.append(
+            f"{error.filename or path} can't be read ({reason}): see to its permissions and its disk"
+        )
 
 
 def raw_digest(lake: Lake, day: dt.date) -> str:
@@ -67,42 +103,46 @@ def notes(lake: Lake, day: dt.date) -> list[ConsolidatedNote]:
 
 
 def day_state(lake: Lake, day: dt.date, settings: Settings) -> DayState:
-    """How a day stands now.
-
-    Raises:
-        DamagedFileError: a footer can't be read.
-    """
+    """How a day stands now, shard by shard and file by file."""
     raw: list[Fragment] = []
     waiting: list[Fragment] = []
+    faults: list[str] = []
     most = 0
     notes: list[ConsolidatedNote] = []
     size = 0
     current = True
     for shard in range(lake.shards):
-        listed = fragments.listed(lake, day, shard)
-        file = published(lake, day, shard)
-        if file:
-            notes.append(file[0])
-            size += file[1]
-            names = frozenset(file[0].fragments)
-            current = current and minutes.is_current(lake, day, shard, settings.device_priority)
-        else:
-            names = frozenset()
+        listed: list[Fragment] = []
+        names: frozenset[str] = frozenset()
+        with noted(faults, layout.shard_folder(lake.root, RAW, day, shard)):
+            listed = fragments.listed(lake, day, shard)
+        with noted(faults, layout.consolidated_file(lake.root, day, shard)):
+            file = published(lake, day, shard)
+            if file:
+                notes.append(file[0])
+                size += file[1]
+                names = frozenset(file[0].fragments)
+        made = False
+        with noted(faults, layout.minutes_file(lake.root, day, shard)):
+            made = minutes.is_current(lake, day, shard, settings.device_priority)
+        current = current and made
         new = [one for one in listed if str(one.name) not in names]
         raw += listed
         waiting += new
         most = max(most, len(new))
+    seen = _seen(raw, faults)
+    pending = [seen[one.path] for one in waiting if one.path in seen]
     return DayState(
         day=day,
         fragments=len(raw),
-        fragment_rows=sum(one.rows for one in raw),
-        fragment_bytes=sum(one.bytes for one in raw),
+        fragment_rows=sum(one.rows for one in seen.values()),
+        fragment_bytes=sum(one.bytes for one in seen.values()),
         digest=fragments.digest(raw),
         pending_fragments=len(waiting),
-        pending_rows=sum(one.rows for one in waiting),
+        pending_rows=sum(one.rows for one in pending),
         most_pending=most,
         pending_digest=fragments.digest(waiting),
-        oldest_pending_ms=min((_written_ms(one.path) for one in waiting), default=None),
+        oldest_pending_ms=min((one.written_ms for one in pending), default=None),
         rows=sum(note.rows for note in notes),
         unique=sum(note.unique for note in notes),
         superseded=sum(note.superseded for note in notes),
@@ -111,30 +151,47 @@ def day_state(lake: Lake, day: dt.date, settings: Settings) -> DayState:
         replayed=sum(note.replayed for note in notes),
         rows_written=sum(note.rows_written for note in notes),
         bytes=size,
-        minutes_current=current,
+        minutes_current=current and not waiting,
+        faults=tuple(dict.fromkeys(faults)),
     )
 
 
-def _written_ms(path: Path) -> int:
-    return path.stat().st_mtime_ns // 1_000_000
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    rows: int
+    bytes: int
+    written_ms: int
+
+
+def _seen(raw: list[Fragment], faults: list[str]) -> dict[Path, _Seen]:
+    """Sizes and times of those fragments that can be read."""
+    found = {}
+    for one in raw:
+        with noted(faults, one.path):
+            at = look(one.path)
+            found[one.path] = _Seen(0, at.size, at.mtime_ns // 1_000_000)
+            found[one.path] = _Seen(one.rows, at.size, at.mtime_ns // 1_000_000)
+    return found
 
 
 def published(lake: Lake, day: dt.date, shard: int) -> tuple[ConsolidatedNote, int] | None:
     """Note and size in bytes of a consolidated file; None where there is none.
 
-    A replaced file is another inode, so that a stat tells whether a footer was read already.
-
     Raises:
-        DamagedFileError: the footer can't be read.
+        DamagedFileError: the footer can't be read, or the file is gone although raw alone hasn't
+            all of it (as `consolidated.current`).
+        OSError: the disk can't be read.
     """
     path = layout.consolidated_file(lake.root, day, shard)
     try:
-        seen = path.stat()
+        seen = look(path)
     except FileNotFoundError:
-        return None
-    return _note(path, seen.st_ino, seen.st_mtime_ns), seen.st_size
+        if consolidated.current(lake, day, shard) is None:
+            return None
+        return published(lake, day, shard)  # it was published meanwhile
+    return _note(path, seen), seen.size
 
 
 @lru_cache(maxsize=20_000)
-def _note(path: Path, inode: int, mtime_ns: int) -> ConsolidatedNote:  # noqa: ARG001  # they are the cache's key
+def _note(path: Path, seen: Look) -> ConsolidatedNote:  # noqa: ARG001  # it is the cache's key
     return parquet.note(path, consolidated.ConsolidatedNote)

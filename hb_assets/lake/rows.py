@@ -4,10 +4,10 @@ Belongs here: which files of a (day, shard) are asked (invariant 5), which row g
 what is remembered of footers, so that the cost depends on what is asked and not on what is stored.
 Doesn't belong here: what the rows mean (`buckets`), and days (`query`).
 
-A footer is remembered by path, inode and time of change; a fragment's by its path alone, since it
-never changes. Once a consolidated file is open, it is looked at again: still the one that the
-footer is of, or else note and rows would be of two editions. What replaces it later is another
-inode, and the open one stays whole.
+A footer is remembered by path and by how the file looks (`files.Look`): a fragment never changes,
+but disks and people change files in place. Once a consolidated file is open, it is looked at again:
+still the one that the footer is of, or else note and rows would be of two editions. What replaces
+it later is another inode, and the open one stays whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +32,7 @@ from hb_assets import days
 from hb_assets.lake import consolidated, layout, parquet, tombstones
 from hb_assets.lake.buckets import Integers, Readings
 from hb_assets.lake.consolidated import ConsolidatedNote
+from hb_assets.lake.files import Look, look
 from hb_assets.lake.layout import FragmentName
 from hb_assets.lake.store import Lake
 from hb_assets.lake.tombstones import Cutoffs
@@ -76,19 +76,11 @@ class _Group:
         )
 
 
-class _Look(NamedTuple):
-    """What tells a file from the one that replaces it."""
-
-    inode: int
-    mtime_ns: int
-    size: int
-
-
 @dataclass(frozen=True, slots=True)
 class _Edition:
     """A consolidated file's footer, and what the file looked like that it was read from."""
 
-    seen: _Look
+    seen: Look
     footer: pq.FileMetaData
     included: frozenset[str]
     groups: tuple[_Group, ...]
@@ -122,7 +114,7 @@ def of_user(
     elif consolidated.current(lake, day, shard) is not None:
         raise MovedError(f"day {day.isoformat()} was consolidated meanwhile")
     pending = [
-        (one, _chosen(_fragment(one), wanted))
+        (one, _chosen(_fragment(one, look(one)), wanted))
         for one in _pending(folder, raw, edition.included if edition else frozenset())
     ]
     # A consolidated file has each key once: alone it needs no arrivals.
@@ -144,17 +136,16 @@ def in_table(rows: pa.Table, wanted: Wanted) -> list[Readings]:
     return list(_matching(rows, wanted))
 
 
-def _looked_at(path: Path) -> _Look | None:
+def _looked_at(path: Path) -> Look | None:
     """How the file looks now; None where there is none."""
     try:
-        seen = path.stat()
+        return look(path)
     except FileNotFoundError:
         return None
-    return _Look(seen.st_ino, seen.st_mtime_ns, seen.st_size)
 
 
 @lru_cache(maxsize=512)
-def _edition(path: Path, seen: _Look) -> _Edition:
+def _edition(path: Path, seen: Look) -> _Edition:
     footer = parquet.footer(path)
     note = parquet.note_in(footer, path, ConsolidatedNote)
     return _Edition(seen, footer, frozenset(note.fragments), _groups(footer))
@@ -178,18 +169,18 @@ class _Listings:
     _MOST = 2_000
 
     def __init__(self) -> None:
-        self._known: OrderedDict[Path, tuple[_Look, float, frozenset[str] | None]] = OrderedDict()
+        self._known: OrderedDict[Path, tuple[Look, float, frozenset[str] | None]] = OrderedDict()
         self._lock = threading.Lock()
 
     def names(self, folder: Path) -> frozenset[str]:
         """Names of all that lies in the folder now."""
         looked_at = time.monotonic()
-        look = _looked_at(folder)
-        if look is None:
+        now = _looked_at(folder)
+        if now is None:
             return frozenset()
         with self._lock:
             seen, since, names = self._known.get(folder, (None, looked_at, None))
-        if seen != look:
+        if seen != now:
             since, names = looked_at, None
         if names is None:
             try:
@@ -199,7 +190,7 @@ class _Listings:
                 return frozenset()
             settled = looked_at - since >= self._SETTLED_SECONDS
             with self._lock:
-                self._known[folder] = look, since, names if settled else None
+                self._known[folder] = now, since, names if settled else None
                 self._known.move_to_end(folder)
                 if len(self._known) > self._MOST:
                     self._known.popitem(last=False)
@@ -210,7 +201,7 @@ _listings = _Listings()
 
 
 @lru_cache(maxsize=50_000)
-def _fragment(path: Path) -> tuple[_Group, ...]:
+def _fragment(path: Path, seen: Look) -> tuple[_Group, ...]:  # noqa: ARG001  # the cache's key
     return _groups(parquet.footer(path))
 
 

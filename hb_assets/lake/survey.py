@@ -12,9 +12,8 @@ from __future__ import annotations
 import datetime as dt
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from hb_assets.errors import DamagedFileError
 from hb_assets.lake import inventory, layout, policy
 from hb_assets.lake.consolidated import ConsolidatedNote
 from hb_assets.lake.folders import Folders
@@ -31,8 +30,8 @@ class Survey:
     """Sums over all days; cumulative ones as `consolidated.ConsolidatedNote` has them.
 
     `overdue` is the day whose oldest pending fragment is farthest beyond the age at which it should
-    have been consolidated, and `overdue_seconds` how far; `damaged` names days that can't be read,
-    each in one line.
+    have been consolidated, and `overdue_seconds` how far. `faults` says, in one line each, which
+    files and folders can't be read, of `faulty_days` days: the sums are those of all others.
     """
 
     days: int = 0
@@ -48,7 +47,8 @@ class Survey:
     bytes: int = 0
     overdue: dt.date | None = None
     overdue_seconds: float = 0.0
-    damaged: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+    faulty_days: int = 0
 
     @property
     def write_amplification(self) -> float:
@@ -74,6 +74,7 @@ class _Day:
     rows_written: int = 0
     bytes: int = 0
     oldest_pending_ms: int | None = None
+    faults: list[str] = field(default_factory=list)
 
 
 class Surveyor:
@@ -89,27 +90,26 @@ class Surveyor:
         self._folders = Folders()
 
     def look(self) -> Survey:
-        """The lake now. Raises OSError when its folders can't be read."""
-        found: dict[dt.date, _Day] = {}
-        damaged: list[str] = []
-        for day in inventory.days(self._lake):
-            try:
-                found[day] = self._folders.remembered(self._lake, day, (RAW, HEARTBEATS), _read)
-            except DamagedFileError as error:
-                damaged.append(str(error))
+        """The lake now."""
+        faults: list[str] = []
+        found = {
+            day: self._folders.remembered(self._lake, day, (RAW, HEARTBEATS), _read)
+            for day in inventory.days_found(self._lake, faults)
+        }
         sums = {
             name: sum(getattr(one, name) for one in found.values())
             for name in _Day.__slots__
-            if name != "oldest_pending_ms"
+            if name not in ("oldest_pending_ms", "faults")
         }
         oldest = ((day, one.oldest_pending_ms) for day, one in found.items())
         now_ms = time.time_ns() // 1_000_000
         overdue, seconds = policy.most_overdue(oldest, now_ms, self._settings)
         return Survey(
-            days=len(found) + len(damaged),
+            days=len(found),
             overdue=overdue,
             overdue_seconds=seconds,
-            damaged=tuple(damaged),
+            faults=(*faults, *(fault for one in found.values() for fault in one.faults)),
+            faulty_days=sum(bool(one.faults) for one in found.values()),
             **sums,
         )
 
@@ -120,30 +120,32 @@ def _read(lake: Lake, day: dt.date) -> _Day:
     oldest_ns = None
     for shard in range(lake.shards):
         # raw first: a fragment that is consolidated and pruned meanwhile isn't called pending
-        raw = _fragments(lake, day, shard)
-        published = inventory.published(lake, day, shard)
-        listed = _take_in(sums, *published) if published else frozenset()
-        for entry in raw:
-            if entry.name in listed:
-                continue
-            try:
-                seen = entry.stat()
-            except FileNotFoundError:
-                continue
-            sums.pending_fragments += 1
-            sums.pending_bytes += seen.st_size
-            oldest_ns = min(oldest_ns or seen.st_mtime_ns, seen.st_mtime_ns)
+        raw: list[os.DirEntry[str]] = []
+        listed: frozenset[str] = frozenset()
+        with inventory.noted(sums.faults, layout.shard_folder(lake.root, RAW, day, shard)):
+            raw = _fragments(lake, day, shard)
+        with inventory.noted(sums.faults, layout.consolidated_file(lake.root, day, shard)):
+            published = inventory.published(lake, day, shard)
+            listed = _take_in(sums, *published) if published else frozenset()
+        with inventory.noted(sums.faults, layout.shard_folder(lake.root, RAW, day, shard)):
+            for entry in raw:
+                if entry.name in listed:
+                    continue
+                try:
+                    seen = entry.stat()
+                except FileNotFoundError:
+                    continue
+                sums.pending_fragments += 1
+                sums.pending_bytes += seen.st_size
+                oldest_ns = min(oldest_ns or seen.st_mtime_ns, seen.st_mtime_ns)
         sums.fragments += len(raw)
     sums.oldest_pending_ms = None if oldest_ns is None else oldest_ns // 1_000_000
     return sums
 
 
 def _fragments(lake: Lake, day: dt.date, shard: int) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(layout.shard_folder(lake.root, RAW, day, shard)) as found:
-            return [entry for entry in found if FragmentName.is_one(entry.name)]
-    except FileNotFoundError:
-        return []
+    with os.scandir(layout.shard_folder(lake.root, RAW, day, shard)) as found:
+        return [entry for entry in found if FragmentName.is_one(entry.name)]
 
 
 def _take_in(sums: _Day, note: ConsolidatedNote, size: int) -> frozenset[str]:

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from hb_assets.lake import sealed_json
 from hb_assets.lake.engine import engine
-from hb_assets.lake.files import TempFile
+from hb_assets.lake.files import Look, TempFile, look
 from hb_assets.lake.layout import TOMBSTONES
 from hb_assets.lake.store import FORMAT, Lake
 from hb_assets.schema import ARRIVAL
@@ -75,15 +75,11 @@ def of_user(lake: Lake, user_id: str) -> Tombstone | None:
 
 def listed(lake: Lake) -> list[Tombstone]:
     """All tombstones. Raises DamagedFileError."""
-    found = []
-    for path in sorted((lake.root / TOMBSTONES).glob("*.json")):
-        seen = path.stat()
-        found.append(_known(path, seen.st_ino, seen.st_mtime_ns))
-    return found
+    return [_known(path, look(path)) for path in sorted((lake.root / TOMBSTONES).glob("*.json"))]
 
 
 @lru_cache(maxsize=100_000)
-def _known(path: Path, inode: int, mtime_ns: int) -> Tombstone:  # noqa: ARG001  # the cache's key
+def _known(path: Path, seen: Look) -> Tombstone:  # noqa: ARG001  # it is the cache's key
     return sealed_json.read(path, Tombstone)
 
 

@@ -20,7 +20,6 @@ from hb_assets.buffer import keys
 from hb_assets.buffer.consumer import Consumer, Entry, _is_dead, _new_name, _started
 from hb_assets.buffer.depth import depths, losses, scanned
 from hb_assets.buffer.producer import Producer
-from hb_assets.errors import BufferUnavailableError
 from hb_assets.settings import Settings
 from hb_assets_tests.servers import wait_for
 
@@ -49,7 +48,7 @@ def balances(client: redis.Redis, settings: Settings) -> bool:
     buffered = scanned(client, settings)
     return all(
         depth.appended == depth.acknowledged + buffered[depth.shard]
-        for depth in depths(client, settings)
+        for depth in depths(client, settings).states
     )
 
 
@@ -85,7 +84,7 @@ def test_acknowledged_entries_are_gone_and_in_the_ledger(
 
     assert deleted == 3
     assert consumer.empty()
-    first, second, *_ = depths(client, settings)
+    first, second, *_ = depths(client, settings).states
     assert (first.appended, first.acknowledged, first.bytes) == (5, 5, 0)
     assert (second.appended, second.acknowledged) == (1, 1)
 
@@ -172,7 +171,7 @@ def test_entries_that_are_alike_are_acknowledged_together(
 
     assert consumer.acknowledge([(entry, entry.rows) for entry in entries]) == 12
     assert consumer.empty()
-    first, second, *_ = depths(client, settings)
+    first, second, *_ = depths(client, settings).states
     assert (first.acknowledged, second.acknowledged) == (16, 2)
     assert balances(client, settings)
 
@@ -305,7 +304,7 @@ def test_the_ledger_adds_up_and_nothing_is_lost_whatever_happens(
 
     assert rescuer.empty()
     assert balances(client, settings)
-    assert sum(depth.acknowledged for depth in depths(client, settings)) == heartbeats
+    assert sum(depth.acknowledged for depth in depths(client, settings).states) == heartbeats
     assert sum(consumer.lost for consumer in consumers) == 0
     rescuer.close()
 
@@ -328,14 +327,14 @@ def test_what_a_killed_process_held_is_taken_over_at_once(
 ) -> None:
     Producer(client, settings).append({shard: [LINE] for shard in range(4)})
     subprocess.run([sys.executable, "-c", CLAIM_AND_DIE, redis_url], check=False)
-    assert [depth.pending for depth in depths(client, settings)] == [1, 1, 1, 1]
+    assert [depth.pending for depth in depths(client, settings).states] == [1, 1, 1, 1]
 
     consumer = opened()
     entries = consumer.claim(*ALL)
 
     assert len(entries) == 4
     assert all(entry.deliveries == 2 for entry in entries)
-    assert [depth.consumers for depth in depths(client, settings)] == [1, 1, 1, 1]
+    assert [depth.consumers for depth in depths(client, settings).states] == [1, 1, 1, 1]
 
 
 def test_what_a_closed_or_forgotten_consumer_of_this_process_held_is_taken_over_at_once(
@@ -375,7 +374,7 @@ def test_a_zombies_acknowledgement_counts_once(
 
     assert heir.acknowledge(counts) == 2
     assert zombie.acknowledge([(entry, entry.rows) for entry in held]) == 0
-    assert depths(client, settings)[0].acknowledged == 6
+    assert depths(client, settings).states[0].acknowledged == 6
     assert balances(client, settings)
 
 
@@ -426,7 +425,7 @@ def test_entries_deleted_while_pending_are_counted_as_lost(
     assert finder.lost == 1
     assert "data loss" in caplog.text
     assert client.hget(keys.ledger(0), "lost") == b"1", "known even if the finder dies now"
-    assert len(losses(depths(client, settings))) == 1
+    assert len(losses(depths(client, settings).states)) == 1
     assert finder.empty()
 
 
@@ -478,8 +477,10 @@ def test_another_type_at_a_shards_key_leaves_out_that_shard_alone(
     assert consumer.empty()
     assert list(consumer.unusable) == [1]
     assert name(1) in consumer.unusable[1]
-    with pytest.raises(BufferUnavailableError, match=r"hb:\{01\}:"):
-        depths(client, settings)
+    found_depths = depths(client, settings)
+    assert [one.shard for one in found_depths.states] == [0, 2, 3]
+    assert list(found_depths.faults) == [1]
+    assert name(1) in found_depths.faults[1]
     assert {entry.shard for entry in consumer.claim(*ALL)} == set()
 
     client.delete(name(1))
@@ -514,7 +515,7 @@ def test_a_closed_consumer_leaves_its_name_only_where_something_is_pending(
 
     consumer.close()
 
-    assert [depth.consumers for depth in depths(client, settings)] == [0, 1, 0, 0]
+    assert [depth.consumers for depth in depths(client, settings).states] == [0, 1, 0, 0]
 
 
 def test_a_name_tells_process_and_host(opened: Callable[..., Consumer]) -> None:

@@ -15,7 +15,7 @@ from hb_assets.settings import Settings
 
 
 def state(client: redis.Redis, settings: Settings) -> list[depth.ShardDepth]:
-    return [replace(one, idle_ms=()) for one in depth.depths(client, settings)]
+    return [replace(one, idle_ms=()) for one in depth.depths(client, settings).states]
 
 
 def test_own_shard_and_foreign_entries_claimed_or_not(

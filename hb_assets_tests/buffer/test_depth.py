@@ -11,7 +11,7 @@ from hb_assets.settings import Settings
 
 
 def test_an_untouched_buffer_is_empty(client: redis.Redis, settings: Settings) -> None:
-    assert depths(client, settings) == [
+    assert depths(client, settings).states == [
         ShardDepth(
             shard=shard,
             entries=0,
@@ -40,7 +40,7 @@ def test_depths_tell_pending_from_undelivered(client: redis.Redis, settings: Set
     consumer.open()
     assert len(consumer.claim(2, 10**6, shards=[1])) == 2
 
-    depth = depths(client, settings)[1]
+    depth = depths(client, settings).states[1]
 
     assert (depth.entries, depth.pending, depth.undelivered, depth.consumers) == (6, 2, 4, 1)
     assert (depth.heartbeats, depth.bytes, depth.appended, depth.acknowledged) == (5, 10, 5, 0)
@@ -61,7 +61,7 @@ def test_high_water_names_shards_above_the_mark(client: redis.Redis, settings: S
     producer = Producer(client, tight)
     producer.append({0: [b"1"] * 8, 1: [b"1"] * 9, 2: [b"x" * 90]})
 
-    lines = high_water(depths(client, tight), tight)
+    lines = high_water(depths(client, tight).states, tight)
 
     assert len(lines) == 2
     assert "shard 01 is 90% full (9 of 10 heartbeats" in lines[0]
@@ -76,16 +76,16 @@ def test_a_flood_of_other_producers_is_heard_of(
     tight = settings.model_copy(update={"buffer_max_heartbeats": 40, "buffer_max_bytes": 80_000})
     Producer(client, tight).append({1: [b"1"]})
     client.xadd(keys.stream(2), {"data": "few of them are nobody's business"})
-    assert high_water(depths(client, tight), tight) == []
+    assert high_water(depths(client, tight).states, tight) == []
 
     for _ in range(entries):
         client.xadd(keys.stream(1), {"data": "x" * size})
 
-    [line] = high_water(depths(client, tight), tight)
+    [line] = high_water(depths(client, tight).states, tight)
     assert "shard 01" in line
     assert "1 of 10 heartbeats" in line
     assert f"and {entries} entries of other producers with about" in line
-    foreign_bytes = depths(client, tight)[1].foreign_bytes
+    foreign_bytes = depths(client, tight).states[1].foreign_bytes
     assert entries * size <= foreign_bytes < 2 * entries * size + 6_000  # a node of 4 KiB
 
 
@@ -99,7 +99,7 @@ def test_own_entries_are_not_taken_for_foreign_ones(
     claimed = consumer.claim(4, 10**6, shards=[0])
     consumer.acknowledge([(entry, entry.rows) for entry in claimed])
 
-    depth = depths(client, settings)[0]
+    depth = depths(client, settings).states[0]
 
     assert (depth.entries, depth.foreign, depth.lost) == (5 - len(claimed), 0, 0)
     assert depth.foreign_bytes == 0
@@ -112,7 +112,7 @@ def test_entries_that_somebody_deleted_are_missed(
     single = settings.model_copy(update={"entry_max_heartbeats": 1})
     Producer(client, single).append({3: [b"1"] * 5})
     [(first, _), (second, _)] = client.xrange(keys.stream(3), count=2)
-    assert losses(depths(client, settings)) == []
+    assert losses(depths(client, settings).states) == []
     if how == "XDEL":
         client.xdel(keys.stream(3), first, second)
     elif how == "XTRIM":
@@ -120,7 +120,7 @@ def test_entries_that_somebody_deleted_are_missed(
     else:
         client.delete(keys.stream(3))
 
-    [line] = losses(depths(client, settings))
+    [line] = losses(depths(client, settings).states)
 
     lost = 5 if how == "DEL" else 2
     assert f"data loss: {lost} entries of shard 03" in line
@@ -134,7 +134,7 @@ def test_a_loss_can_be_written_off_as_documented(client: redis.Redis, settings: 
     client.hincrby(keys.ledger(3), "acknowledged", 5)
     client.hdel(keys.ledger(3), "lost")
 
-    state = depths(client, settings)[3]
+    state = depths(client, settings).states[3]
 
     assert losses([state]) == []
     assert (state.heartbeats, state.foreign) == (0, 0)

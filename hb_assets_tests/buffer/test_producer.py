@@ -104,7 +104,7 @@ def test_the_bound_holds_and_a_call_is_stored_whole_or_not_at_all(
         fits = held + size <= 20
         assert (outcome is None) == fits
         held += size if fits else 0
-        assert scanned(client, tight)[1] == depths(client, tight)[1].heartbeats == held
+        assert scanned(client, tight)[1] == depths(client, tight).states[1].heartbeats == held
 
 
 def test_the_bound_holds_in_bytes_too(client: redis.Redis, settings: Settings) -> None:
@@ -115,7 +115,7 @@ def test_the_bound_holds_in_bytes_too(client: redis.Redis, settings: Settings) -
     [outcome] = producer.append({0: [b"x"]}).values()
 
     assert isinstance(outcome, BufferFullError)
-    assert depths(client, tight)[0].bytes == 40
+    assert depths(client, tight).states[0].bytes == 40
 
 
 def test_a_full_buffer_says_which_shard_how_full_and_what_to_do(

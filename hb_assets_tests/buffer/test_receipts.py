@@ -23,7 +23,9 @@ from hb_assets_tests.lake.deliveries import line
 
 
 def ledger(client: redis.Redis, settings: Settings) -> list[tuple[int, int, int]]:
-    return [(one.appended, one.acknowledged, one.heartbeats) for one in depths(client, settings)]
+    return [
+        (one.appended, one.acknowledged, one.heartbeats) for one in depths(client, settings).states
+    ]
 
 
 def test_every_append_gets_its_receipt(client: redis.Redis, settings: Settings) -> None:

@@ -61,7 +61,7 @@ def test_import_then_drain(
     done = told("drain")
     assert (done["rows"], done["entries"], done["quarantined"]) == (4, 4, 0)
     assert told("drain", "--until-empty")["rows"] == 0
-    assert sum(one.entries for one in depth.depths(client, settings)) == 0
+    assert sum(one.entries for one in depth.depths(client, settings).states) == 0
 
 
 def test_shown_for_people(outside: None, file: Path) -> None:
@@ -122,7 +122,7 @@ def test_full_disk_is_one_line(
     monkeypatch.setattr(os, "fsync", full)
     assert complaint("drain") == "hb: No space left on device\n"
     monkeypatch.undo()
-    assert sum(one.entries for one in depth.depths(client, settings)) == 1
+    assert sum(one.entries for one in depth.depths(client, settings).states) == 1
 
 
 def test_an_error_of_ours_is_told_by_its_kind_alone(
@@ -156,7 +156,8 @@ def test_follow_goes_on_after_a_fault_with_one_line(
         assert str(blocked) in first
         blocked.unlink()
         wait_for(
-            lambda: not any(one.entries for one in depth.depths(client, settings)), "the drain"
+            lambda: not any(one.entries for one in depth.depths(client, settings).states),
+            "the drain",
         )
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)

@@ -15,13 +15,15 @@ import pytest
 import redis
 
 from hb_assets import drain
-from hb_assets.buffer import beats
+from hb_assets.buffer import beats, keys
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.lake.store import Lake
+from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.gateway.conftest import PATH, heartbeat
+from hb_assets_tests.gateway.test_metrics import samples
 from hb_assets_tests.lake.deliveries import DAY, deliver, entry, line
 from hb_assets_tests.servers import wait_for
 
@@ -36,6 +38,19 @@ PARTS = (
 
 def failing(http: httpx.Client) -> list[str]:
     """Names of the parts that fail; the status code agrees."""
+    return told(http)[0]
+
+
+def unwell(http: httpx.Client) -> list[str]:
+    """Names of the parts that have an alarm and fail nothing; the gateway takes heartbeats."""
+    failed, alarms = told(http)
+    assert failed == []
+    assert http.post(PATH, json=heartbeat()).status_code == 200
+    return alarms
+
+
+def told(http: httpx.Client) -> tuple[list[str], list[str]]:
+    """Names of the parts that fail, and of those that have an alarm."""
     response = http.get("/health/ready")
     body = response.json()
     assert (response.status_code, body["status"]) == (
@@ -43,7 +58,7 @@ def failing(http: httpx.Client) -> list[str]:
     )
     assert ("retry-after" in response.headers) == bool(body["failing"])
     assert all(body["parts"][name] != "ok" for name in body["failing"])
-    return list(body["failing"])
+    return body["failing"], [name for name, text in body["parts"].items() if text in body["alarms"]]
 
 
 @contextlib.contextmanager
@@ -86,7 +101,8 @@ def test_a_lake_that_is_gone_is_named(http: httpx.Client, settings: Settings) ->
     settings.lake_dir.rename(settings.lake_dir.with_name("elsewhere"))
     assert failing(http) == ["lake"]
     parts = http.get("/health").json()["parts"]
-    assert "can't be written" in parts["lake"]
+    assert "can't be read: No such file" in parts["lake"]
+    assert parts["lake"] in parts["space"]
     assert parts["redis"] == "ok"
 
 
@@ -120,7 +136,7 @@ def test_the_mode_is_named_and_held_against_the_server(
         assert "has appendonly=no" in response.json()["parts"]["aof"]
 
 
-def test_stopping_the_drainer_turns_it_red_within_its_threshold(
+def test_stopping_the_drainer_is_an_alarm_within_its_threshold(
     serving: Serving, settings: Settings, lake: Lake
 ) -> None:
     threshold = dt.timedelta(seconds=1)
@@ -134,12 +150,64 @@ def test_stopping_the_drainer_turns_it_red_within_its_threshold(
                 http.post(PATH, json=heartbeat())
         stopped = time.monotonic()
         http.post(PATH, json=heartbeat())
-        wait_for(lambda: failing(http) == ["drain"], "health to turn red", 10)
+        wait_for(lambda: unwell(http) == ["drain"], "the alarm", 10)
+        assert samples(http)["hb_healthy", (("part", "drain"),)] == 0
         assert threshold.total_seconds() * 0.7 < time.monotonic() - stopped < 4
         assert "no drain for" in http.get("/health").json()["parts"]["drain"]
         assert http.get("/health/live").status_code == 200
         with draining(settings, lake):
-            wait_for(lambda: failing(http) == [], "health to turn green")
+            wait_for(lambda: told(http) == ([], []), "health")
+        assert samples(http)["hb_healthy", (("part", "drain"),)] == 1
+
+
+@pytest.mark.parametrize("name", [keys.stream, keys.ledger])
+def test_another_type_at_a_shards_key_is_that_shards_alarm(
+    http: httpx.Client, client: redis.Redis, settings: Settings, name: Callable[[int], str]
+) -> None:
+    other = (shard_of("u1", settings.shards) + 1) % settings.shards
+    client.set(name(other), "something else")
+    assert http.post(PATH, json=heartbeat()).status_code == 200
+    assert failing(http) == []
+    body = http.get("/health").json()
+    assert body["parts"]["redis"] == body["parts"]["drain"] == "ok"
+    (alarm,) = body["alarms"]
+    assert f"shard {other:02d}" in alarm
+    assert name(other) in alarm
+    found = samples(http)
+    shards = [f"{number:02d}" for number in range(settings.shards)]
+    unusable = [found["hb_buffer_unusable", (("shard", number),)] for number in shards]
+    assert unusable == [number == f"{other:02d}" for number in shards]
+    assert found["hb_buffer_heartbeats", (("shard", f"{shard_of('u1', 4):02d}"),)] == 1
+
+
+def test_an_unknown_part_says_why(http: httpx.Client, client: redis.Redis) -> None:
+    """Redis answers: that isn't what keeps the drain's signs of life from being known."""
+    client.set(keys.BEATS, "something else")
+    assert http.post(PATH, json=heartbeat()).status_code == 200
+    assert failing(http) == []
+    body = http.get("/health").json()
+    assert body["parts"]["redis"] == "ok"
+    assert body["parts"]["drain"].startswith("unknown: Redis at ")
+    assert keys.BEATS in body["parts"]["drain"]
+    (alarm,) = body["alarms"]
+    assert keys.BEATS in alarm
+    assert (
+        sum(samples(http)["hb_buffer_heartbeats", (("shard", f"{n:02d}"),)] for n in range(4)) == 1
+    )
+
+
+def test_where_no_shard_can_be_used_redis_fails(
+    serving: Serving, client: redis.Redis, settings: Settings
+) -> None:
+    """But not as long as the spool takes what Redis doesn't."""
+    for number in range(settings.shards):
+        client.set(keys.stream(number), "something else")
+    with serving(settings) as http:
+        assert failing(http) == []
+        assert len(http.get("/health").json()["alarms"]) == settings.shards
+    with serving(settings.model_copy(update={"spool_max_bytes": 0})) as http:
+        assert failing(http) == ["redis"]
+        assert http.get("/health").json()["parts"]["redis"] == "no shard of the buffer can be used"
 
 
 def test_entries_that_nobody_finishes(
@@ -154,11 +222,11 @@ def test_entries_that_nobody_finishes(
         consumer = Consumer(client, settings)
         consumer.open()
         assert consumer.claim(10, 10_000)
-        wait_for(lambda: failing(http) == ["backlog", "consumers"], "both to be seen")
+        wait_for(lambda: told(http) == ([], ["backlog", "consumers"]), "both to be seen")
         consumer.beat()
         assert "drainers are gone" in http.get("/health").json()["parts"]["consumers"]
         consumer.acknowledge([(one, 1) for one in consumer.claim(10, 10_000)])
-        wait_for(lambda: failing(http) == [], "health")
+        wait_for(lambda: told(http) == ([], []), "health")
 
 
 def test_dagster_is_missed_once_it_was_seen(
@@ -168,7 +236,7 @@ def test_dagster_is_missed_once_it_was_seen(
     with serving(settings) as http:
         beats.beat(client, [beats.DAGSTER], {})
         assert http.get("/health").json()["parts"]["dagster"] == "ok"
-        wait_for(lambda: failing(http) == ["dagster"], "Dagster to be missed")
+        wait_for(lambda: unwell(http) == ["dagster"], "Dagster to be missed")
 
 
 def test_a_full_disk_and_a_day_that_nobody_consolidates(
@@ -179,7 +247,7 @@ def test_a_full_disk_and_a_day_that_nobody_consolidates(
     for fragment in deliver(lake, settings, entry([line()])):
         os.utime(fragment.path, (late, late))
     with serving(settings) as http:
-        assert failing(http) == ["space", "consolidation"]
+        wait_for(lambda: unwell(http) == ["space", "consolidation"], "both alarms")
         parts = http.get("/health").json()["parts"]
     assert f"day {DAY} should have been consolidated 3 h ago" in parts["consolidation"]
     assert "HB_HEALTH_FREE_SPACE" in parts["space"]

@@ -400,6 +400,7 @@ def test_a_spool_that_cannot_be_written_answers_503(
             response = http.post(PATH, json=heartbeat())
             problem(response, 503, "spool-unavailable")
             assert str(settings.home_dir) not in response.text
+        assert http.get("/health").json()["failing"] == ["redis", "spool"]
         assert "spool" in http.get("/health").json()["parts"]["spool"]
         assert samples(http)["hb_spool_up", ()] == 0
         settings.spool_dir.unlink()  # mended
@@ -424,11 +425,14 @@ def test_health_metrics_and_log_tell(
         redis.kill()
         for _ in range(3):
             post(http)
-        wait_for(lambda: http.get("/health").status_code == 503, "health to see Redis away")
+        wait_for(lambda: len(http.get("/health").json()["alarms"]) == 2, "health to see both")
         health = http.get("/health")
+        assert health.status_code == 200, "the spool takes heartbeats"
         assert str(redis.port) in health.json()["parts"]["redis"]
+        assert health.json()["parts"]["redis"].endswith("; the spool takes heartbeats")
         assert health.json()["parts"]["spool"].startswith("holds 3 heartbeats")
-        (alarm,) = health.json()["alarms"]
+        away, alarm = health.json()["alarms"]
+        assert away == health.json()["parts"]["redis"]
         assert "3 heartbeats" in alarm
         found = samples(http)
         assert found["hb_heartbeats_accepted_total", ()] == 3
@@ -437,7 +441,7 @@ def test_health_metrics_and_log_tell(
         assert found["hb_spool_replayed_total", ()] == 0
         with spool.replaying():
             redis.start()
-            wait_for(lambda: http.get("/health").status_code == 200, "Redis")
+            wait_for(lambda: http.get("/health").json()["parts"]["redis"] == "ok", "Redis")
             assert http.get("/health/ready").json()["parts"]["spool"].startswith("holds 3")
         wait_for(lambda: empty(spool), "the replay")
         wait_for(lambda: http.get("/health").json()["alarms"] == [], "health")

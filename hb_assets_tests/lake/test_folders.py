@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from hb_assets.lake import folders as module
-from hb_assets.lake import inventory, layout
+from hb_assets.lake import inventory, layout, minutes
+from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.folders import Folders
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
@@ -52,8 +53,8 @@ def test_a_quiet_day_is_looked_at_again_after_two_minutes_at_most(
     deliver(lake, settings, entry([line()]))
     settle(lake.root, 2 * 3600)
     folders, stats = Folders(), []
-    original = module._changed_ns
-    monkeypatch.setattr(module, "_changed_ns", lambda one: stats.append(one) or original(one))
+    original = module._look
+    monkeypatch.setattr(module, "_look", lambda one: stats.append(one) or original(one))
 
     def remembered() -> str:
         return folders.remembered(lake, DAY, (layout.RAW,), inventory.raw_digest)
@@ -67,3 +68,26 @@ def test_a_quiet_day_is_looked_at_again_after_two_minutes_at_most(
     later = time.monotonic() + 120
     monkeypatch.setattr(time, "monotonic", lambda: later)
     assert remembered() != first
+
+
+@pytest.mark.parametrize("kind", [layout.HEARTBEATS, layout.MINUTES])
+def test_a_file_that_is_changed_in_place_is_looked_at_again(
+    lake: Lake, settings: Settings, kind: str
+) -> None:
+    """Its folder stays as it is."""
+    deliver(lake, settings, entry([line()]))
+    consolidate(lake, DAY, settings)
+    minutes.build(lake, DAY, settings)
+    settle(lake.root)
+    folders, looks = Folders(), []
+
+    def remembered() -> int:
+        return folders.remembered(lake, DAY, (kind,), lambda *_: looks.append(1) or len(looks))
+
+    assert (remembered(), remembered()) == (1, 1)
+    (file,) = (lake.root / kind).rglob("*.parquet")
+    before = file.stat()
+    with file.open("r+b") as opened:
+        opened.write(b"X")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # whoever hides it: ctime tells
+    assert remembered() == 2

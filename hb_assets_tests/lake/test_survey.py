@@ -79,4 +79,19 @@ def test_what_is_overdue_and_what_is_damaged(lake: Lake, settings: Settings) -> 
     file.write_bytes(b"no parquet")
     found = Surveyor(lake, settings).look()
     assert found.days == 2
-    assert str(file) in found.damaged[0]
+    assert str(file) in found.faults[0]
+
+
+def test_a_file_that_is_changed_in_place_is_noticed(lake: Lake, settings: Settings) -> None:
+    deliver(lake, settings, entry([line()]))
+    consolidate(lake, DAY, settings)
+    settle(lake.root, 60)
+    surveyor = Surveyor(lake, settings)
+    assert surveyor.look().faults == surveyor.look().faults == ()
+    (file,) = (lake.root / layout.HEARTBEATS).rglob("*.parquet")
+    with file.open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        opened.write(b"X")
+    found = surveyor.look()
+    assert (found.faulty_days, found.days, found.fragments) == (1, 1, 1)
+    assert str(file) in found.faults[0]

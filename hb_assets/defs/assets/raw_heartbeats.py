@@ -58,4 +58,6 @@ def _raw_heartbeats(
         if not drained.empty:
             context.log.warning(f"the buffer isn't empty after {_SECONDS:.0f} s")
         state = inventory.day_state(lake, day, settings)
+        for fault in state.faults:
+            context.log.warning(fault)
         return dg.MaterializeResult(metadata=metadata.of_raw(lake, state))

@@ -14,7 +14,7 @@ import dagster as dg
 from hb_assets import alarms, vitals
 from hb_assets.buffer import beats, depth
 from hb_assets.buffer.beats import DAGSTER, Signs
-from hb_assets.buffer.depth import ShardDepth
+from hb_assets.buffer.depth import Depths
 from hb_assets.defs.installation import Installation
 from hb_assets.defs.sensors import now_ms
 from hb_assets.errors import HbError
@@ -46,15 +46,15 @@ def _tick(
     try:
         with installation.client() as client:
             beats.beat(client, [DAGSTER], {})
-            states = depth.depths(client, settings)
+            buffer = depth.depths(client, settings)
             signs = beats.look(client)
     except HbError as error:
         said = str(error)
         # nothing is known, so that what was wrong isn't over
         found |= {name: before[name].message for name in BUFFER_ALARMS if name in before}
     else:
-        found |= faults(states, signs, settings)
-        said = f"{sum(state.heartbeats for state in states):,} heartbeats are buffered: all well"
+        found |= faults(buffer, signs, settings)
+        said = f"{sum(state.heartbeats for state in buffer.states):,} heartbeats are buffered: all well"
     notices, standing = alarms.changes(before, found, now_ms())
     alarms.tell(notices, settings)
     said = "; ".join(found.values()) or said
@@ -70,9 +70,10 @@ def _spool_faults(settings: Settings) -> dict[str, str]:
     return {"spool": "; ".join(lines)} if lines else {}
 
 
-def faults(states: Sequence[ShardDepth], signs: Signs, settings: Settings) -> dict[str, str]:
+def faults(buffer: Depths, signs: Signs, settings: Settings) -> dict[str, str]:
     """Messages of what is wrong, by the name of the alarm."""
-    found = {}
+    found = {f"shard_unreadable:{shard:02d}": line for shard, line in buffer.faults.items()}
+    states = buffer.states
     full = depth.high_water(states, settings)
     if full:
         found[BUFFER_ALARMS[0]] = full[0] + _others(full)

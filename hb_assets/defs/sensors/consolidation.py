@@ -121,12 +121,11 @@ def _states(
     faults: dict[str, str] = {}
     for day in inventory.days(lake):
         if partitions.has(day, now, installation.settings):
-            try:
-                states.append(
-                    installation.folders.remembered(lake, day, (RAW, HEARTBEATS, MINUTES), look)
-                )
-            except HbError as error:
-                faults[day.isoformat()] = str(error)
+            state = installation.folders.remembered(lake, day, (RAW, HEARTBEATS, MINUTES), look)
+            if state.faults:
+                faults[day.isoformat()] = "; ".join(state.faults)
+            else:
+                states.append(state)
     return states, faults
 
 

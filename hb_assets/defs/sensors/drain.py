@@ -117,14 +117,10 @@ def _report(
 
 
 def _event(lake: Lake, day: dt.date, settings: Settings) -> dg.AssetMaterialization:
-    description, figures = None, {}
-    try:
-        figures = metadata.of_raw(lake, inventory.day_state(lake, day, settings))
-    except HbError as error:
-        description = str(error)
+    state = inventory.day_state(lake, day, settings)
     return dg.AssetMaterialization(
         asset_key=RAW_HEARTBEATS,
         partition=day.isoformat(),
-        description=description,
-        metadata=figures,
+        description="; ".join(state.faults) or None,
+        metadata=metadata.of_raw(lake, state),
     )
