@@ -110,15 +110,17 @@ def _routes(
 class _Table:
     """Finds the handler by path and method, and lets those in who may.
 
-    404 without a path, 405 names its methods, and so does OPTIONS (RFC 9110, 9.3.7); 401 and 403
-    as `access` has it.
+    404 without a path, 405 names its methods, and so does OPTIONS, those of all paths for `*` (RFC
+    9110, 9.3.7); 401 and 403 as `access` has it.
     """
 
     def __init__(self, routes: Mapping[str, Mapping[str, Route]], access: Access) -> None:
-        self._routes = routes
+        self._routes = {**routes, "*": {}}
         self._access = access
+        every = {method for methods in routes.values() for method in methods}
         self._methods = {
-            path: ", ".join(sorted([*methods, "OPTIONS"])) for path, methods in routes.items()
+            path: ", ".join(sorted([*methods, "OPTIONS"]))
+            for path, methods in {**routes, "*": every}.items()
         }
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:

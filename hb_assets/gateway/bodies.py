@@ -38,6 +38,9 @@ FORM = b"application/x-www-form-urlencoded"
 """What curl calls a body that nobody named."""
 CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii"})
 
+GONE = "hb.gone"
+"""Where the ASGI scope has a function that tells whether its client has gone."""
+
 STEP_BYTES = 256 * 2**10
 """Bytes that are expanded in one go: about a millisecond."""
 TURN_SECONDS = 0.002
