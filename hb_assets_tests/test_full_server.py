@@ -16,7 +16,7 @@ from hb_assets.buffer.depth import depths, losses
 from hb_assets.buffer.producer import Producer
 from hb_assets.drain import drain
 from hb_assets.errors import BufferFullError
-from hb_assets.importing import Importer
+from hb_assets.importing.importer import Importer
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings

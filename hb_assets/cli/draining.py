@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,9 +25,11 @@ from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
 from hb_assets.cli import output
 from hb_assets.cli.app import FAILED, REFUSED, AsJson, app, settings_of
+from hb_assets.cli.interrupts import Interrupts
 from hb_assets.drain import Drained, drain
-from hb_assets.errors import HbError, ImportFileError
-from hb_assets.importing import Format, Imported, Importer, RefusedLine
+from hb_assets.errors import HbError
+from hb_assets.importing.importer import Imported, Importer, RefusedLine
+from hb_assets.importing.sources import FORMATS, Format
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 
@@ -48,10 +50,14 @@ def _consumer(settings: Settings) -> Iterator[Consumer]:
 def import_files(
     context: typer.Context,
     files: Annotated[
-        list[Path], typer.Argument(help="NDJSON, CSV or Parquet files, plain or gzipped.")
+        list[Path],
+        typer.Argument(
+            help="NDJSON, JSON, CSV or Parquet, plain, .gz or .zst; pipes too, - is stdin."
+        ),
     ],
     form: Annotated[
-        str | None, typer.Option("--format", help="ndjson, csv or parquet; default: by the name.")
+        str | None,
+        typer.Option("--format", help="ndjson, json, csv or parquet; default: by the name."),
     ] = None,
     refused_file: Annotated[
         Path | None,
@@ -59,12 +65,16 @@ def import_files(
             "--refused", help="Write every refused line's number and reason here, NDJSON."
         ),
     ] = None,
+    allow_refused: Annotated[
+        bool, typer.Option("--allow-refused", help="Exit code 0 in spite of refused lines.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Bring files into the buffer, the way any heartbeat goes; importing twice changes nothing.
 
     Waits while the buffer is full. When no server runs, the embedded one is started for the time
-    of the import, and drained as well.
+    of the import, and drained as well. Exit code 1 when a line was refused, or a file couldn't be
+    read, or not to its end; 2 when none could.
     """
     settings = settings_of(context)
     wanted = _format(form)
@@ -74,62 +84,62 @@ def import_files(
         raise typer.BadParameter("is a file to import", param_hint="--refused")
     lake = Lake.open(settings)
     alone = settings.embedded and not server.running(settings)
-    with server.borrowed(settings), _RefusedLines(refused_file) as refused:
+    with Interrupts(), server.borrowed(settings), _RefusedLines(refused_file) as refused:
         client = connection.connect(settings)
         connection.ping(client)
         durability.require(client, settings)
+        producer = Producer(client, settings)
+        producer.clock.ask(client)
         drained = Drained()
-        with _consumer(settings) as consumer:
+        with _consumer(settings) as consumer, output.progress() as progress:
 
             def make_room() -> None:
                 nonlocal drained
                 drained = drained.plus(drain(consumer, lake, settings))
 
-            results: list[Imported] = []
-            unreadable: list[str] = []
-            for path in files:
-                try:
-                    room = make_room if alone else None
-                    results.append(_import(path, wanted, settings, client, refused, room))
-                except ImportFileError as error:
-                    unreadable.append(str(error))  # the other files go on
-            if alone:
-                drained = drained.plus(drain(consumer, lake, settings, until_empty=True))
-    if results or as_json:
-        _show_import(results, drained if alone else None, refused, as_json)
-    for complaint in unreadable:
-        output.complain(complaint)
-    if unreadable:
+            importer = Importer(
+                producer,
+                settings,
+                make_room=make_room if alone else None,
+                on_refused=refused.add,
+                on_progress=lambda read: progress.update(task, completed=read),
+            )
+            try:
+                for path in files:
+                    size = path.stat().st_size if path.is_file() else None
+                    task = progress.add_task(f"import {path.name}", total=size)
+                    importer.run(path, wanted)
+                    progress.remove_task(task)
+                if alone:
+                    drained = drained.plus(drain(consumer, lake, settings, until_empty=True))
+            except (KeyboardInterrupt, HbError, OSError):
+                _show_broken_off(importer.files)
+                raise
+    faults = [one.fault for one in importer.files if one.fault is not None]
+    in_vain = all(one.in_vain for one in importer.files)
+    if as_json or not in_vain:
+        _show_import(importer.files, drained if alone else None, refused, as_json)
+    for fault in faults:
+        output.complain(fault)
+    if in_vain:
         raise typer.Exit(REFUSED)
+    if faults or (refused.seen and not allow_refused):
+        raise typer.Exit(FAILED)
 
 
 def _format(form: str | None) -> Format | None:
-    if form in (None, "ndjson", "csv", "parquet"):
-        return form  # type: ignore[return-value]  # one of the three, as just seen
-    raise typer.BadParameter("must be ndjson, csv or parquet", param_hint="--format")
+    if form is not None and form not in FORMATS:
+        raise typer.BadParameter(f"must be one of {', '.join(FORMATS)}", param_hint="--format")
+    return None if form is None else FORMATS[form]
 
 
-def _import(
-    path: Path,
-    form: Format | None,
-    settings: Settings,
-    client: Any,
-    refused: _RefusedLines,
-    make_room: Callable[[], None] | None,
-) -> Imported:
-    with output.progress() as progress:
-        size = path.stat().st_size if path.is_file() else None
-        task = progress.add_task(f"import {path.name}", total=size)
-        producer = Producer(client, settings)
-        producer.clock.ask(client)
-        importer = Importer(
-            producer,
-            settings,
-            make_room=make_room,
-            on_refused=lambda line: refused.add(path, line),
-            on_progress=lambda read: progress.update(task, completed=read),
-        )
-        return importer.run(path, form)
+def _show_broken_off(begun: list[Imported]) -> None:
+    accepted = sum(one.accepted for one in begun)
+    where = f", the last ones of {begun[-1].path}" if begun else ""
+    output.note(
+        f"ended early: {accepted:,} heartbeats were taken{where}, and maybe a few more; they stay. "
+        "Importing the same files again is safe: none of them will be there twice"
+    )
 
 
 class _RefusedLines:
@@ -137,7 +147,7 @@ class _RefusedLines:
 
     def __init__(self, path: Path | None) -> None:
         self.seen = 0
-        self.first: list[dict[str, object]] = []
+        self.first: list[RefusedLine] = []
         self._path = path
         self._file: Any = None
 
@@ -155,19 +165,14 @@ class _RefusedLines:
         if self._file is not None:
             self._file.close()
 
-    def add(self, path: Path, line: RefusedLine) -> None:
+    def add(self, line: RefusedLine) -> None:
         self.seen += 1
-        entry = {
-            "file": str(path),
-            "line": line.line,
-            "reason": line.reason,
-            "message": line.message,
-        }
         if self.seen <= _SHOWN:
-            self.first.append(entry)
-            output.note(f"{path.name}:{line.line}: {line.reason}: {line.message}", style="yellow")
+            self.first.append(line)
+            where = f"{Path(line.file).name}:{line.line}"
+            output.note(f"{where}: {line.reason}: {line.message}", style="yellow")
         if self._file is not None:
-            self._file.write(msgspec.json.encode(entry) + b"\n")
+            self._file.write(msgspec.json.encode(line) + b"\n")
 
 
 def _show_import(
@@ -183,13 +188,18 @@ def _show_import(
         )
     table = output.table("Imported", "file", "accepted", "refused", "seconds")
     for one in results:
-        table.add_row(
-            Path(one.path).name, f"{one.accepted:,}", f"{one.refused:,}", f"{one.seconds:.1f}"
-        )
+        if not one.in_vain:
+            table.add_row(
+                Path(one.path).name, f"{one.accepted:,}", f"{one.refused:,}", f"{one.seconds:.1f}"
+            )
     output.results.print(table)
     reasons = sum((one.reasons for one in results), start=Counter[str]())
     for reason, count in reasons.most_common():
         output.results.print(f"refused {count:,}: {reason}")
+    ignored = sum((one.ignored for one in results), start=Counter[str]())
+    for name, count in ignored.most_common():
+        shown = name if name.isprintable() else ascii(name)
+        output.results.print(f"ignored {count:,}: {shown} is no field of a heartbeat", markup=False)
     if drained is not None:
         output.results.print(f"drained {drained.rows:,} rows into {drained.fragments:,} fragments")
         output.results.print("next: hb consolidate --pending")

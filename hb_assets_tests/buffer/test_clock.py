@@ -15,7 +15,7 @@ from hb_assets.buffer.connection import connect_async
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import AsyncProducer, Producer
 from hb_assets.drain import drain
-from hb_assets.importing import Importer
+from hb_assets.importing.importer import Importer
 from hb_assets.lake import quarantine
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings

@@ -49,7 +49,7 @@ def test_import_then_drain(
     outside: None, file: Path, tmp_path: Path, client: redis.Redis, settings: Settings
 ) -> None:
     refused = tmp_path / "refused"
-    found = told("import", file, file, "--refused", refused)
+    found = told("import", file, file, "--refused", refused, code=1)
     assert [(one["accepted"], one["refused"]) for one in found["files"]] == [(2, 2)] * 2
     assert found["drained"] is None
     expected = [(4, "heart_rate_out_of_range"), (5, "record_not_json")] * 2
@@ -65,7 +65,7 @@ def test_import_then_drain(
 
 
 def test_shown_for_people(outside: None, file: Path) -> None:
-    result = hb("import", file)
+    result = hb("import", file, code=1)
     assert "some file.ndjson:4: heart_rate_out_of_range: heart_rate must be" in result.stderr
     assert "secret" not in result.output
     assert "refused 1: record_not_json" in result.stdout
@@ -77,7 +77,7 @@ def test_shown_for_people(outside: None, file: Path) -> None:
     [
         (["import", "missing.ndjson"], "missing.ndjson"),
         (["import", "what.txt"], "--format"),
-        (["import", "what.ndjson", "--format", "xml"], "ndjson, csv or parquet"),
+        (["import", "what.ndjson", "--format", "xml"], "must be one of ndjson"),
         (["import", "what.ndjson", "--refused", "/no/such/folder/x"], "/no/such/folder/x"),
         (["import"], "files"),
         (["drain", "--until-empty", "--follow"], "exclude"),
@@ -104,6 +104,7 @@ def test_redis_that_does_not_answer(
 ) -> None:
     monkeypatch.setenv("HB_HOME", str(tmp_path))
     monkeypatch.setenv("HB_REDIS_URL", "redis://:pass@127.0.0.1:1")
+    Lake.open(Settings(home=tmp_path))
     text = complaint(*command)
     assert text.startswith("hb: ")
     assert "127.0.0.1:1" in text
@@ -211,7 +212,7 @@ def test_embedded_server_for_the_time_of_a_command(tmp_path: Path) -> None:
     path = tmp_path / "file.ndjson"
     path.write_bytes(b"\n".join([*(line(f"u{n}") for n in range(200)), b"bad"]))
     done = run(home, "import", path, "--json", HB_BUFFER_MAX_HEARTBEATS="100")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert (found["files"][0]["accepted"], found["drained"]["rows"]) == (200, 200)
     assert left_running(home) == []
@@ -271,16 +272,86 @@ def test_refused_lines_never_replace_a_file_to_import(outside: None, file: Path)
 
 
 def test_an_unreadable_file_stops_no_other(outside: None, file: Path, tmp_path: Path) -> None:
-    result = hb("import", tmp_path / "missing.csv", file, code=2)
+    result = hb("import", tmp_path / "missing.csv", file, "--allow-refused", code=1)
     assert "some file.ndjson" in result.stdout
-    assert "missing.csv" in result.stderr.splitlines()[-1]
+    assert "missing.csv" not in result.stdout
+    assert "missing.csv: can't be read: No such file" in result.stderr.splitlines()[-1]
+    assert told("drain")["rows"] == 2
+
+
+def test_exit_codes_of_an_import(outside: None, file: Path, tmp_path: Path) -> None:
+    missing, good = tmp_path / "missing.csv", tmp_path / "good.ndjson"
+    good.write_bytes(line())
+    hb("import", good)
+    hb("import", file, code=1)
+    hb("import", file, "--allow-refused")
+    bad = tmp_path / "bad.ndjson"
+    bad.write_bytes(b"bad")
+    hb("import", bad, code=1)
+    hb("import", bad, "--allow-refused")
+    hb("import", missing, good, code=1)
+    hb("import", missing, code=2)
+    found = told("import", missing, missing, "--allow-refused", code=2)
+    assert [one["fault"] for one in found["files"]] == [
+        f"{missing}: can't be read: No such file or directory"
+    ] * 2
+
+
+def test_importing_what_a_pipe_brings(tmp_path: Path) -> None:
+    """`-` and `/dev/stdin` alike; what isn't known by its name is asked for."""
+    for name in ("-", "/dev/stdin"):
+        script = f'echo "$LINE" | {sys.executable} -m hb_assets import {name} --json "$@"'
+        home = tmp_path / "home"
+        done = piped(home, script, "--format", "ndjson")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["drained"]["rows"] == 1
+    assert "pass --format" in piped(home, script).stderr
+
+
+def piped(home: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-c", script, "sh", *arguments],
+        env={**os.environ, "HB_HOME": str(home), "HB_SHARDS": "4", "LINE": line().decode()},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def test_ctrl_c_says_what_was_taken(
+    outside: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first file was, and Ctrl-C comes while the second one is a pipe that brings nothing."""
+    good, pipe = tmp_path / "good.ndjson", tmp_path / "pipe"
+    good.write_bytes(line() + b"\n" + line("u2"))
+    os.mkfifo(pipe)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hb_assets", "import", good, pipe, "--format", "ndjson"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with pipe.open("wb"):  # it was opened at the other end
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "2 heartbeats were taken" in err
+    assert "is safe" in err
+    assert "Traceback" not in err
     assert told("drain")["rows"] == 2
 
 
 def test_status_misses_a_drain(outside: None, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HB_HEALTH_DRAIN_AGE", "1ms")
     assert told("status")["alarms"] == []
-    hb("import", file)
+    hb("import", file, "--allow-refused")
     (alarm,) = told("status", code=1)["alarms"]
     assert "no drain for" in alarm
     hb("drain")
