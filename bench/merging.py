@@ -22,7 +22,7 @@ from bench import lakes
 from bench.engines import HOME
 from bench.traffic import DAY, Traffic
 from bench.ways import settings_in
-from hb_assets.lake import checks, external_sort, fragments, merge, parquet
+from hb_assets.lake import checks, external_sort, fragments, merge, parquet, verified
 from hb_assets.lake.columns import ENCODED, TEXTS, Columns
 from hb_assets.lake.consolidated import ConsolidatedNote
 from hb_assets.lake.inputs import Inputs
@@ -55,7 +55,7 @@ def _parts(
 ) -> dict[str, Callable[[], object]]:
     """The parts in order; each works with what the ones before it left."""
     inputs = Inputs(None, [fragment.path for fragment in found])
-    read = list(parquet.tables(inputs.new, TEXTS))
+    read = list(verified.tables(inputs.new, TEXTS))
     arrays = Columns.of(read, rows)
     arrays.sort()
     sorted_rows = [arrays.table(slice(0, rows))]
@@ -77,9 +77,9 @@ def _parts(
 
     return {
         "verify the fragments' checksums": verify,
-        "read them": lambda: list(parquet.tables(inputs.new, TEXTS)),
+        "read them": lambda: list(verified.tables(inputs.new, TEXTS)),
         "into arrays, texts as ranks": lambda: Columns.of(read, rows),
-        "read, arrays, sort": lambda: Columns.of(parquet.tables(inputs.new, TEXTS), rows).sort(),
+        "read, arrays, sort": lambda: Columns.of(verified.tables(inputs.new, TEXTS), rows).sort(),
         "the whole merge in memory": lambda: merged(in_memory=True),
         "the whole merge in DuckDB": lambda: merged(in_memory=False),
         "of which the query": lambda: list(external_sort.sorted_rows(inputs, settings)),

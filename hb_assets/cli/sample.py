@@ -30,7 +30,7 @@ from hb_assets.cli.control_room import ControlRoom, Run
 from hb_assets.errors import HbError
 from hb_assets.fleet import Figures, Fleet, Line
 from hb_assets.gateway import keyring, tls
-from hb_assets.lake import layout
+from hb_assets.lake import layout, verified
 from hb_assets.lake.store import Lake
 from hb_assets.schema import ARRIVAL, KEY
 from hb_assets.settings import Settings
@@ -302,9 +302,8 @@ def _look_into_lake(
 def _rows(folder: Path, schema: pa.Schema, which: pl.Expr) -> pl.DataFrame:
     """Rows of all Parquet files below a folder of the lake that satisfy `which`."""
     files = sorted(folder.glob("**/[!.]*.parquet"))
-    if files:
-        return pl.scan_parquet(files, hive_partitioning=False).filter(which).collect()
-    return pl.DataFrame(schema.empty_table())
+    rows = [pl.DataFrame(rows).filter(which) for rows in verified.tables(files)]
+    return pl.concat([pl.DataFrame(schema.empty_table()), *rows])
 
 
 def _differences(results: Sequence[DayResult], runs: Sequence[Run]) -> list[str]:

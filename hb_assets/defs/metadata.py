@@ -13,9 +13,9 @@ from typing import TypeAlias
 
 import dagster as dg
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from hb_assets.lake import layout, parquet
+from hb_assets.errors import HbError
+from hb_assets.lake import layout, verified
 from hb_assets.lake.consolidation import Consolidated
 from hb_assets.lake.inventory import DayState
 from hb_assets.lake.minutes import MinutesBuilt
@@ -122,9 +122,9 @@ def preview(lake: Lake, files: Iterable[Path], names: Iterable[str]) -> dg.Metad
         if len(records) == _PREVIEW_ROWS:
             break
         try:
-            with pq.ParquetFile(path) as file:
+            with verified.opened(path) as file:
                 batch = next(file.iter_batches(batch_size=1, columns=shown), None)
-        except parquet.UNREADABLE:
+        except (HbError, OSError):
             continue
         records += [
             dg.TableRecord({name: _shown(lake, name, row[name]) for name in shown})

@@ -12,15 +12,13 @@ import datetime as dt
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hb_assets.errors import CheckFailedError
-from hb_assets.lake import parquet
+from hb_assets.lake import parquet, verified
 from hb_assets.lake.columns import TEXTS, neighbours, ranks
 from hb_assets.lake.engine import engine, figures
 from hb_assets.schema import KEY, ORDER
@@ -86,8 +84,8 @@ def heartbeats(
                 faults[name] |= _faults(rows, model)
     sequence = _sequence(path)
     if sequence.disorder:
-        with engine(settings) as connection:
-            (twins,) = figures(connection, _DUPLICATES, {"path": str(path)})
+        with engine(settings) as connection, verified.relations(connection, {"rows": [path]}):
+            (twins,) = figures(connection, _DUPLICATES)
         sequence = replace(sequence, twins=twins)
     return [*(_of_values(name, found) for name, found in faults.items()), *sequence.figures()]
 
@@ -113,17 +111,29 @@ _turn = threading.Lock()
 
 
 def _rows(paths: Sequence[Path]) -> Iterator[pl.DataFrame]:
-    """Rows of these files, piece by piece; at least one piece, which may be empty."""
+    """Rows of these files, piece by piece; at least one piece, which may be empty.
+
+    pyarrow reads them, which checks their pages: Polars doesn't.
+    """
     import polars as pl
 
-    if not paths:
-        return
-    scan = pl.scan_parquet(list(paths), hive_partitioning=False)
-    rows = sum(parquet.footer(path).num_rows for path in paths)
-    pieces = max(1, -(-rows // _AT_ONCE))
-    bounds = [rows * piece // pieces for piece in range(pieces + 1)]
-    for start, end in pairwise(bounds):
-        yield scan.slice(start, end - start).collect()
+    def frame(tables: Sequence[pa.Table]) -> pl.DataFrame:
+        return pl.DataFrame(pa.concat_tables(tables))
+
+    waiting: list[pa.Table] = []
+    for path in paths:
+        with verified.opened(path) as file:
+            if waiting and not waiting[0].schema.equals(file.schema_arrow):
+                yield frame(waiting)
+                waiting = []
+            waiting.append(file.schema_arrow.empty_table())
+            for number in range(file.num_row_groups):
+                waiting.append(file.read_row_group(number))
+                if sum(one.num_rows for one in waiting) >= _AT_ONCE:
+                    yield frame(waiting)
+                    waiting = []
+    if waiting:
+        yield frame(waiting)
 
 
 def _faults(rows: pl.DataFrame, model: DataFrameSchema) -> set[str]:
@@ -182,7 +192,7 @@ def _sequence(path: Path) -> _Sequence:
         return _Sequence(footer.num_rows)
     disorder = twins = 0
     last: pa.Table | None = None
-    with pq.ParquetFile(path, read_dictionary=list(TEXTS)) as file:
+    with verified.opened(path, TEXTS) as file:
         for number in range(file.num_row_groups):
             group = file.read_row_group(number, columns=list(ORDER), use_threads=False)
             group = group.drop_null()
@@ -196,8 +206,7 @@ def _sequence(path: Path) -> _Sequence:
 
 _DUPLICATES = f"""
 SELECT coalesce(sum(n - 1), 0) FROM (
-    SELECT count(*) AS n FROM read_parquet($path, hive_partitioning = false)
-    GROUP BY {", ".join(KEY)}
+    SELECT count(*) AS n FROM rows GROUP BY {", ".join(KEY)}
 )
 """
 

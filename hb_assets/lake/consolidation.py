@@ -35,6 +35,7 @@ from hb_assets.lake.layout import FragmentName
 from hb_assets.lake.memory import Memory
 from hb_assets.lake.merge import Tally, merged
 from hb_assets.lake.store import FORMAT, Lake
+from hb_assets.lake.verified import ReplacedError
 from hb_assets.schema import ORDER
 from hb_assets.settings import Settings
 
@@ -219,6 +220,8 @@ def _without_damage(task: _Task, set_aside: list[str]) -> _ShardResult | None:
             return _consolidate_shard(task)
         except DamagedFileError as error:
             damaged = error
+        except ReplacedError:
+            continue  # by another consolidator
         except FileNotFoundError as error:
             # What lies below the published file goes while we count it, whatever we have of it.
             raise FencedError(

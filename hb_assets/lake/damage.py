@@ -65,10 +65,7 @@ def set_aside(lake: Lake, error: DamagedFileError) -> str | None:
 
 
 def _is_sound(path: Path) -> bool:
-    name = FragmentName.parse(path.name)
     try:
-        if name is not None:
-            return name.seals(path)
         parquet.verify(path)
     except FileNotFoundError:
         return False

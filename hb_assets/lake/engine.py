@@ -173,8 +173,8 @@ def _locked(handle: int) -> bool:
 
 
 def figures(
-    connection: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, object]
+    connection: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, object] | None = None
 ) -> tuple[int, ...]:
     """The one row of counts that a query answers with."""
-    (row,) = connection.sql(query, params=dict(params)).fetchall()
+    (row,) = connection.sql(query, params=dict(params or {})).fetchall()
     return tuple(int(value) for value in row)

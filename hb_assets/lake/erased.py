@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hb_assets.days import day_of
-from hb_assets.lake import fragments, layout, parquet
+from hb_assets.lake import fragments, layout, parquet, verified
 from hb_assets.lake.engine import engine
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.layout import ERASED, FragmentName
@@ -76,22 +76,22 @@ def _not_in_raw(lake: Lake, rows: pa.Table, settings: Settings) -> pa.Table:
         for source in pc.unique(rows["arrival_shard"]).to_pylist()
     ]
     raw = [
-        str(one.path)
+        one.path
         for day in layout.days_of(lake.root, layout.RAW)
         for one in fragments.all_listed(lake, day)
         if any(one.name.overlaps(name) for name in names)
     ]
     if not raw:
         return rows
-    with engine(settings) as connection:
+    with engine(settings) as connection, verified.relations(connection, {"raw": raw}):
         connection.register("taken", rows)
-        return connection.sql(_NOT_IN_RAW, params={"raw": raw}).to_arrow_table().cast(SCHEMA)
+        return connection.sql(_NOT_IN_RAW).to_arrow_table().cast(SCHEMA)
 
 
 _IDENTITY = ", ".join(ARRIVAL)
 _NOT_IN_RAW = f"""
 SELECT {_IDENTITY} FROM taken
-ANTI JOIN (SELECT {_IDENTITY} FROM read_parquet($raw, hive_partitioning = false)) AS known
+ANTI JOIN (SELECT {_IDENTITY} FROM raw) AS known
 USING ({_IDENTITY})
 """
 

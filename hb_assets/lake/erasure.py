@@ -30,6 +30,7 @@ from hb_assets.lake import (
     pruning,
     quarantine,
     tombstones,
+    verified,
 )
 from hb_assets.lake.consolidation import Lock, Watermarks, consolidate
 from hb_assets.lake.engine import engine
@@ -44,25 +45,22 @@ from hb_assets.settings import Settings
 
 _ATTEMPTS = 5
 _HOLDING = f"""
-SELECT DISTINCT filename
-FROM read_parquet($paths, hive_partitioning = false, filename = true) AS delivered
+SELECT DISTINCT filename FROM rows AS delivered
 {tombstones.REACHED} WHERE user_id = $user
 """
 _LATEST = """
 SELECT arrival_shard, max(row(arrival_ms, arrival_seq))
-FROM read_parquet($paths, hive_partitioning = false) WHERE user_id = $user GROUP BY arrival_shard
+FROM rows WHERE user_id = $user GROUP BY arrival_shard
 """
 
 
 _IDENTITY = ", ".join(ARRIVAL)
 _COPIES = f"""
-SELECT count(*) FROM read_parquet($quarantine, hive_partitioning = false)
-SEMI JOIN (SELECT {_IDENTITY} FROM read_parquet($raw, hive_partitioning = false)) AS rows
+SELECT count(*) FROM quarantine SEMI JOIN (SELECT {_IDENTITY} FROM raw) AS rows
 USING ({_IDENTITY})
 """
 _OTHERS = f"""
-SELECT * FROM records
-ANTI JOIN (SELECT {_IDENTITY} FROM read_parquet($raw, hive_partitioning = false)) AS rows
+SELECT * EXCLUDE (filename) FROM quarantine ANTI JOIN (SELECT {_IDENTITY} FROM raw) AS rows
 USING ({_IDENTITY})
 """
 
@@ -172,10 +170,10 @@ def _ask(
         paths += [published] if published.exists() else []
         if not paths:
             return []
-        parameters = {"paths": [str(path) for path in paths], "user": user_id}
         try:
-            return connection.sql(query, params=parameters).fetchall()
-        except duckdb.IOException:
+            with verified.relations(connection, {"rows": paths}):
+                return connection.sql(query, params={"user": user_id}).fetchall()
+        except (FileNotFoundError, duckdb.IOException):
             continue  # a file went meanwhile
         except duckdb.Error as error:
             raise parquet.explained(error, paths) from None
@@ -296,11 +294,10 @@ def _drop_copies(lake: Lake, raw: Sequence[Path], connection: duckdb.DuckDBPyCon
         own = FragmentName.parse(path.name)
         if own is None or not any(own.overlaps(name) for name in names):
             continue
-        parameters = {"raw": [str(one) for one in raw], "quarantine": [str(path)]}
-        if connection.sql(_COPIES, params=parameters).fetchall() == [(0,)]:
-            continue
-        connection.register("records", quarantine.read(path))
-        kept = connection.sql(_OTHERS, params={"raw": parameters["raw"]}).to_arrow_table()
+        with verified.relations(connection, {"raw": raw, "quarantine": [path]}):
+            if connection.sql(_COPIES).fetchall() == [(0,)]:
+                continue
+            kept = connection.sql(_OTHERS).to_arrow_table()
         quarantine.publish(lake, kept.cast(QUARANTINE_SCHEMA))
         path.unlink()
         sync_folder(path.parent)

@@ -8,12 +8,13 @@ memory (`columns`), which most merges take.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from hb_assets.lake import parquet
+from hb_assets.lake import parquet, verified
 from hb_assets.lake.engine import engine, figures
 from hb_assets.lake.inputs import Inputs
 from hb_assets.lake.tombstones import Cutoffs
@@ -38,17 +39,17 @@ _GONE = (
 _FORGOTTEN = """
 LEFT JOIN erased ON delivered.user_id = erased.forgotten AND arrival_shard = erased.source
 """
-_BASE = "SELECT *, false AS late FROM read_parquet($base, hive_partitioning = false)"
+_BASE = "SELECT *, false AS late FROM base"
 # An identity alone might be another row's, where a server that lost its last ids gave them again.
 _UNKNOWN = f"""
  ANTI JOIN (
-    SELECT {_ROW} FROM read_parquet($included, hive_partitioning = false)
+    SELECT {_ROW} FROM included
  ) AS known USING ({_ROW})
 """
 _ERASED_BEFORE = f"""
  LEFT JOIN (
     SELECT DISTINCT {_IDENTITY}, true AS counted
-    FROM read_parquet($erased_before, hive_partitioning = false)
+    FROM erased_before
  ) AS before USING ({_IDENTITY})
 """
 # Each part is there only where it is needed: most merges know of nothing that comes again.
@@ -56,7 +57,7 @@ _NEW = {
     (late, included, erased): f"""
 SELECT arrived.*,
     {_LATE if late else "false"} OR {"coalesce(counted, false)" if erased else "false"} AS late
-FROM read_parquet($new, hive_partitioning = false) AS arrived
+FROM new AS arrived
 {"LEFT JOIN mark ON arrived.arrival_shard = mark.source" if late else ""}
 {_ERASED_BEFORE if erased else ""} {_UNKNOWN if included else ""}
 """
@@ -113,10 +114,9 @@ def _sorted(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> Iterator[p
     which = inputs.base is not None, _kind(inputs) if inputs.new else None
     flagged = bool(inputs.erased or inputs.watermark or inputs.erased_before)
     _register(inputs, connection)
-    rows = connection.sql(
-        _SORTED[which, flagged, bool(inputs.erased)], params=_parameters(inputs, base=True)
-    )
-    yield from rows.to_arrow_reader(parquet.ROW_GROUP)
+    with verified.relations(connection, _files(inputs, base=True)):
+        rows = connection.sql(_SORTED[which, flagged, bool(inputs.erased)])
+        yield from rows.to_arrow_reader(parquet.ROW_GROUP)
 
 
 def fresh_rows(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> int:
@@ -124,7 +124,8 @@ def fresh_rows(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> int:
     if not inputs.new:
         return 0
     _register(inputs, connection)
-    return figures(connection, _FRESH[_kind(inputs)], _parameters(inputs, base=False))[0]
+    with verified.relations(connection, _files(inputs, base=False)):
+        return figures(connection, _FRESH[_kind(inputs)])[0]
 
 
 def _kind(inputs: Inputs) -> tuple[bool, bool, bool]:
@@ -138,13 +139,14 @@ def _register(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> None:
         connection.register("erased", _erased(inputs.erased))
 
 
-def _parameters(inputs: Inputs, *, base: bool) -> dict[str, list[str]]:
+def _files(inputs: Inputs, *, base: bool) -> dict[str, Sequence[Path]]:
+    """The files of a query by their names in it."""
     files = {"new": inputs.new}
     if inputs.new:
         files |= {"included": inputs.included, "erased_before": inputs.erased_before}
     if base and inputs.base is not None:
         files["base"] = [inputs.base]
-    return {name: [str(path) for path in paths] for name, paths in files.items() if paths}
+    return files
 
 
 def _marks(watermark: Mapping[int, tuple[int, int]]) -> pa.Table:

@@ -24,11 +24,23 @@ class Look(NamedTuple):
     ctime_ns: int
     size: int
 
+    @classmethod
+    def of(cls, found: os.stat_result) -> Look:
+        """By a stat's result."""
+        return cls(found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
+
+    def has_bytes_of(self, before: Look) -> bool:
+        """Whether it is the same file with the same bytes; links to it may have come or gone."""
+        return (self.inode, self.mtime_ns, self.size) == (
+            before.inode,
+            before.mtime_ns,
+            before.size,
+        )
+
 
 def look(path: Path) -> Look:
     """How the file looks now: the key of what is remembered of it. Raises OSError."""
-    seen = path.stat()
-    return Look(seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_size)
+    return Look.of(path.stat())
 
 
 def sync_folder(folder: Path) -> None:

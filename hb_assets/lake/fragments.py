@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from hb_assets.days import MS_PER_DAY, day_of
-from hb_assets.lake import layout, parquet
+from hb_assets.lake import layout, parquet, verified
 from hb_assets.lake.engine import engine, figures
 from hb_assets.lake.files import Look, TempFile, look
 from hb_assets.lake.layout import RAW, FragmentName
@@ -110,15 +110,8 @@ def _publish_one(lake: Lake, where: np.ndarray, rows: pa.Table) -> Fragment:
 
 
 def verify(fragment: Fragment) -> None:
-    """Make sure that the fragment is, bit for bit, what was published.
-
-    Raises:
-        DamagedFileError: it isn't.
-        FileNotFoundError: it isn't there (any more).
-        OSError: the disk can't be read.
-    """
-    if not fragment.name.seals(fragment.path):
-        raise parquet.damaged(fragment.path, "its bytes aren't those that were written")
+    """Make sure that it is, bit for bit, what was published. Raises as `parquet.verify`."""
+    parquet.verify(fragment.path)
 
 
 def listed(lake: Lake, day: dt.date, shard: int) -> list[Fragment]:
@@ -165,17 +158,14 @@ def distinct_rows(fragments: Sequence[Fragment], settings: Settings) -> int:
     """
     groups = overlapping(fragments)
     total = sum(group[0].rows for group in groups if len(group) == 1)
-    doubtful = [[str(one.path) for one in group] for group in groups if len(group) > 1]
+    doubtful = [[one.path for one in group] for group in groups if len(group) > 1]
     if doubtful:
         with engine(settings) as connection:
             for paths in doubtful:
-                total += figures(connection, _DISTINCT, {"paths": paths})[0]
+                with verified.relations(connection, {"raw": paths}):
+                    total += figures(connection, _DISTINCT)[0]
     return total
 
 
 _ROW = ", ".join((*KEY, *ARRIVAL))
-_DISTINCT = f"""
-SELECT count(*) FROM (
-    SELECT DISTINCT {_ROW} FROM read_parquet($paths, hive_partitioning = false)
-)
-"""
+_DISTINCT = f"SELECT count(*) FROM (SELECT DISTINCT {_ROW} FROM raw)"

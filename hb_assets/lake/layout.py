@@ -13,6 +13,7 @@ import secrets
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -79,11 +80,12 @@ class FragmentName:
 
     def sealed(self, path: Path) -> FragmentName:
         """The same name with the file's CRC-32 as the second half of its random part."""
-        return replace(self, random=self.random[:8] + _crc32(path))
+        with path.open("rb") as file:
+            return replace(self, random=self.random[:8] + _crc32(file))
 
-    def seals(self, path: Path) -> bool:
-        """Whether the file at `path` has the bytes that it had when this name was sealed."""
-        return self.random[8:] == _crc32(path)
+    def seals(self, file: BinaryIO | pa.NativeFile) -> bool:
+        """Whether an open file has the bytes that it had when this name was sealed."""
+        return self.random[8:] == _crc32(file)
 
     def __str__(self) -> str:
         first, last = self.first, self.last
@@ -95,11 +97,11 @@ class FragmentName:
         return same_source and self.first <= other.last and other.first <= self.last
 
 
-def _crc32(path: Path) -> str:
+def _crc32(file: BinaryIO | pa.NativeFile) -> str:
+    file.seek(0)
     crc32 = 0
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            crc32 = zlib.crc32(part, crc32)
+    while part := file.read(2**20):
+        crc32 = zlib.crc32(part, crc32)
     return f"{crc32:08x}"
 
 
@@ -159,6 +161,12 @@ def day_of_folder(name: str) -> dt.date | None:
         return dt.date.fromisoformat(name.removeprefix("day="))
     except ValueError:
         return None
+
+
+def place_of(path: Path) -> tuple[dt.date, int] | None:
+    """Day and shard of a file by the folders that it lies in; None where they name none."""
+    day, shard = day_of_folder(path.parent.parent.name), path.parent.name.removeprefix("shard=")
+    return None if day is None or not shard.isdigit() else (day, int(shard))
 
 
 def days_of(root: Path, kind: str) -> list[dt.date]:

@@ -16,7 +16,16 @@ import duckdb
 import pyarrow as pa
 
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import consolidated, erased, fragments, inventory, layout, parquet, quarantine
+from hb_assets.lake import (
+    consolidated,
+    erased,
+    fragments,
+    inventory,
+    layout,
+    parquet,
+    quarantine,
+    verified,
+)
 from hb_assets.lake.consolidated import Current
 from hb_assets.lake.engine import engine, figures
 from hb_assets.lake.external_sort import fresh_rows
@@ -51,13 +60,12 @@ class DayLedger:
 _IDENTITY = ", ".join(ARRIVAL)
 _DISTINCT_KEYS = f"""
 SELECT count(*) FROM (
-    SELECT DISTINCT {", ".join(KEY)} FROM read_parquet($paths, hive_partitioning = false)
+    SELECT DISTINCT {", ".join(KEY)} FROM raw
 )
 """
 _IN_BOTH = f"""
 SELECT count(*) FROM (
-    SELECT DISTINCT {_IDENTITY} FROM read_parquet($paths, hive_partitioning = false)
-    SEMI JOIN quarantined USING ({_IDENTITY})
+    SELECT DISTINCT {_IDENTITY} FROM raw SEMI JOIN quarantined USING ({_IDENTITY})
 )
 """
 
@@ -204,9 +212,11 @@ def _count_shard(
     if in_file != note.unique:
         ledger.faults.append(f"{where}: the file has {in_file:,} rows, {note.unique:,} are unique")
     if deep and whole and listed and not note.erased and not note.uncounted:
-        paths = [str(one.path) for one in listed]
-        with engine(settings) as connection:
-            (keys,) = figures(connection, _DISTINCT_KEYS, {"paths": paths})
+        with (
+            engine(settings) as connection,
+            verified.relations(connection, {"raw": [one.path for one in listed]}),
+        ):
+            (keys,) = figures(connection, _DISTINCT_KEYS)
         if keys != note.unique:
             ledger.faults.append(
                 f"{where}: raw has {keys:,} distinct keys, the consolidated file {note.unique:,}"
@@ -237,15 +247,13 @@ def _pending_rows(
 
 _ERASED = f"""
 SELECT count(*) FROM (
-    SELECT DISTINCT {_IDENTITY} FROM read_parquet($erased, hive_partitioning = false)
+    SELECT DISTINCT {_IDENTITY} FROM erased
 )
 """
 _ERASED_BUT_NOT_IN_QUARANTINE = f"""
 SELECT count(*) FROM (
-    SELECT DISTINCT {_IDENTITY} FROM read_parquet($erased, hive_partitioning = false)
-    ANTI JOIN (
-        SELECT {_IDENTITY} FROM read_parquet($quarantine, hive_partitioning = false)
-    ) AS kept USING ({_IDENTITY})
+    SELECT DISTINCT {_IDENTITY} FROM erased
+    ANTI JOIN (SELECT {_IDENTITY} FROM quarantine) AS kept USING ({_IDENTITY})
 )
 """
 
@@ -259,14 +267,14 @@ def of_erased(lake: Lake, settings: Settings) -> int:
     paths = erased.paths(lake)
     if not paths:
         return 0
-    query, parameters = _ERASED, {"erased": [str(path) for path in paths]}
     records = sorted((lake.root / layout.QUARANTINE).rglob("*.parquet"))
-    if records:
-        query = _ERASED_BUT_NOT_IN_QUARANTINE
-        parameters["quarantine"] = [str(path) for path in records]
-    with engine(settings) as connection:
+    query = _ERASED_BUT_NOT_IN_QUARANTINE if records else _ERASED
+    with (
+        engine(settings) as connection,
+        verified.relations(connection, {"erased": paths, "quarantine": records}),
+    ):
         try:
-            return figures(connection, query, parameters)[0]
+            return figures(connection, query)[0]
         except duckdb.Error as error:
             raise parquet.explained(error, [*paths, *records]) from None
 
@@ -329,11 +337,8 @@ def _in_fragments(lake: Lake, connection: duckdb.DuckDBPyConnection, faults: lis
     arrays = [pa.array(values, kind) for values, kind in zip(columns, _NAMED.types, strict=True)]
     connection.register("named", pa.Table.from_arrays(arrays, schema=_NAMED))
     connection.execute(_SPANS)
-    paths = [path for (path,) in connection.sql(_MAY_HOLD).fetchall()]
-    if not paths:
-        return 0
-    try:
-        return figures(connection, _IN_BOTH, {"paths": paths})[0]
-    except duckdb.Error as error:
-        faults.append(str(parquet.explained(error, map(Path, paths))))
-        return 0
+    paths = [Path(path) for (path,) in connection.sql(_MAY_HOLD).fetchall()]
+    with verified.relations(
+        connection, {"raw": paths}, lambda error: faults.append(str(error))
+    ) as sound:
+        return figures(connection, _IN_BOTH)[0] if sound else 0

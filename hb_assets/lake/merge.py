@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from hb_assets.lake import external_sort, parquet
+from hb_assets.lake import external_sort, verified
 from hb_assets.lake.columns import ENCODED, TEXTS, Columns, Numbers, encoded, in_one_word
 from hb_assets.lake.external_sort import FLAGGED
 from hb_assets.lake.inputs import Inputs
@@ -66,7 +65,7 @@ def merged(
         batches = external_sort.sorted_rows(inputs, settings)
         yield from map(encoded, _survivors(batches, tally))
         return
-    new = Columns.of(parquet.tables(inputs.new, TEXTS), rows)
+    new = Columns.of(verified.tables(inputs.new, TEXTS), rows)
     if inputs.base is None:
         yield from _settled(new, tally)
     else:
@@ -80,7 +79,7 @@ def _into(base: Path, new: Columns, tally: Tally) -> Iterator[pa.Table]:
     """
     twins = new.sort()
     done = 0
-    with pq.ParquetFile(base, read_dictionary=list(TEXTS)) as file:
+    with verified.opened(base, TEXTS) as file:
         for number in range(file.num_row_groups):
             group = file.read_row_group(number, use_threads=False)
             end = new.place_after(_last_key(group))

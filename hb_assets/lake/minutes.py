@@ -17,12 +17,13 @@ import msgspec
 import pyarrow as pa
 
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import checks, consolidated, layout, parquet
+from hb_assets.lake import checks, consolidated, layout, parquet, verified
 from hb_assets.lake.checks import Figure
 from hb_assets.lake.consolidated import Current
 from hb_assets.lake.engine import engine, figures
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.store import FORMAT, Lake
+from hb_assets.lake.verified import ReplacedError
 from hb_assets.schema import MINUTES as SCHEMA
 from hb_assets.settings import Settings
 
@@ -51,9 +52,6 @@ FROM (
 GROUP BY user_id, minute, device_id
 ORDER BY user_id, minute, device_id
 """
-
-
-_FROM_FILE = "WITH readings AS (FROM read_parquet($path, hive_partitioning = false))"
 
 
 class MinutesNote(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,10 +151,6 @@ def _build_shard(
     if is_current(lake, day, shard, settings.device_priority):
         return _ShardResult(final, False, _figures(final, published, connection))
     with TempFile(lake.root, final.parent) as temp:
-        query = connection.sql(
-            _FROM_FILE + AGGREGATE,
-            params={"path": str(published.path), "priority": list(settings.device_priority)},
-        )
         note = MinutesNote(
             format=FORMAT,
             day=day.isoformat(),
@@ -164,11 +158,20 @@ def _build_shard(
             edition=published.note.edition,
             priority=settings.device_priority,
         )
-        with parquet.writer(temp.path, SCHEMA, ("user_id", "minute", "device_id")) as out:
-            for batch in query.to_arrow_reader(parquet.ROW_GROUP):
-                out.write(pa.Table.from_batches([batch]).cast(SCHEMA))
-            out.close_with(note)
-        if not consolidated.is_published(lake, published, day, shard):
+        replaced = False
+        try:
+            with (
+                verified.relations(connection, {"readings": [published.path]}),
+                parquet.writer(temp.path, SCHEMA, ("user_id", "minute", "device_id")) as out,
+            ):
+                priority = {"priority": list(settings.device_priority)}
+                query = connection.sql(AGGREGATE, params=priority)
+                for batch in query.to_arrow_reader(parquet.ROW_GROUP):
+                    out.write(pa.Table.from_batches([batch]).cast(SCHEMA))
+                out.close_with(note)
+        except ReplacedError:
+            replaced = True
+        if replaced or not consolidated.is_published(lake, published, day, shard):
             overtaken_by = consolidated.current(lake, day, shard)
             if overtaken_by is not None:
                 return _build_shard(lake, day, overtaken_by, connection, settings)
@@ -179,13 +182,13 @@ def _build_shard(
 
 
 _TOTALS = """
-SELECT coalesce(sum(count), 0), coalesce(sum(kept_count), 0), count(*)
-FROM read_parquet($path, hive_partitioning = false)
+SELECT coalesce(sum(count), 0), coalesce(sum(kept_count), 0), count(*) FROM minutes
 """
 
 
 def _figures(path: Path, published: Current, connection: duckdb.DuckDBPyConnection) -> list[Figure]:
-    counted, kept, rows = figures(connection, _TOTALS, {"path": str(path)})
+    with verified.relations(connection, {"minutes": [path]}):
+        counted, kept, rows = figures(connection, _TOTALS)
     return [
         checks.minutes(path),
         checks.minutes_add_up(

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from hb_assets.errors import DamagedFileError, HbError
 from hb_assets.lake import layout
 from hb_assets.lake.columns import neighbours, ranks
+from hb_assets.lake.layout import FragmentName
 
 KEY = b"hb"
 DIGEST = b"hb.digest"
@@ -47,7 +48,7 @@ def _longest() -> int:
 Note = TypeVar("Note", bound=msgspec.Struct)
 
 
-class _Digest(msgspec.Struct, frozen=True):
+class _Digest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """CRC-32 of a file's first `bytes` bytes (all its rows), and of the note in its footer.
 
     `footer` is that of the whole footer with zeros in its own place, 8 hex digits.
@@ -96,7 +97,7 @@ _TAIL = 8
 """Bytes behind the footer: its length and Parquet's magic (the Parquet format, file structure)."""
 
 
-def _end_of(file: BinaryIO) -> bytes:
+def _end_of(file: BinaryIO | pa.NativeFile) -> bytes:
     """The file's footer with what stands behind it; too little of it where its length is wrong."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _TAIL))
@@ -105,7 +106,7 @@ def _end_of(file: BinaryIO) -> bytes:
     return file.read()
 
 
-def _verify_end(file: BinaryIO, path: Path) -> None:
+def _verify_end(file: BinaryIO | pa.NativeFile, path: Path) -> None:
     """Make sure of the footer before it is parsed: one that is damaged may end the process.
 
     Files of before this checksum have none. Raises DamagedFileError.
@@ -202,6 +203,7 @@ class Writer:
             column_encoding=encodings,
             sorting_columns=order or None,
             max_rows_per_page=_longest(),
+            write_page_checksum=True,
             store_schema=False,
         )
         self._out.add_key_value_metadata({_SCHEMA: base64.b64encode(plain.serialize())})
@@ -235,14 +237,39 @@ _SHARED = 16
 """Rows that share an entry id, on average, where batches hold rows of one device."""
 
 
-def tables(paths: Iterable[Path], texts: Sequence[str]) -> Iterator[pa.Table]:
-    """Rows of files, file by file; these columns of text as dictionaries, as they are stored.
+@contextmanager
+def opened(
+    source: BinaryIO | pa.NativeFile,
+    path: Path,
+    texts: Sequence[str] = (),
+    metadata: pq.FileMetaData | None = None,
+) -> Iterator[pq.ParquetFile]:
+    """An open file of the lake for pyarrow, which checks each page that it reads.
 
-    Raises: what pyarrow raises; see `UNREADABLE`.
+    It doesn't check a page's header: `verified` has verified the whole file before.
+
+    Args:
+        source: the file.
+        path: of the file, for messages.
+        texts: columns of text to read as dictionaries, as they are stored.
+        metadata: its footer, if it was read already.
+
+    Raises:
+        DamagedFileError: it isn't what was written.
+        HbError: memory is short.
+        OSError: the disk can't be read.
     """
-    for path in paths:
-        with pq.ParquetFile(path, read_dictionary=list(texts)) as file:
-            yield file.read(use_threads=False)
+    metadata = _footer(source, path) if metadata is None else metadata
+    try:
+        with pq.ParquetFile(
+            source,
+            metadata=metadata,
+            read_dictionary=list(texts),
+            page_checksum_verification=True,
+        ) as file:
+            yield file
+    except UNREADABLE as error:
+        raise meaning(error, path) from None
 
 
 @contextmanager
@@ -285,7 +312,7 @@ def footer(path: Path) -> pq.FileMetaData:
         return _footer(file, path)
 
 
-def _footer(file: BinaryIO, path: Path) -> pq.FileMetaData:
+def _footer(file: BinaryIO | pa.NativeFile, path: Path) -> pq.FileMetaData:
     _verify_end(file, path)
     file.seek(0)
     try:
@@ -304,7 +331,7 @@ def note_in(found: pq.FileMetaData, path: Path, kind: type[Note]) -> Note:
     said, _ = _sealed(path, found)
     try:
         return msgspec.json.decode(said, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise damaged(path, str(error)) from None
 
 
@@ -316,7 +343,7 @@ def _sealed(path: Path, found: pq.FileMetaData) -> tuple[bytes, _Digest]:
         raise damaged(path, "its footer has no note of ours")
     try:
         digest = msgspec.json.decode(sealed, type=_Digest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise damaged(path, str(error)) from None
     if zlib.crc32(said) != digest.note:
         raise damaged(path, "the note in its footer isn't what was written")
@@ -324,22 +351,43 @@ def _sealed(path: Path, found: pq.FileMetaData) -> tuple[bytes, _Digest]:
 
 
 def verify(path: Path) -> None:
-    """Make sure that the file's rows are, bit for bit, those that were written.
+    """Make sure that a file is, bit for bit, what was written.
 
     Raises:
-        DamagedFileError: they aren't, or the file can't be read at all.
+        DamagedFileError: it isn't, or the file can't be read at all.
         FileNotFoundError: it isn't there (any more).
         OSError: the disk can't be read.
     """
     with path.open("rb") as file:
-        # of this very file: another one may get its name meanwhile
-        _, digest = _sealed(path, _footer(file, path))
-        file.seek(0)
-        crc32, left = 0, digest.bytes
-        while left and (part := file.read(min(left, _READ))):
-            crc32, left = zlib.crc32(part, crc32), left - len(part)
+        verify_open(file, path)
+
+
+def verify_open(file: BinaryIO | pa.NativeFile, path: Path) -> pq.FileMetaData:
+    """Make sure that an open file is, bit for bit, what was written; its footer.
+
+    A fragment, and what else lies in files of such names, has the checksum of all of its bytes in
+    its name; others have those of rows and footer in their footers.
+
+    Raises:
+        DamagedFileError: it isn't.
+        OSError: the disk can't be read.
+    """
+    name = FragmentName.parse(path.name)
+    if name is not None:
+        if not name.seals(file):
+            raise damaged(path, "its bytes aren't those that were written")
+        return _footer(file, path)
+    found = _footer(file, path)
+    _, digest = _sealed(path, found)
+    file.seek(0)
+    crc32, left = 0, digest.bytes
+    while left and (part := file.read(min(left, _READ))):
+        crc32, left = zlib.crc32(part, crc32), left - len(part)
     if left or crc32 != digest.crc32:
         raise damaged(path, "its rows aren't what was written")
+    if file.seek(0, os.SEEK_END) != digest.bytes + len(_end_of(file)):
+        raise damaged(path, "there is more in it than was written")
+    return found
 
 
 def verify_footer(path: Path, schema: pa.Schema) -> None:
@@ -349,23 +397,19 @@ def verify_footer(path: Path, schema: pa.Schema) -> None:
 
     Raises: as `verify`.
     """
-    found = footer(path)
-    try:
-        with pq.ParquetFile(path, metadata=found) as file:
-            if not file.schema_arrow.equals(schema):
-                raise damaged(path, "its columns aren't those that were written")
-            for number in range(file.num_row_groups):
-                group = file.metadata.row_group(number)
-                rows = file.read_row_group(number)
-                for index, name in enumerate(schema.names):
-                    said = group.column(index).statistics
-                    if said is None or not said.has_min_max:
-                        continue
-                    found = pc.min_max(rows[name]).as_py()
-                    if (said.min, said.max) != (found["min"], found["max"]):
-                        raise damaged(path, f"its footer is wrong about the column {name}")
-    except UNREADABLE as error:
-        raise meaning(error, path) from None
+    with path.open("rb") as source, opened(source, path) as file:
+        if not file.schema_arrow.equals(schema):
+            raise damaged(path, "its columns aren't those that were written")
+        for number in range(file.num_row_groups):
+            group = file.metadata.row_group(number)
+            rows = file.read_row_group(number)
+            for index, name in enumerate(schema.names):
+                said = group.column(index).statistics
+                if said is None or not said.has_min_max:
+                    continue
+                found = pc.min_max(rows[name]).as_py()
+                if (said.min, said.max) != (found["min"], found["max"]):
+                    raise damaged(path, f"its footer is wrong about the column {name}")
 
 
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
@@ -404,16 +448,11 @@ def explained(error: Exception, paths: Iterable[Path]) -> HbError:
     """
     for path in paths:
         try:
-            with pq.ParquetFile(path) as file:
-                for _ in file.iter_batches():
-                    pass
+            verify(path)
         except FileNotFoundError:
             continue
-        except UNREADABLE as fault:
-            found = meaning(fault, path)
-            if isinstance(found, OSError):
-                raise found from None
-            return found
+        except DamagedFileError as fault:
+            return fault
     return _starved(error)
 
 

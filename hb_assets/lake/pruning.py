@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import duckdb
 
 from hb_assets.errors import HbError
-from hb_assets.lake import fragments, layout, parquet
+from hb_assets.lake import fragments, layout, parquet, verified
 from hb_assets.lake.consolidated import Current, current, mark_incomplete
 from hb_assets.lake.consolidation import Lock, Watermarks, no_lock
 from hb_assets.lake.engine import engine
@@ -253,8 +253,8 @@ def _included(
 
 _IDENTITY = ", ".join(ARRIVAL)
 _HELD = f"""
-SELECT DISTINCT filename FROM read_parquet($raw, hive_partitioning = false, filename = true)
-SEMI JOIN (SELECT {_IDENTITY} FROM read_parquet($quarantine, hive_partitioning = false)) AS quarantined
+SELECT DISTINCT filename FROM raw
+SEMI JOIN (SELECT {_IDENTITY} FROM quarantine) AS quarantined
 USING ({_IDENTITY})
 """
 
@@ -264,14 +264,15 @@ def _apart(
 ) -> list[Fragment]:
     """Fragments without a row that lies in quarantine as well."""
     quarantined = [
-        (name, str(path))
+        (name, path)
         for path in (lake.root / QUARANTINE).rglob("*.parquet")
         if (name := FragmentName.parse(path.name)) is not None
     ]
     near = {path for name, path in quarantined if any(one.name.overlaps(name) for one in listed)}
     if not near:
         return list(listed)
-    raw = [str(one.path) for one in listed]
-    rows = connection.sql(_HELD, params={"raw": raw, "quarantine": sorted(near)}).fetchall()
+    raw = [one.path for one in listed]
+    with verified.relations(connection, {"raw": raw, "quarantine": sorted(near)}):
+        rows = connection.sql(_HELD).fetchall()
     held = {path for (path,) in rows}
     return [one for one in listed if str(one.path) not in held]

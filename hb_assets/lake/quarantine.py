@@ -17,18 +17,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from pathlib import Path
-from typing import TypeVar
 
 import duckdb
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hb_assets.days import day_of
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import layout, parquet
+from hb_assets.lake import layout, parquet, verified
 from hb_assets.lake.engine import engine
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.layout import QUARANTINE, RELEASED, FragmentName
@@ -45,9 +42,6 @@ _BATCH = 1000
 _ID = re.compile(
     r"(?P<shard>\d{1,4})-(?P<ms>\d{1,20})-(?P<seq>\d{1,20})-(?P<pos>\d{1,10})", re.ASCII
 )
-
-
-_Result = TypeVar("_Result")
 
 
 class _Note(msgspec.Struct, frozen=True):
@@ -165,14 +159,11 @@ def read(path: Path) -> pa.Table:
         DamagedFileError: it can't be read.
         OSError: the disk can't be read.
     """
-    try:
-        return pq.read_table(path, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
-        raise parquet.meaning(error, path) from None
+    with verified.opened(path) as file:
+        return file.read()
 
 
 _IDENTITY = ", ".join(ARRIVAL)
-_FILES = "read_parquet($paths, hive_partitioning = false)"
 _TABLES = f"""
 CREATE TEMP TABLE marks ({", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())});
 CREATE TEMP TABLE quarantined AS
@@ -180,13 +171,13 @@ CREATE TEMP TABLE quarantined AS
         CAST(NULL AS TIMESTAMP WITH TIME ZONE) AS written
     FROM marks;
 """
-_MARK = f"INSERT INTO marks SELECT DISTINCT {_IDENTITY} FROM {_FILES}"
+_MARK = f"INSERT INTO marks SELECT DISTINCT {_IDENTITY} FROM files"
 _CHOOSE = f"""
 INSERT INTO quarantined
 SELECT {_IDENTITY}, reason, marked IS NOT NULL AS released, written
 FROM (
     SELECT {_IDENTITY}, arg_min(reason, quarantined_at) AS reason, min(quarantined_at) AS written
-    FROM {_FILES} {{only}}
+    FROM files {{only}}
     WHERE $after_ms IS NULL
         OR ({_IDENTITY}) > (CAST($after_ms AS UBIGINT), CAST($after_seq AS UBIGINT),
             CAST($after_shard AS SMALLINT), CAST($after_pos AS INTEGER))
@@ -199,7 +190,7 @@ _ONLY_WANTED = f"SEMI JOIN wanted USING ({_IDENTITY})"
 _FETCH = f"""
 SELECT found.raw, quarantined.reason, found.message, {_IDENTITY}, found.attempts,
     epoch_ms(quarantined.written) AS quarantined_at, quarantined.released
-FROM {_FILES} AS found JOIN quarantined USING ({_IDENTITY})
+FROM files AS found JOIN quarantined USING ({_IDENTITY})
 WHERE found.quarantined_at = quarantined.written
 ORDER BY {_IDENTITY}
 """
@@ -284,7 +275,9 @@ class _Reader:
             connection.register("wanted", pa.Table.from_pylist(rows, schema=_RELEASED))
         days = layout.days_of(lake.root, RELEASED)
         marked = [path for day in days for path in _files(lake, RELEASED, day) if self._may(path)]
-        self._reading(marked, lambda paths: connection.execute(_MARK, {"paths": paths}))
+        with self._reading(marked) as readable:
+            if readable:
+                connection.execute(_MARK)
 
     def days(self) -> list[dt.date]:
         """Arrival dates that may have chosen records."""
@@ -312,28 +305,24 @@ class _Reader:
         query = _CHOOSE.format(only="" if choice.ids is None else _ONLY_WANTED)
         if most is not None:
             query, parameters["most"] = query + _FIRST, most
-        self._reading(
-            self._files(day),
-            lambda paths: self._connection.execute(query, {**parameters, "paths": paths}),
-        )
+        with self._reading(self._files(day)) as readable:
+            if readable:
+                self._connection.execute(query, parameters)
 
     def records(self, day: dt.date, most: int | None) -> Iterator[Quarantined]:
         """A day's chosen records."""
         self._connection.execute("DELETE FROM quarantined")
         self.choose(day, most)
 
-        def fetch(paths: list[str]) -> Iterator[pa.RecordBatch]:
-            found = self._connection.sql(_FETCH, params={"paths": paths}).to_arrow_reader(_BATCH)
-            # sorting has read all of the files before there is a first batch
-            return chain(list(islice(found, 1)), found)
-
         before = None
-        for batch in self._reading(self._files(day), fetch) or ():
-            for fields in batch.to_pylist():
-                arrival = Arrival(*(fields.pop(name) for name in ARRIVAL))
-                if arrival != before:  # written twice in one millisecond
-                    yield Quarantined(arrival=arrival, **fields)
-                before = arrival
+        with self._reading(self._files(day)) as readable:
+            found = self._connection.sql(_FETCH).to_arrow_reader(_BATCH) if readable else ()
+            for batch in found:
+                for fields in batch.to_pylist():
+                    arrival = Arrival(*(fields.pop(name) for name in ARRIVAL))
+                    if arrival != before:  # written twice in one millisecond
+                        yield Quarantined(arrival=arrival, **fields)
+                    before = arrival
 
     def _files(self, day: dt.date) -> list[Path]:
         return [path for path in _files(self._lake, QUARANTINE, day) if self._may(path)]
@@ -346,24 +335,20 @@ class _Reader:
             return True
         return any(name.first <= (one.arrival_ms, one.arrival_seq) <= name.last for one in ids)
 
-    def _reading(self, files: list[Path], work: Callable[[list[str]], _Result]) -> _Result | None:
-        """Do something with these files, without those that can't be read."""
-        while readable := [path for path in files if path not in self._left_out]:
-            try:
-                return work([str(path) for path in readable])
-            except duckdb.Error as error:
-                self._leave_out(readable, error)
-        return None
+    @contextmanager
+    def _reading(self, files: list[Path]) -> Iterator[bool]:
+        """Make the relation `files` of those that can be read; whether there is any."""
+        readable = [path for path in files if path not in self._left_out]
 
-    def _leave_out(self, files: list[Path], error: duckdb.Error) -> None:
-        before = len(self._left_out)
-        for path in files:
-            fault = parquet.explained(error, [path])
-            if isinstance(fault, DamagedFileError):
-                self._on_damage(fault)
-                self._left_out.add(path)
-        if len(self._left_out) == before:
-            raise parquet.explained(error, files) from None
+        def leave_out(error: DamagedFileError) -> None:
+            self._on_damage(error)
+            self._left_out |= {error.path} if error.path else set()
+
+        try:
+            with verified.relations(self._connection, {"files": readable}, leave_out) as sound:
+                yield bool(sound)
+        except duckdb.Error as error:
+            raise parquet.explained(error, readable) from None
 
 
 def _files(lake: Lake, kind: str, day: dt.date) -> list[Path]:

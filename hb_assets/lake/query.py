@@ -162,7 +162,7 @@ def _until_still(ask: Callable[[], Answer]) -> Answer:
     for attempt in range(_ATTEMPTS):
         try:
             return ask()
-        except (FileNotFoundError, rows.MovedError) as error:
+        except FileNotFoundError as error:
             if attempt == _ATTEMPTS - 1:
                 raise DamagedFileError(f"the lake can't be read: {_first_line(error)}") from None
     raise AssertionError("unreachable")

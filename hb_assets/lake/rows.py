@@ -4,10 +4,11 @@ Belongs here: which files of a (day, shard) are asked (invariant 5), which row g
 what is remembered of footers, so that the cost depends on what is asked and not on what is stored.
 Doesn't belong here: what the rows mean (`buckets`), and days (`query`).
 
-A footer is remembered by path and by how the file looks (`files.Look`): a fragment never changes,
-but disks and people change files in place. Once a consolidated file is open, it is looked at again:
-still the one that the footer is of, or else note and rows would be of two editions. What replaces
-it later is another inode, and the open one stays whole.
+A file is verified whole when it is met first, and when it looks changed; what its footer says is
+remembered until then. Once it is open for its rows, it is looked at again: still the one that was
+verified, or else note and rows could be of two versions. Each page that is read is held to its
+checksum every time. Rows are held to the record's bounds before they are answered: a fragment with
+a row that no drain can have written is damaged, however well its checksums fit.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hb_assets import days
-from hb_assets.lake import consolidated, layout, parquet, tombstones
+from hb_assets.lake import consolidated, layout, parquet, tombstones, verified
 from hb_assets.lake.buckets import Integers, Readings
 from hb_assets.lake.consolidated import ConsolidatedNote
 from hb_assets.lake.files import Look, look
 from hb_assets.lake.layout import FragmentName
 from hb_assets.lake.store import Lake
 from hb_assets.lake.tombstones import Cutoffs
+from hb_assets.lake.verified import Remembered, ReplacedError
+from hb_assets.record import BPM_RANGE, ID_LENGTH
 from hb_assets.schema import ARRIVAL, HEARTBEATS
 
 _PLAIN = ("user_id", "device_id", "timestamp", "heart_rate")
 _FEW_DEVICES = 16
-_USER, _TIMESTAMP = HEARTBEATS.get_field_index("user_id"), HEARTBEATS.get_field_index("timestamp")
-
-
-class MovedError(Exception):
-    """A file was replaced between the reading of its footer and of its rows: ask again."""
+_USER, _TIMESTAMP, _HEART_RATE = map(
+    HEARTBEATS.get_field_index, ("user_id", "timestamp", "heart_rate")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +78,22 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True)
-class _Edition:
-    """A consolidated file's footer, and what the file looked like that it was read from."""
+class _Published:
+    """What a consolidated file's footer says."""
 
-    seen: Look
     footer: pq.FileMetaData
     included: frozenset[str]
     groups: tuple[_Group, ...]
 
 
 def of_user(
-    lake: Lake, day: dt.date, shard: int, wanted: Wanted, *, identified: bool = False
+    lake: Lake,
+    day: dt.date,
+    shard: int,
+    wanted: Wanted,
+    *,
+    identified: bool = False,
+    raw_alone: bool = False,
 ) -> list[Readings]:
     """Every durable row that is wanted, in parts; a key as often as it was delivered.
 
@@ -97,35 +103,38 @@ def of_user(
         shard: the user's.
         wanted: which rows.
         identified: with arrivals, even where the lake alone needs none to tell what is latest.
+        raw_alone: out of raw fragments, as if there were no consolidated file.
 
     Raises:
-        MovedError: a file was replaced meanwhile.
-        FileNotFoundError: a file was pruned meanwhile.
-        DamagedFileError: a file can't be read.
+        FileNotFoundError: a file was pruned or replaced meanwhile: ask again.
+        DamagedFileError: a file isn't what was written, or holds what no drain can have written.
         OSError: the disk can't be read.
     """
     folder = layout.shard_folder(lake.root, layout.RAW, day, shard)
     raw = _listings.names(folder)
     path = layout.consolidated_file(lake.root, day, shard)
-    seen = _looked_at(path)
-    edition = None
-    if seen is not None:
-        edition = _edition(path, seen)
-    elif consolidated.current(lake, day, shard) is not None:
-        raise MovedError(f"day {day.isoformat()} was consolidated meanwhile")
+    seen, published = (None, None) if raw_alone else _of_published(path)
+    if published is None and not raw_alone and consolidated.current(lake, day, shard) is not None:
+        raise ReplacedError(f"day {day.isoformat()} was consolidated meanwhile")
     pending = [
-        (one, _chosen(_fragment(one, look(one)), wanted))
-        for one in _pending(folder, raw, edition.included if edition else frozenset())
+        (one, *_of_fragment(one))
+        for one in _pending(folder, raw, published.included if published else frozenset())
     ]
+    chosen = [(one, seen_so, _chosen(groups, wanted)) for one, seen_so, groups in pending]
     # A consolidated file has each key once: alone it needs no arrivals.
-    identified |= wanted.cutoffs is not None or any(groups for _, groups in pending)
+    identified |= wanted.cutoffs is not None or any(groups for *_, groups in chosen)
     found: list[Readings] = []
-    if edition is not None:
-        groups = _chosen(edition.groups, wanted)
-        found += _read(path, groups, wanted, identified=identified, edition=edition)
-    for fragment, groups in pending:
-        found += _read(fragment, groups, wanted, identified=True)
+    if published is not None and seen is not None:
+        groups = _chosen(published.groups, wanted)
+        found += _read(path, seen, groups, wanted, identified=identified, footer=published.footer)
+    for fragment, seen_so, groups in chosen:
+        found += _read(fragment, seen_so, groups, wanted, identified=True)
     return found
+
+
+def raw_has_all(lake: Lake, day: dt.date, shard: int) -> bool:
+    """Whether raw holds every row of a (day, shard), its consolidated file left out of account."""
+    return not layout.pruned_mark(lake.root, day, shard).exists()
 
 
 def in_table(rows: pa.Table, wanted: Wanted) -> list[Readings]:
@@ -136,19 +145,19 @@ def in_table(rows: pa.Table, wanted: Wanted) -> list[Readings]:
     return list(_matching(rows, wanted))
 
 
-def _looked_at(path: Path) -> Look | None:
-    """How the file looks now; None where there is none."""
+def _of_published(path: Path) -> tuple[Look | None, _Published | None]:
     try:
-        return look(path)
+        return _files.of(path)
     except FileNotFoundError:
-        return None
+        return None, None
 
 
-@lru_cache(maxsize=512)
-def _edition(path: Path, seen: Look) -> _Edition:
-    footer = parquet.footer(path)
+def _make_published(footer: pq.FileMetaData, path: Path) -> _Published:
     note = parquet.note_in(footer, path, ConsolidatedNote)
-    return _Edition(seen, footer, frozenset(note.fragments), _groups(footer))
+    return _Published(footer, frozenset(note.fragments), _groups(footer))
+
+
+_files = Remembered(_make_published, 512)
 
 
 @lru_cache(maxsize=64)
@@ -175,8 +184,9 @@ class _Listings:
     def names(self, folder: Path) -> frozenset[str]:
         """Names of all that lies in the folder now."""
         looked_at = time.monotonic()
-        now = _looked_at(folder)
-        if now is None:
+        try:
+            now = look(folder)
+        except FileNotFoundError:
             return frozenset()
         with self._lock:
             seen, since, names = self._known.get(folder, (None, looked_at, None))
@@ -200,9 +210,16 @@ class _Listings:
 _listings = _Listings()
 
 
-@lru_cache(maxsize=50_000)
-def _fragment(path: Path, seen: Look) -> tuple[_Group, ...]:  # noqa: ARG001  # the cache's key
-    return _groups(parquet.footer(path))
+def _make_fragment(footer: pq.FileMetaData, path: Path) -> tuple[_Group, ...]:
+    _judge_footer(footer, path)
+    return _groups(footer)
+
+
+_fragments = Remembered(_make_fragment, 50_000)
+
+
+def _of_fragment(path: Path) -> tuple[Look, tuple[_Group, ...]]:
+    return _fragments.of(path)
 
 
 def _groups(footer: pq.FileMetaData) -> tuple[_Group, ...]:
@@ -222,36 +239,58 @@ def _groups(footer: pq.FileMetaData) -> tuple[_Group, ...]:
     return tuple(found)
 
 
+def _judge_footer(footer: pq.FileMetaData, path: Path) -> None:
+    """Hold a fragment to the record's bounds, as far as its footer tells."""
+    if not footer.schema.to_arrow_schema().equals(HEARTBEATS):
+        raise parquet.damaged(path, "its columns are none of a fragment's")
+    place = layout.place_of(path)
+    first, end = (days.start_ms(place[0]), days.end_ms(place[0])) if place else (0, days.LAST_MS)
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        times, rates = (group.column(at).statistics for at in (_TIMESTAMP, _HEART_RATE))
+        if times is not None and times.has_min_max:
+            least, most = days.ms_of(times.min), days.ms_of(times.max)
+            if not first <= least <= most < end:
+                raise parquet.damaged(path, "it holds another day's rows: no drain wrote it")
+        if rates is not None and rates.has_min_max:
+            _require_bpm(rates.min, rates.max, path)
+
+
+def _judge(found: Readings, path: Path) -> None:
+    """Hold rows to the record's bounds before they are answered."""
+    _require_bpm(found.heart_rate.min(), found.heart_rate.max(), path)
+    shortest, longest = ID_LENGTH
+    if not all(shortest <= len(device) <= longest for device in found.devices):
+        raise parquet.damaged(path, "it holds an id of a wrong length: no drain wrote it")
+
+
+def _require_bpm(least: int, most: int, path: Path) -> None:
+    if not BPM_RANGE[0] <= least <= most <= BPM_RANGE[1]:
+        raise parquet.damaged(path, "it holds a heart rate out of bounds: no drain wrote it")
+
+
 def _chosen(groups: tuple[_Group, ...], wanted: Wanted) -> list[int]:
     return [number for number, group in enumerate(groups) if group.may_hold(wanted)]
 
 
 def _read(
     path: Path,
+    seen: Look,
     groups: list[int],
     wanted: Wanted,
     *,
     identified: bool,
-    edition: _Edition | None = None,
+    footer: pq.FileMetaData | None = None,
 ) -> Iterator[Readings]:
     """Wanted rows of these row groups; with arrivals where they are to be `identified`."""
     if not groups:
         return
     columns = [*_PLAIN, *ARRIVAL] if identified else [*_PLAIN]
-    try:
-        with pa.OSFile(str(path)) as source:
-            if edition is not None and _looked_at(path) != edition.seen:
-                raise MovedError(f"{path} is being replaced all the time")
-            with pq.ParquetFile(
-                source,
-                metadata=None if edition is None else edition.footer,
-                read_dictionary=["user_id", "device_id"],
-            ) as file:
-                for number in groups:
-                    rows = file.read_row_group(number, columns=columns, use_threads=False)
-                    yield from _matching(rows, wanted)
-    except parquet.UNREADABLE as error:
-        raise parquet.meaning(error, path) from None
+    with verified.reopened(path, seen, ("user_id", "device_id"), footer) as file:
+        for number in groups:
+            rows = file.read_row_group(number, columns=columns, use_threads=False)
+            for found in _matching(rows, wanted):
+                _judge(found, path)
+                yield found
 
 
 def _matching(rows: pa.Table, wanted: Wanted) -> Iterator[Readings]:

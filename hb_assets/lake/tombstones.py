@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hb_assets.lake import sealed_json
+from hb_assets.lake import sealed_json, verified
 from hb_assets.lake.engine import engine
 from hb_assets.lake.files import Look, TempFile, look
 from hb_assets.lake.layout import TOMBSTONES
@@ -155,8 +155,8 @@ def of_files(
     """Forgotten users of one shard that these files hold, each with its cutoffs."""
     if not paths or all(tombstone.shard != shard for tombstone in listed(lake)):
         return {}
-    with engine(settings) as connection:
-        users = connection.sql(_USERS, params={"paths": [str(path) for path in paths]}).fetchall()
+    with engine(settings) as connection, verified.relations(connection, {"rows": paths}):
+        users = connection.sql(_USERS).fetchall()
     return cutoffs(lake, (user for (user,) in users))
 
 
@@ -171,4 +171,4 @@ BEFORE_ALL = (-1, 0)
 """Below any entry id."""
 _NEVER: Cutoffs = {}
 _USER_ID = re.compile(rb'"user_id"\s*:\s*("(?:[^"\\]|\\.)*")')
-_USERS = "SELECT DISTINCT user_id FROM read_parquet($paths, hive_partitioning = false)"
+_USERS = "SELECT DISTINCT user_id FROM rows"

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from hb_assets import days
 from hb_assets.errors import CheckFailedError
-from hb_assets.lake import checks
+from hb_assets.lake import checks, parquet
 from hb_assets.lake.checks import Figure
+from hb_assets.lake.consolidated import ConsolidatedNote
 from hb_assets.schema import HEARTBEATS, MINUTES
 from hb_assets.settings import Settings
 from hb_assets_tests.lake.deliveries import DAY, NOON
@@ -34,8 +34,12 @@ def beat(**other: object) -> dict[str, object]:
 
 
 def written(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> Path:
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path / "rows.parquet")
-    return path / "rows.parquet"
+    file = path / "rows.parquet"
+    file.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet, "_encoding", lambda *_: None)  # ours are for our types
+        parquet.write(file, pa.Table.from_pylist(rows, schema=schema), ConsolidatedNote.nothing())
+    return file
 
 
 def loose(schema: pa.Schema) -> pa.Schema:

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hb_assets.lake import columns
+from hb_assets.lake import columns, parquet
 from hb_assets.lake import merge as merge_module
+from hb_assets.lake.consolidated import ConsolidatedNote
 from hb_assets.lake.inputs import Inputs
 from hb_assets.lake.merge import Tally, merged
 from hb_assets.schema import ARRIVAL, HEARTBEATS, ORDER
@@ -36,7 +37,10 @@ def bounds(folder: Path) -> Settings:
 
 
 def written(path: Path, found: pa.Table) -> Path:
-    pq.write_table(found, path, row_group_size=5)
+    path.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet, "ROW_GROUP", 5)
+        parquet.write(path, found, ConsolidatedNote.nothing())
     return path
 
 

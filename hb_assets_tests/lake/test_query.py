@@ -28,6 +28,7 @@ from hb_assets.lake import (
     query,
     rows,
     tombstones,
+    verified,
 )
 from hb_assets.lake.buckets import GRANULARITIES
 from hb_assets.lake.consolidation import consolidate
@@ -198,21 +199,21 @@ def test_what_waits_in_the_buffer_of_a_forgotten_user(lake: Lake, settings: Sett
 
 
 class Reads:
-    """Footers, files and row groups that were read."""
+    """Files that were verified whole, files of which rows were read, and row groups."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.footers: list[Path] = []
+        self.verified: list[Path] = []
         self.files: list[Path] = []
         self.groups = 0
-        footer, read_group, open_file = (
-            parquet.footer,
+        verify, read_group, open_file = (
+            parquet.verify_open,
             pq.ParquetFile.read_row_group,
             pa.OSFile,
         )
 
-        def counted_footer(path: Path) -> Any:
-            self.footers.append(path)
-            return footer(path)
+        def counted_verify(file: Any, path: Path) -> Any:
+            self.verified.append(path)
+            return verify(file, path)
 
         def counted_group(file: Any, *arguments: Any, **named: Any) -> pa.Table:
             self.groups += 1
@@ -222,14 +223,15 @@ class Reads:
             self.files.append(Path(path))
             return open_file(path)
 
-        patch.setattr(parquet, "footer", counted_footer)
+        patch.setattr(parquet, "verify_open", counted_verify)
+        patch.setattr(verified.Remembered, "_SETTLED_NS", 0)
         patch.setattr(pq.ParquetFile, "read_row_group", counted_group)
         patch.setattr(rows.pa, "OSFile", counted_file)
 
     def taken(self) -> tuple[int, int, int]:
-        """How many footers, files and row groups since the last time."""
-        found = len(self.footers), len(self.files), self.groups
-        self.footers, self.files, self.groups = [], [], 0
+        """How many of each since the last time."""
+        found = len(self.verified), len(self.files), self.groups
+        self.verified, self.files, self.groups = [], [], 0
         return found
 
 
@@ -265,19 +267,19 @@ def test_only_what_is_asked_for_is_read(
         return found.points.num_rows
 
     reads = Reads(monkeypatch)
-    # the footers of the day's file and of its pending fragments, once; rows of the file alone
+    # the day's file and its pending fragments are verified once; rows are read of the file alone
     assert ask(MIDNIGHT + 10 * hour, MIDNIGHT + 10 * hour + 60_000) == 5
-    footers, files, groups = reads.taken()
-    assert (footers, files) == (4, 1)
+    whole, files, groups = reads.taken()
+    assert (whole, files) == (4, 1)
     assert groups <= 4
     assert ask(MIDNIGHT + 20 * hour, MIDNIGHT + 20 * hour + 60_000) == 5
-    footers, files, groups = reads.taken()
-    assert (footers, files) == (0, 1)
+    whole, files, groups = reads.taken()
+    assert (whole, files) == (0, 1)
     assert groups <= 4
     # and of the one fragment that has rows of the time
     assert ask(MIDNIGHT + 2 * hour, MIDNIGHT + 2 * hour + 60_000) == 6
-    footers, files, groups = reads.taken()
-    assert (footers, files) == (0, 2)
+    whole, files, groups = reads.taken()
+    assert (whole, files) == (0, 2)
     assert groups <= 5
     stranger = next(f"x{n}" for n in range(99) if shard_of(f"x{n}", lake.shards) == shard)
     assert ask(MIDNIGHT, days.end_ms(DAY), stranger) == 0
