@@ -25,7 +25,7 @@ def main(home: str, url: str) -> None:
     """Tick until SIGTERM."""
     settings = settings_in(Path(home), redis_url=SecretStr(url))
     installation = Installation(settings)
-    sensor = drain_sensor(settings)
+    sensor = drain_sensor(settings, settings.start_date)
     cursor: str | None = None
     began = time.monotonic()
     with dg.DagsterInstance.ephemeral() as instance:

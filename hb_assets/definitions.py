@@ -14,6 +14,7 @@ from hb_assets.defs.assets.minute_heart_rate import minute_heart_rate
 from hb_assets.defs.assets.raw_heartbeats import raw_heartbeats
 from hb_assets.defs.installation import Installation
 from hb_assets.defs.maintenance import hourly_maintenance, maintenance
+from hb_assets.defs.sensors import now_ms
 from hb_assets.defs.sensors.buffer import buffer_sensor
 from hb_assets.defs.sensors.consolidation import consolidation_sensor
 from hb_assets.defs.sensors.drain import drain_sensor
@@ -29,14 +30,15 @@ def definitions() -> dg.Definitions:
 
 def of(settings: Settings) -> dg.Definitions:
     """The definitions for these settings. Raises SettingsError."""
-    daily = partitions.daily(settings)
+    first = partitions.first_day(settings, now_ms())
+    daily = partitions.daily(first, settings)
     return dg.Definitions(
         assets=[raw_heartbeats(daily), heartbeats(daily), minute_heart_rate(daily)],
         jobs=[jobs.consolidate_day, jobs.drain_and_report, maintenance],
         schedules=[hourly_maintenance],
         sensors=[
-            drain_sensor(settings),
-            consolidation_sensor(),
+            drain_sensor(settings, first),
+            consolidation_sensor(first),
             buffer_sensor(),
             failed_runs_sensor(),
         ],

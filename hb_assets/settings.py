@@ -163,8 +163,8 @@ class Settings(BaseSettings):
     start_date: dt.date = Field(
         default=dt.date(2020, 1, 1),
         ge=dt.date(1970, 1, 1),
-        description="First day that is accepted (UTC); the first Dagster partition. All processes "
-        "of one installation must agree on it.",
+        description="First day that is accepted (UTC). All processes of one installation must agree "
+        "on it.",
     )
     max_future: Duration = Field(
         default=dt.timedelta(hours=24),
@@ -593,6 +593,11 @@ class Settings(BaseSettings):
     def dagster_home(self) -> Path:
         """DAGSTER_HOME of `hb up`."""
         return self.home_dir / "dagster"
+
+    @property
+    def first_day_file(self) -> Path:
+        """What keeps the first day that Dagster has a partition of."""
+        return self.home_dir / "first_day"
 
     @property
     def embedded(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import dagster as dg
 import yaml
 
 from hb_assets.definitions import of
+from hb_assets.defs import partitions
 from hb_assets.settings import PACKAGE, Settings
 
 ROOT = Path(__file__).parents[1]
@@ -61,8 +63,9 @@ def test_every_asset_says_what_it_is() -> None:
         assert spec.partitions_def == specs["heartbeats"].partitions_def
 
 
-def test_today_and_what_is_accepted_of_the_future_have_partitions() -> None:
-    settings = Settings(start_date="2024-03-01")
+def test_today_and_what_is_accepted_of_the_future_have_partitions(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    partitions.keep_first_day(settings, dt.date(2024, 3, 1))
     [spec, *_] = of(settings).resolve_all_asset_specs()
     keys = spec.partitions_def.get_partition_keys()
     today = time.strftime("%Y-%m-%d", time.gmtime())

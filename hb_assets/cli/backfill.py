@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import time
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,33 +15,44 @@ from hb_assets.cli.control_room import ControlRoom, Run
 from hb_assets.cli.interrupts import Interrupts
 from hb_assets.days import parse_day
 from hb_assets.errors import HbError
+from hb_assets.settings import Settings
+
+if TYPE_CHECKING:
+    from hb_assets.lake.store import Lake
 
 _POLL_SECONDS = 0.5
+_FAILED = ("damaged", "not_adding_up", "check_failed", "consolidation_failed")
+"""Kinds of `lake.standing` faults that another consolidation may resolve."""
 
 
 @app.command()
 def backfill(
     context: typer.Context,
-    first: Annotated[str, typer.Argument(help="First day, like 2025-01-15 (UTC).")],
-    last: Annotated[str, typer.Argument(help="Last day, it is included.")],
-    empty: Annotated[
-        bool, typer.Option("--empty", help="Days of which the lake holds nothing, too.")
+    first: Annotated[str, typer.Argument(help="First day, like 2025-01-15 (UTC).")] = "",
+    last: Annotated[str, typer.Argument(help="Last day, it is included.")] = "",
+    missing: Annotated[
+        bool,
+        typer.Option(
+            "--missing", help="Only days with data that is pending or whose consolidation failed."
+        ),
     ] = False,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Start from raw fragments, not the published files.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Consolidate every day from FIRST to LAST that the lake holds, by Dagster, and wait for it."""
-    from hb_assets.lake import inventory
+    """Consolidate every day from FIRST to LAST that the lake holds, by Dagster, and wait for it.
 
+    With --missing no range is needed: it takes all days of the lake that have something to do.
+    """
     settings = settings_of(context)
-    days = _range(first, last)
-    if not empty:
-        held = set(inventory.days(existing_lake(settings)))
-        days = [day for day in days if day in held]
+    days = _chosen(first, last, settings, missing=missing)
     if not days:
-        raise HbError(f"the lake {settings.lake_dir} holds nothing from {first} to {last}")
+        if as_json:
+            output.print_json({"backfill": None, "days": 0, "failed": []})
+        else:
+            output.results.print("nothing is pending, and no consolidation failed")
+        return
     up = state.running(settings)
     if up is None:
         raise HbError(
@@ -55,6 +66,7 @@ def backfill(
 
         backfill_id = ""
         try:
+            room.wait_for_partition(days[0])
             with interrupts.held_back():  # once it is launched, its id is known
                 backfill_id = room.backfill(days, rebuild=rebuild)
             runs = follow(f"backfill of {len(days)} days", look, expected=len(days))
@@ -95,6 +107,38 @@ def follow(title: str, look: Callable[[], tuple[list[Run], bool]], *, expected: 
             if over and all(run.ended for run in runs):
                 return runs
             time.sleep(_POLL_SECONDS)
+
+
+def _chosen(first: str, last: str, settings: Settings, *, missing: bool) -> list[dt.date]:
+    """Days of the lake that are to be done. Raises HbError where it holds none of the range."""
+    from hb_assets.lake import inventory
+
+    if not missing and not (first and last):
+        raise typer.BadParameter("name the first and the last day, or use --missing")
+    lake = existing_lake(settings)
+    wanted = _range(first, last) if first and last else None
+    days = [day for day in inventory.days(lake) if wanted is None or day in wanted]
+    if not days:
+        where = f" from {first} to {last}" if wanted else ""
+        raise HbError(f"the lake {settings.lake_dir} holds nothing{where}")
+    return undone(lake, days, settings) if missing else days
+
+
+def undone(lake: Lake, held: Sequence[dt.date], settings: Settings) -> list[dt.date]:
+    """Of these days those with pending rows, stale minutes, or a consolidation that failed."""
+    from hb_assets.lake import inventory, standing
+
+    failed = {one.day for one in standing.faults(lake, held) if one.kind in _FAILED}
+    found = []
+    for day in held:
+        try:
+            state = inventory.day_state(lake, day, settings)
+        except (HbError, OSError):
+            found.append(day)  # its run says what is wrong
+            continue
+        if day in failed or state.pending_fragments or not state.minutes_current:
+            found.append(day)
+    return found
 
 
 def _range(first: str, last: str) -> Sequence[dt.date]:

@@ -7,6 +7,7 @@ assets (`defs`), and how results are shown.
 from __future__ import annotations
 
 import datetime as dt
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,6 +23,8 @@ JOB = "consolidate_day"
 
 _PARTITION = "dagster/partition"
 _TIMEOUT = 30.0
+_RELOAD_SECONDS = 120.0
+_POLL_SECONDS = 0.2
 _ENDED = ("SUCCESS", "FAILURE", "CANCELED")
 _BACKFILL_OVER = ("COMPLETED", "COMPLETED_SUCCESS", "COMPLETED_FAILED", "CANCELED")
 
@@ -74,6 +77,14 @@ query {
   repositoriesOrError {
     __typename
     ... on RepositoryConnection { nodes { name location { name } jobs { name } } }
+    ... on Error { message }
+  }
+}"""
+_FIRST_DAY = """
+query {
+  assetNodeOrError(assetKey: {path: ["heartbeats"]}) {
+    __typename
+    ... on AssetNode { partitionKeysByDimension(startIdx: 0, endIdx: 1) { partitionKeys } }
     ... on Error { message }
   }
 }"""
@@ -152,6 +163,25 @@ class ControlRoom:
         return bool(required) and all(
             one["healthy"] and (one["lastHeartbeatTime"] or 0) > since for one in required
         )
+
+    def wait_for_partition(self, day: dt.date) -> None:
+        """Wait until the loaded definitions have a partition of this day of the lake.
+
+        Raises:
+            HbError: they still haven't after two minutes.
+        """
+        deadline = time.monotonic() + _RELOAD_SECONDS
+        while (first := self._first_day()) > day:
+            if time.monotonic() > deadline:
+                raise HbError(
+                    f"Dagster's partitions begin at {first}, and {day} isn't loaded; see the log of "
+                    "the code server, or load the code location again in the UI (Deployment)"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _first_day(self) -> dt.date:
+        answer = _expect(self._ask(_FIRST_DAY)["assetNodeOrError"], "AssetNode")
+        return dt.date.fromisoformat(answer["partitionKeysByDimension"][0]["partitionKeys"][0])
 
     def launch(self, day: dt.date) -> str:
         """Launch the job for one day; the id of its run."""

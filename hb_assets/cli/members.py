@@ -112,7 +112,7 @@ def _code_server(settings: Settings) -> tuple[Member, Path]:
     workspace = settings.dagster_home / "workspace.yaml"
     entry = {"grpc_server": {**where, "location_name": "hb_assets"}}
     workspace.write_bytes(msgspec.json.encode({"load_from": [entry]}))  # JSON is YAML
-    argv = _module("dagster", "api", "grpc", "-m", "hb_assets.definitions", *option)
+    argv = _module("hb_assets.defs.code_server", *option)
     return Member("code", argv, ready), workspace
 
 

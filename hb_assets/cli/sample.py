@@ -243,6 +243,7 @@ def _consolidate(
     wanted: list[dt.date], room: ControlRoom
 ) -> tuple[list[Run], dict[dt.date, tuple[int, int]]]:
     """Have Dagster consolidate and check each day; the runs, and checks (passed, all) by day."""
+    room.wait_for_partition(min(wanted))
     ids = [room.launch(day) for day in wanted]
 
     def look() -> tuple[list[Run], bool]:

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 import msgspec
 
 from hb_assets.alarms import Raised
+from hb_assets.defs.outcomes import line
 from hb_assets.drain import LONGEST_PAUSE, pause_after
+from hb_assets.errors import HbError
 from hb_assets.lake import inventory, layout
 from hb_assets.lake.folders import Folders
 from hb_assets.lake.layout import RAW
@@ -113,6 +115,7 @@ def unreported(
     folders: Folders,
     accepted: Callable[[dt.date], bool],
     now_ms: int,
+    faults: dict[str, str],
 ) -> Iterator[tuple[dt.date, str]]:
     """Days whose fragments differ from what was reported, with the digest of those now there.
 
@@ -125,12 +128,18 @@ def unreported(
         folders: what this process remembers of the lake.
         accepted: whether Dagster has a partition of the day.
         now_ms: the clock, epoch milliseconds.
+        faults: gets the name and the message of an alarm for each day that can't be read; the
+            others are reported all the same.
     """
     found = layout.days_of(lake.root, RAW)
     behind = [day for day in found if day.isoformat() > cursor.last]
     for day in [*behind, *found[: len(found) - len(behind)]]:
         if not accepted(day) or cursor.pauses(day, now_ms):
             continue
-        now = folders.remembered(lake, day, (RAW,), inventory.raw_digest)[:_DIGITS]
+        try:
+            now = folders.remembered(lake, day, (RAW,), inventory.raw_digest)[:_DIGITS]
+        except (HbError, OSError) as error:
+            faults[f"unreported:{day}"] = f"{day} can't be reported: {line(error)}"
+            continue
         if now != cursor.digest(day):
             yield day, now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import redis
 from hb_assets import days, record
 from hb_assets.buffer.producer import Producer
 from hb_assets.definitions import of
+from hb_assets.defs import partitions
 from hb_assets.defs.installation import Installation
 from hb_assets.settings import Settings
 from hb_assets_tests.receiver import Receiver, receiving
@@ -32,7 +34,10 @@ def redis_url(server_urls: Callable[[str], str]) -> str:
 
 @pytest.fixture
 def settings(redis_url: str, tmp_path: Path) -> Settings:
-    return Settings(home=tmp_path / "home", redis_url=redis_url, shards=2, drain_tick_seconds=5)
+    """Of an installation that has partitions since the beginning of 2025."""
+    made = Settings(home=tmp_path / "home", redis_url=redis_url, shards=2, drain_tick_seconds=5)
+    partitions.keep_first_day(made, dt.date(2025, 1, 1))
+    return made
 
 
 @pytest.fixture

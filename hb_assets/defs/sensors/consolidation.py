@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
 import dagster as dg
@@ -43,19 +43,25 @@ _UNFINISHED = [
 _WITHOUT_SUCCESS = (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
 
 
-def consolidation_sensor() -> dg.SensorDefinition:
-    """The sensor; it asks for runs of `consolidate_day`."""
+def consolidation_sensor(first: dt.date) -> dg.SensorDefinition:
+    """The sensor; it asks for runs of `consolidate_day`, from the first partition on."""
+
+    def tick(
+        context: dg.SensorEvaluationContext, installation: dg.ResourceParam[Installation]
+    ) -> dg.SensorResult | dg.SkipReason:
+        return _tick(context, installation, first)
+
     return dg.sensor(
         name="consolidation",
         job_name=CONSOLIDATE_DAY,
         minimum_interval_seconds=15,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Asks for the consolidation of days with enough, or old enough, pending rows.",
-    )(_tick)
+    )(tick)
 
 
 def _tick(
-    context: dg.SensorEvaluationContext, installation: dg.ResourceParam[Installation]
+    context: dg.SensorEvaluationContext, installation: Installation, first: dt.date
 ) -> dg.SensorResult | dg.SkipReason:
     settings = installation.settings
     now = now_ms()
@@ -65,10 +71,15 @@ def _tick(
         return dg.SkipReason(str(error))  # the drain sensor raises the alarm
     unfinished = context.instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))
     busy = {run.tags.get(partitions.TAG) for run in unfinished}
-    states, faults = _states(installation, lake, now)
+    unread: list[str] = []
+    held = inventory.days_found(lake, unread)
+    loaded = [day for day in held if partitions.has(day, first, now, settings)]
+    states = _states(installation, lake, loaded)
     requests: list[dg.RunRequest] = []
-    passed_over = list(faults.values())
-    for day, reason, fingerprint in _due(states, faults, now, settings):
+    waiting = partitions.waiting(first, min(held, default=first))
+    faults = {one.day.isoformat(): "; ".join(one.faults) for one in states if one.faults}
+    passed_over = [*unread, *faults.values(), *([waiting] if waiting else [])]
+    for day, reason, fingerprint in _due(states, now, settings):
         if day in busy:
             passed_over.append(f"{day}: a run is under way")
             continue
@@ -94,39 +105,27 @@ def _tick(
     )
 
 
-def _due(
-    states: Sequence[DayState], faults: Mapping[str, str], now: int, settings: Settings
-) -> Iterator[tuple[str, str, str]]:
+def _due(states: Sequence[DayState], now: int, settings: Settings) -> Iterator[tuple[str, ...]]:
     """Day, reason and fingerprint of what is to be done, of each day that is due.
 
-    A day that can't be read is: its run sets the damaged file aside, or fails and says why.
+    A day with a file that can't be read is: its run sets the file aside, or fails and says why.
     """
-    for day, message in faults.items():
-        yield day, "a file of it is damaged", _digest(message)
     for state in states:
         reason = policy.due(state, now, settings)
+        if reason is None and state.faults:
+            reason = "a file of it is damaged"
         if reason is not None:
             yield state.day.isoformat(), reason, _fingerprint(state, settings)
 
 
-def _states(
-    installation: Installation, lake: Lake, now: int
-) -> tuple[list[DayState], dict[str, str]]:
-    """How each day stands; and of days that can't be read, why."""
+def _states(installation: Installation, lake: Lake, loaded: Sequence[dt.date]) -> list[DayState]:
+    """How each day stands."""
 
     def look(lake: Lake, day: dt.date) -> DayState:
         return inventory.day_state(lake, day, installation.settings)
 
-    states: list[DayState] = []
-    faults: dict[str, str] = {}
-    for day in inventory.days(lake):
-        if partitions.has(day, now, installation.settings):
-            state = installation.folders.remembered(lake, day, (RAW, HEARTBEATS, MINUTES), look)
-            if state.faults:
-                faults[day.isoformat()] = "; ".join(state.faults)
-            else:
-                states.append(state)
-    return states, faults
+    kinds = (RAW, HEARTBEATS, MINUTES)
+    return [installation.folders.remembered(lake, day, kinds, look) for day in loaded]
 
 
 def _attempt(instance: dg.DagsterInstance, day: str, now: int) -> str | None:
@@ -153,9 +152,11 @@ def _attempt(instance: dg.DagsterInstance, day: str, now: int) -> str | None:
 def _fingerprint(state: DayState, settings: Settings) -> str:
     """Differs when there is something else to do.
 
-    That is other pending fragments, another publication, or another device priority.
+    That is other pending fragments, another publication, another device priority, or other files
+    that can't be read.
     """
-    return _digest(state.pending_digest, str(state.rows_written), *settings.device_priority)
+    parts = (state.pending_digest, str(state.rows_written), *settings.device_priority)
+    return _digest(*parts, *state.faults)
 
 
 def _digest(*parts: str) -> str:

@@ -32,18 +32,29 @@ DRAIN = {"drain", "shards"}
 """Alarms about draining; they stand while it rests after a fault."""
 
 
-def drain_sensor(settings: Settings) -> dg.SensorDefinition:
-    """The sensor; it drains for DRAIN_TICK_SECONDS and a bit, then reports."""
+def drain_sensor(settings: Settings, first: dt.date) -> dg.SensorDefinition:
+    """The sensor; it drains for DRAIN_TICK_SECONDS and a bit, then reports.
+
+    Args:
+        settings: how often it ticks.
+        first: the first partition of these definitions.
+    """
+
+    def tick(
+        context: dg.SensorEvaluationContext, installation: dg.ResourceParam[Installation]
+    ) -> dg.SensorResult:
+        return _tick(context, installation, first)
+
     return dg.sensor(
         name="drain",
         minimum_interval_seconds=settings.drain_sensor_interval,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Drains the buffer into raw fragments, and reports the days that changed.",
-    )(_tick)
+    )(tick)
 
 
 def _tick(
-    context: dg.SensorEvaluationContext, installation: dg.ResourceParam[Installation]
+    context: dg.SensorEvaluationContext, installation: Installation, first: dt.date
 ) -> dg.SensorResult:
     settings = installation.settings
     cursor = Cursor.parse(context.cursor)
@@ -58,7 +69,11 @@ def _tick(
         else:
             said, lost, faults = _drain(installation, lake)
             cursor = cursor.after_drain(failed="drain" in faults, now_ms=now_ms())
-        events, reported = _report(installation, lake, cursor)
+        events, reported, unread = _report(installation, lake, cursor, first)
+        faults |= unread
+        earliest = min(first, partitions.first_day(settings, now_ms()))
+        partitions.keep_first_day(settings, earliest)
+        said = "; ".join(filter(None, [said, partitions.waiting(first, earliest)]))
     except (HbError, OSError) as error:
         faults["lake"] = outcomes.line(error)
     now = now_ms()
@@ -97,23 +112,29 @@ def _drain(installation: Installation, lake: Lake) -> tuple[str, int, dict[str, 
 
 
 def _report(
-    installation: Installation, lake: Lake, cursor: Cursor
-) -> tuple[list[dg.AssetMaterialization], dict[dt.date, str]]:
-    """Events of days that changed, and the digests that they report."""
+    installation: Installation, lake: Lake, cursor: Cursor, first: dt.date
+) -> tuple[list[dg.AssetMaterialization], dict[dt.date, str], dict[str, str]]:
+    """Events of days that changed, the digests that they report, and what can't be read."""
     settings = installation.settings
     now = now_ms()
     end = time.monotonic() + REPORT_SECONDS
     events: list[dg.AssetMaterialization] = []
     reported: dict[dt.date, str] = {}
+    faults: dict[str, str] = {}
     changed = unreported(
-        lake, cursor, installation.folders, lambda day: partitions.has(day, now, settings), now
+        lake,
+        cursor,
+        installation.folders,
+        lambda day: partitions.has(day, first, now, settings),
+        now,
+        faults,
     )
     for day, digest in changed:
         events.append(_event(lake, day, settings))
         reported[day] = digest
         if len(events) == MOST_EVENTS or time.monotonic() > end:
             break
-    return events, reported
+    return events, reported, faults
 
 
 def _event(lake: Lake, day: dt.date, settings: Settings) -> dg.AssetMaterialization:

@@ -160,3 +160,13 @@ def test_a_day_that_waits_for_too_long_is_an_alarm(
         ("consolidation_late", "resolved"),
     ]
     assert f"day {DAY} should have been consolidated" in webhook.received[0]["message"]
+
+
+def test_a_day_before_the_first_partition_is_not_asked_for(append, settings, instance) -> None:
+    append("2024-12-30", users=4, readings=5)
+    append(DAY, users=4, readings=5)
+    loaded = [Ticks(settings, instance, name) for name in ("drain", "consolidation")]
+    data = [sensor.tick() for sensor in loaded][-1]
+    assert [request.partition_key for request in data.run_requests] == [DAY]
+    again = Ticks(settings, instance, "consolidation").tick()
+    assert [request.partition_key for request in again.run_requests] == ["2024-12-30", DAY]

@@ -10,10 +10,11 @@ import pytest
 
 from hb_assets import drain
 from hb_assets.buffer import keys
-from hb_assets.defs import reports
+from hb_assets.defs import partitions, reports
 from hb_assets.defs.installation import Installation
 from hb_assets.defs.reports import Cursor
 from hb_assets.defs.sensors import drain as drain_sensor
+from hb_assets.lake import inventory
 from hb_assets_tests.defs.conftest import Ticks
 from hb_assets_tests.servers import wait_for
 
@@ -204,3 +205,37 @@ def test_a_shard_that_cannot_be_used_is_an_alarm_and_the_others_are_drained(
     assert keys.stream(shard) in data.skip_message
     assert "drained" in data.skip_message
     assert reported(data) == ["2025-01-15"]
+
+
+def test_earlier_days_wait_for_a_reload_and_are_kept(append, settings, instance) -> None:
+    partitions.keep_first_day(settings, dt.date(2025, 1, 1))
+    loaded = Ticks(settings, instance, "drain")
+    append("2024-12-30")
+    append("2025-01-15")
+    data = loaded.tick()
+    assert reported(data) == ["2025-01-15"]
+    assert "the lake holds days since 2024-12-30" in data.skip_message
+    assert partitions.first_day(settings, time.time_ns() // 1_000_000) == dt.date(2024, 12, 30)
+    again = Ticks(settings, instance, "drain")
+    again.cursor = loaded.cursor
+    assert reported(again.tick()) == ["2024-12-30"]
+
+
+def test_a_day_that_cant_be_read_keeps_no_other_from_being_reported(
+    append, ticks, monkeypatch
+) -> None:
+    append("2025-01-14")
+    append("2025-01-15")
+    listed = inventory.raw_digest
+
+    def deny(lake, day):
+        if day == dt.date(2025, 1, 14):
+            raise PermissionError(13, "Permission denied", "raw/day=2025-01-14/shard=00")
+        return listed(lake, day)
+
+    monkeypatch.setattr(inventory, "raw_digest", deny)
+    data = ticks("drain").tick()
+    assert reported(data) == ["2025-01-15"]
+    assert (
+        "2025-01-14 can't be reported: raw/day=2025-01-14/shard=00: Permission" in data.skip_message
+    )
