@@ -66,7 +66,7 @@ class Coordination:
                 lock=self.lock,
                 progress=progress,
             )
-            written, outcome = done.written, "done"
+            written, outcome = done.written, "failed" if done.failed else "done"
         finally:
             self._count(time.monotonic() - began, outcome, written)
         return done

@@ -66,7 +66,7 @@ def _renew(
     lake: Lake, day: dt.date, shards: list[int], settings: Settings, known: Coordination
 ) -> Pruned:
     try:
-        known.consolidate(lake, day, settings, rewrite=True, shards=shards)
+        known.consolidate(lake, day, settings, rewrite=True, shards=shards).require()
         minutes.build(lake, day, settings)
     except (HbError, OSError) as error:
         return Pruned(faults=(str(error),))

@@ -74,7 +74,7 @@ class Plant:
         drain_cycle(self.consumers[0], self.lake, self.settings)
 
     def consolidate(self) -> None:
-        consolidate(self.lake, DAY, self.settings)
+        consolidate(self.lake, DAY, self.settings).require()
 
     def minutes(self) -> None:
         minutes.build(self.lake, DAY, self.settings)

@@ -61,11 +61,16 @@ def consolidate(
         task = progress.add_task("consolidate", total=len(chosen))
         for day in chosen:
             progress.update(task, description=f"consolidate {day}")
+            why: list[str] = []
             try:
-                results.append(known.consolidate(lake, day, settings, rebuild=rebuild))
+                done = known.consolidate(lake, day, settings, rebuild=rebuild)
+                results.append(done)
+                why += [output.line(one.error()) for one in done.failed]
                 minutes.build(lake, day, settings)
             except (HbError, OSError) as error:
-                failed[day] = output.line(error)
+                why.append(output.line(error))
+            if why:
+                failed[day] = "; ".join(dict.fromkeys(why))
             progress.advance(task)
     if as_json:
         output.print_json(
@@ -74,8 +79,8 @@ def consolidate(
     else:
         _show_consolidated(results)
     set_aside = [said for one in results for said in one.set_aside]
-    for why in [*set_aside, *failed.values()]:
-        output.complain(why)
+    for line in [*set_aside, *failed.values()]:
+        output.complain(line)
     if failed or set_aside:
         raise typer.Exit(FAILED)
 

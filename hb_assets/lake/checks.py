@@ -21,6 +21,7 @@ from hb_assets.errors import CheckFailedError
 from hb_assets.lake import parquet, verified
 from hb_assets.lake.columns import TEXTS, neighbours, ranks
 from hb_assets.lake.engine import engine, figures
+from hb_assets.record import shard_of
 from hb_assets.schema import KEY, ORDER
 from hb_assets.settings import Settings
 
@@ -40,7 +41,7 @@ MINUTE_CHECKS = (MINUTES_SCHEMA, MINUTES_ADD_UP)
 
 DESCRIPTIONS = {
     SCHEMA_AND_RANGES: "columns, types, nulls, lengths and ranges are as the record says (pandera)",
-    PARTITION_DAY: "every timestamp lies within the partition's UTC day (pandera)",
+    PARTITION_DAY: "every timestamp lies within the partition's UTC day (pandera), every user in its shard",
     KEY_UNIQUE: "(user_id, device_id, timestamp) is unique",
     SORTED: "rows are sorted by user_id, timestamp, device_id",
     COUNTS_ADD_UP: "distinct rows of the listed fragments = unique + superseded + erased; unique = rows",
@@ -88,6 +89,24 @@ def heartbeats(
             (twins,) = figures(connection, _DUPLICATES)
         sequence = replace(sequence, twins=twins)
     return [*(_of_values(name, found) for name, found in faults.items()), *sequence.figures()]
+
+
+def with_users(figure: Figure, path: Path, shard: int, shards: int) -> Figure:
+    """The figure of PARTITION_DAY, failed where a user belongs to another shard; others as is."""
+    if figure.name != PARTITION_DAY:
+        return figure
+    users: set[str] = set()
+    with verified.opened(path, ["user_id"]) as file:
+        for number in range(file.num_row_groups):
+            group = file.read_row_group(number, columns=["user_id"], use_threads=False)
+            for chunk in group["user_id"].chunks:
+                users.update(chunk.dictionary.to_pylist())
+    strangers = sum(shard_of(user, shards) != shard for user in users)
+    if not strangers:
+        return figure
+    faults = figure.figures["faults"] + strangers
+    said = [figure.message, f"{strangers} users belong to another shard"]
+    return Figure(PARTITION_DAY, False, {"faults": faults}, "; ".join(filter(None, said)))
 
 
 def passed(rows: int) -> list[Figure]:

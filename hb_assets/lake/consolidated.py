@@ -77,6 +77,25 @@ class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the fragment's rows are in the file, by its list or as one that was pruned."""
         return str(name) in self.fragments or name.last <= self.mark(name.source)
 
+    def contradictions(self, day: dt.date, shard: int, rows_in_file: int) -> list[str]:
+        """What a file at this place with so many rows can't be, in a few words each."""
+        wrong = []
+        if (self.day, self.shard) != (day.isoformat(), shard):
+            wrong.append(f"it is the file of day {self.day}, shard {self.shard:02d}")
+        if self.rows != self.unique + self.superseded + self.erased:
+            wrong.append(
+                f"{self.rows:,} rows came in, {self.unique:,} unique + {self.superseded:,} "
+                f"superseded + {self.erased:,} erased"
+            )
+        if self.superseded != self.repeats + self.corrections:
+            wrong.append(
+                f"{self.superseded:,} superseded, {self.repeats:,} repeats + "
+                f"{self.corrections:,} corrections"
+            )
+        if rows_in_file != self.unique:
+            wrong.append(f"the file has {rows_in_file:,} rows, {self.unique:,} are unique")
+        return wrong
+
     def reaches(self, name: FragmentName) -> bool:
         """Whether the fragment may hold rows at or below the watermark."""
         return name.first <= self.mark(name.source)

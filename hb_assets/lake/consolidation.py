@@ -1,11 +1,9 @@
 """Consolidation: pending fragments of a day into one deduplicated, sorted file per shard.
 
-Shards are worked on side by side, a thread each, as cores and memory allow.
-
-Belongs here: the order of steps that keeps two consolidators and a pruner at once from losing a
-row (invariant 4), and what becomes of a damaged file. Doesn't belong here: the merge itself
-(`merge`), reading what is published (`consolidated`), when a day is due (`policy`), minutes, and
-deleting fragments (`pruning`).
+Shards are worked on side by side, a thread each, as cores and memory allow; one that fails keeps no
+other from being published. The order of steps here is what keeps two consolidators and a pruner at
+once from losing a row (invariant 4). A file that turns out to be damaged is set aside in the same
+run, where raw fragments allow it. The merge itself is in `merge`.
 """
 
 from __future__ import annotations
@@ -19,12 +17,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import pyarrow as pa
 
-from hb_assets.errors import DamagedFileError, FencedError
-from hb_assets.lake import checks, damage, fragments, layout, parquet, tombstones
+from hb_assets.errors import CheckFailedError, DamagedFileError, FencedError, HbError
+from hb_assets.lake import checks, damage, fragments, layout, parquet, standing, tombstones
 from hb_assets.lake.checks import Figure
 from hb_assets.lake.columns import BYTES_PER_ROW, ENCODED
 from hb_assets.lake.consolidated import ConsolidatedNote, Current, current, is_published, pending
@@ -41,13 +39,56 @@ from hb_assets.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
+class ShardFailure:
+    """Why a shard's file wasn't published; what was published before is still in place.
+
+    `message` is one line; `figures` are the results of the new file's checks, where it came to
+    these; `kind` says what raised it (`fenced` and `storage` may pass by themselves).
+    """
+
+    shard: int
+    kind: Literal["check_failed", "damaged", "fenced", "storage", "failed"]
+    message: str
+    figures: tuple[Figure, ...] = ()
+    errno: int | None = None
+    path: Path | None = None
+
+    @classmethod
+    def of(cls, shard: int, error: HbError | OSError) -> ShardFailure:
+        """What an error says of a shard."""
+        if isinstance(error, CheckFailedError):
+            return cls(shard, "check_failed", str(error), error.figures)
+        if isinstance(error, DamagedFileError):
+            return cls(shard, "damaged", str(error), path=error.path)
+        if isinstance(error, FencedError):
+            return cls(shard, "fenced", str(error))
+        if isinstance(error, HbError):
+            return cls(shard, "failed", str(error))
+        path = None if error.filename is None else Path(os.fsdecode(error.filename))
+        return cls(
+            shard, "storage", error.strerror or type(error).__name__, errno=error.errno, path=path
+        )
+
+    def error(self) -> HbError | OSError:
+        """It as an error again."""
+        if self.kind == "check_failed":
+            return CheckFailedError(self.message, figures=self.figures)
+        if self.kind == "damaged":
+            return DamagedFileError(self.message, path=self.path)
+        if self.kind == "storage":
+            return OSError(self.errno, self.message, None if self.path is None else str(self.path))
+        return (FencedError if self.kind == "fenced" else HbError)(self.message)
+
+
+@dataclass(frozen=True, slots=True)
 class Consolidated:
     """What a consolidation of a day did, and how the day stands now.
 
-    `rows` to `replayed` are the day's totals; `written` counts rows that this run wrote, in
-    `shards_written` files; `pending` fragments were taken in; `figures` are the checks' results,
-    summed over the shards; `set_aside` says, in one line each, which files were found damaged and
-    moved away.
+    `rows` to `replayed` are the day's totals, but for shards that failed; `written` counts rows
+    that this run wrote, in `shards_written` files; `pending` fragments were taken in; `figures` are
+    the checks' results, summed over the shards, those that failed included; `set_aside` says, in
+    one line each, which files were found damaged and moved away; `failed` has what went wrong, by
+    shard.
     """
 
     day: dt.date
@@ -64,6 +105,21 @@ class Consolidated:
     bytes: int = 0
     figures: list[Figure] = field(default_factory=list)
     set_aside: list[str] = field(default_factory=list)
+    failed: list[ShardFailure] = field(default_factory=list)
+
+    def require(self) -> Consolidated:
+        """The same, for callers that need every shard.
+
+        Raises:
+            CheckFailedError: a new file failed its checks; the published one is still in place.
+            DamagedFileError: a file can't be read, or a rebuild lacks fragments that were pruned.
+            FencedError: a pruner fenced us off; start again.
+            HbError: anything else that a user can mend.
+            OSError: a disk can't be read or written.
+        """
+        if self.failed:
+            raise self.failed[0].error()
+        return self
 
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -93,9 +149,9 @@ def consolidate(
 ) -> Consolidated:
     """Consolidate a day, shard by shard; shards with nothing pending are only checked.
 
-    A shard that fails doesn't stop the others; the first failure is raised at the end. A damaged
-    fragment is set aside, and so is a damaged published file as long as raw still has all of it:
-    it is then made anew.
+    A shard that fails doesn't stop the others: see `Consolidated.failed` and `require`. Its failure
+    stands (`standing`) until one of its consolidations succeeds. A damaged fragment is set aside,
+    and so is a damaged published file as long as raw still has all of it: it is then made anew.
 
     Args:
         lake: which lake.
@@ -107,23 +163,19 @@ def consolidate(
         watermarks: read from the buffer before this call; they let raw be pruned later on.
         lock: held around each shard.
         progress: called after each shard.
-
-    Raises:
-        CheckFailedError: a new file failed its checks; the published one is still in place.
-        DamagedFileError: a file can't be read, or a rebuild lacks fragments that were pruned.
-        FencedError: a pruner fenced us off; start again.
-        OSError: a disk can't be read or written.
     """
     chosen = range(lake.shards) if shards is None else shards
     memory, stop = Memory(settings.duckdb_memory), threading.Event()
     set_aside: list[str] = []
 
-    def work(shard: int) -> _ShardResult | None:
+    def work(shard: int) -> _ShardResult | ShardFailure | None:
         bounds = _Bounds(settings, memory, stop)
         task = _Task(lake, day, shard, bounds, watermarks or {}, rebuild, rewrite)
         try:
             with lock(day, shard):
-                return _without_damage(task, set_aside)
+                return _noticed(task, set_aside)
+        except (HbError, OSError) as error:
+            return ShardFailure.of(shard, error)
         finally:
             pa.default_memory_pool().release_unused()  # each thread's pool would keep its most
 
@@ -139,6 +191,17 @@ def consolidate(
             raise
     results = [one.result() for one in working]
     return _summary(day, [one for one in results if one is not None], sorted(set_aside))
+
+
+def _noticed(task: _Task, set_aside: list[str]) -> _ShardResult | None:
+    """Consolidate; what fails, and what doesn't any more, stands in the lake for all to see."""
+    try:
+        result = _without_damage(task, set_aside)
+    except (HbError, OSError) as error:
+        standing.notice(task.lake, error, day=task.day, shard=task.shard)
+        raise
+    standing.resolved(task.lake, task.day, task.shard)
+    return result
 
 
 def _threads(settings: Settings) -> int:
@@ -191,7 +254,12 @@ class _ShardResult:
     figures: list[Figure]
 
 
-def _summary(day: dt.date, shards: Sequence[_ShardResult], set_aside: list[str]) -> Consolidated:
+def _summary(
+    day: dt.date, results: Sequence[_ShardResult | ShardFailure], set_aside: list[str]
+) -> Consolidated:
+    failed = [one for one in results if isinstance(one, ShardFailure)]
+    shards = [one for one in results if isinstance(one, _ShardResult)]
+
     def total(name: str) -> int:
         return sum(getattr(shard.note, name) for shard in shards)
 
@@ -208,18 +276,21 @@ def _summary(day: dt.date, shards: Sequence[_ShardResult], set_aside: list[str])
         shards_written=sum(shard.written > 0 for shard in shards),
         pending=sum(shard.pending for shard in shards),
         bytes=sum(shard.bytes for shard in shards),
-        figures=checks.summed([figure for shard in shards for figure in shard.figures]),
+        figures=checks.summed([figure for one in results for figure in one.figures]),
         set_aside=set_aside,
+        failed=failed,
     )
 
 
 def _without_damage(task: _Task, set_aside: list[str]) -> _ShardResult | None:
     """Consolidate; again without each damaged file that may be moved away."""
     while True:
+        failure: HbError
+        damaged: DamagedFileError | None
         try:
             return _consolidate_shard(task)
         except DamagedFileError as error:
-            damaged = error
+            failure = damaged = error
         except ReplacedError:
             continue  # by another consolidator
         except FileNotFoundError as error:
@@ -227,16 +298,31 @@ def _without_damage(task: _Task, set_aside: list[str]) -> _ShardResult | None:
             raise FencedError(
                 f"{task.where}: {error.filename or error} is gone, a pruner was here; start again"
             ) from None
+        except CheckFailedError as error:
+            # Each file has the bytes that it was written with: was it one of us who wrote it?
+            failure, damaged = error, _culprit(task)
         except parquet.engine_errors() as error:
             paths = [task.final, *(fragment.path for fragment in task.raw())]
-            explained = parquet.explained(error, paths)
-            if not isinstance(explained, DamagedFileError):
-                raise explained from None
-            damaged = explained
-        moved = damage.set_aside(task.lake, damaged)
+            failure = parquet.explained(error, paths)
+            damaged = failure if isinstance(failure, DamagedFileError) else _culprit(task)
+        moved = None
+        if damaged is not None:
+            moved = damage.set_aside(task.lake, damaged, task.bounds.settings)
         if moved is None:
-            raise damaged
+            raise failure
         set_aside.append(moved)
+
+
+def _culprit(task: _Task) -> DamagedFileError | None:
+    """The first of the files of a (day, shard) that doesn't hold what may be there."""
+    for path in [*(one.path for one in task.raw()), task.final]:
+        try:
+            damage.examine(task.lake, path, task.bounds.settings)
+        except DamagedFileError as error:
+            return error
+        except FileNotFoundError:
+            continue
+    return None
 
 
 def _consolidate_shard(task: _Task) -> _ShardResult | None:
@@ -309,6 +395,7 @@ def _figures(
     """Check the new file; of its values only those of `new` where it was made of a checked one."""
     files = None if new is None else [fragment.path for fragment in new]
     found = checks.heartbeats(path, task.day, task.bounds.settings, files)
+    found = [checks.with_users(one, path, task.shard, task.lake.shards) for one in found]
     return [*found, _ledger(task, Current(path, note), raw)]
 
 
@@ -386,6 +473,7 @@ def _inputs(
     """What to merge, each file found to be what was written."""
     for fragment in new:
         fragments.verify(fragment)
+        fragments.verify_place(fragment, task.day, task.shard)
     if base is not None:
         parquet.verify(base.path)
     found = Inputs.of(task.lake, base, new, raw)

@@ -1,29 +1,134 @@
-"""Damage: files that aren't what was written, set aside under `damaged/`, out of everybody's way.
+"""Damage: files that don't hold what may lie there are set aside under `damaged/`.
 
-Belongs here: when a damaged file may be moved, and which were. Doesn't belong here: noticing that
-one is damaged (`parquet.verify`, `fragments.verify`), and making it anew (`consolidation`).
-
-Nothing is deleted: a file that is set aside keeps its place's name under `damaged/`, so that it can
-be mended by hand and put back.
+Nothing is deleted: a file that is set aside keeps its place's name under `damaged/`, so that a
+whole copy can be put back.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hb_assets import days
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import layout, parquet
-from hb_assets.lake.consolidated import current, mark_incomplete
+from hb_assets.lake import checks, fragments, layout, parquet, verified
+from hb_assets.lake.columns import TEXTS
+from hb_assets.lake.consolidated import ConsolidatedNote, current, mark_incomplete
 from hb_assets.lake.files import make_folder, sync_folder
+from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.layout import DAMAGED, HEARTBEATS, RAW, FragmentName
 from hb_assets.lake.store import Lake
+from hb_assets.record import BPM_RANGE, ID_LENGTH, shard_of
+from hb_assets.schema import HEARTBEATS as SCHEMA
+from hb_assets.settings import Settings
 
 _log = logging.getLogger(__name__)
 
 
-def set_aside(lake: Lake, error: DamagedFileError) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a file of a (day, shard) lies, or belongs: `kind` is a folder of the lake."""
+
+    kind: str
+    day: dt.date
+    shard: int
+
+    @classmethod
+    def of(cls, lake: Lake, path: Path) -> Place | None:
+        """The place of a path in the lake; None for another kind of file."""
+        if not path.is_relative_to(lake.root):
+            return None
+        parts = path.relative_to(lake.root).parts
+        if len(parts) != _DEPTH or parts[0] not in (RAW, HEARTBEATS):
+            return None
+        day, shard = layout.day_of_folder(parts[1]), parts[2].removeprefix("shard=")
+        if day is None or not shard.isdigit() or int(shard) >= lake.shards:
+            return None
+        return cls(parts[0], day, int(shard))
+
+
+_DEPTH = 4
+"""Parts of a path in the lake: kind, day, shard, name."""
+
+
+def examine(lake: Lake, path: Path, settings: Settings) -> None:
+    """Make sure that a fragment or consolidated file holds what may lie in its place, row by row.
+
+    A checksum tells that a file is what somebody wrote; this tells whether it is what we write.
+
+    Raises:
+        DamagedFileError: it doesn't.
+        FileNotFoundError: it isn't there (any more).
+        OSError: the disk can't be read.
+    """
+    place = Place.of(lake, path)
+    if place is not None:
+        examine_at(lake, path, place, settings)
+
+
+def examine_at(lake: Lake, path: Path, place: Place, settings: Settings) -> None:
+    """The same of a file that is to be put into a place. Raises as `examine`."""
+    name = FragmentName.parse(path.name)
+    parquet.verify(path)
+    if name is not None:
+        fragments.verify_place(Fragment(name, path), place.day, place.shard)
+    else:
+        note = parquet.note(path, ConsolidatedNote)
+        wrong = note.contradictions(place.day, place.shard, parquet.footer(path).num_rows)
+        if wrong:
+            raise parquet.damaged(path, "; ".join(wrong))
+    parquet.verify_footer(path, SCHEMA)
+    for rows in _row_groups(path):
+        why = _unfit(rows, place, lake.shards, name)
+        if why is not None:
+            raise parquet.damaged(path, why)
+    if name is None:
+        failed = [one for one in checks.heartbeats(path, place.day, settings) if not one.passed]
+        if failed:
+            raise parquet.damaged(path, "; ".join(f"{one.name}: {one.message}" for one in failed))
+
+
+def _row_groups(path: Path) -> Iterator[pa.Table]:
+    with verified.opened(path) as file:
+        for number in range(file.num_row_groups):
+            yield file.read_row_group(number, use_threads=False)
+
+
+def _unfit(rows: pa.Table, place: Place, shards: int, name: FragmentName | None) -> str | None:
+    """Why rows can't lie in this place, in a few words that hold no value of theirs."""
+    if any(rows[column].null_count for column in rows.schema.names):
+        return "a value is missing"
+    texts = ((name, *ID_LENGTH, pc.utf8_length(rows[name])) for name in TEXTS)
+    first, behind = days.start_ms(place.day), days.end_ms(place.day)
+    bounds = [
+        *texts,
+        ("heart_rate", *BPM_RANGE, rows["heart_rate"]),
+        ("timestamp", first, behind - 1, rows["timestamp"].cast(pa.int64())),
+        ("arrival_shard", 0, shards - 1, rows["arrival_shard"]),
+        ("arrival_pos", 0, 2**31 - 1, rows["arrival_pos"]),
+    ]
+    if name is not None:
+        bounds += [
+            ("arrival_shard", name.source, name.source, rows["arrival_shard"]),
+            ("arrival_ms", name.first[0], name.last[0], rows["arrival_ms"]),
+        ]
+    for column, least, most, values in bounds:
+        found = pc.min_max(values).as_py()
+        if found["min"] is not None and not least <= found["min"] <= found["max"] <= most:
+            return f"{column} is out of bounds"
+    users = pc.unique(rows["user_id"]).to_pylist()
+    if any(shard_of(user, shards) != place.shard for user in users):
+        return "a user belongs to another shard"
+    return None
+
+
+def set_aside(lake: Lake, error: DamagedFileError, settings: Settings) -> str | None:
     """Move a damaged file away, when its place is better empty; one line about it.
 
     A fragment always may: its rows can't be read anyway, and those of its neighbours are waiting
@@ -35,23 +140,20 @@ def set_aside(lake: Lake, error: DamagedFileError) -> str | None:
         OSError: it can't be read or moved.
     """
     path = error.path
-    if path is None or not path.is_relative_to(lake.root):
+    place = None if path is None else Place.of(lake, path)
+    if path is None or place is None or _is_sound(lake, path, settings):
         return None
-    where = path.relative_to(lake.root)
-    kind, day = where.parts[0], layout.day_of_folder(path.parent.parent.name)
-    shard = path.parent.name.removeprefix("shard=")
-    if kind not in (RAW, HEARTBEATS) or day is None or not shard.isdigit() or _is_sound(path):
-        return None
-    if kind == HEARTBEATS:
-        if layout.pruned_mark(lake.root, day, int(shard)).exists():
+    if place.kind == HEARTBEATS:
+        if not _is_in_raw(lake, path, place):
             return None
         rescue = "it is made anew from raw fragments"
-    elif _is_included(lake, path, day, int(shard)):
-        mark_incomplete(lake, day, int(shard))  # before it goes: a rebuild would lack its rows
+    elif _is_included(lake, path, place.day, place.shard):
+        # before it goes: a rebuild would lack its rows
+        mark_incomplete(lake, place.day, place.shard)
         rescue = "its rows are in the consolidated file, which can't be made anew from raw any more"
     else:
-        rescue = "its rows are missing until a whole copy is put in its place"
-    target = layout.set_aside(lake.root, where)
+        rescue = "its rows are missing until hb damaged restore puts a whole copy in its place"
+    target = layout.set_aside(lake.root, path.relative_to(lake.root))
     make_folder(target.parent, lake.root)
     try:
         path.rename(target)
@@ -64,14 +166,24 @@ def set_aside(lake: Lake, error: DamagedFileError) -> str | None:
     return said
 
 
-def _is_sound(path: Path) -> bool:
+def _is_sound(lake: Lake, path: Path, settings: Settings) -> bool:
     try:
-        parquet.verify(path)
-    except FileNotFoundError:
-        return False
-    except DamagedFileError:
+        examine(lake, path, settings)
+    except (FileNotFoundError, DamagedFileError):
         return False
     return True
+
+
+def _is_in_raw(lake: Lake, path: Path, place: Place) -> bool:
+    """Whether raw still has all that a consolidated file includes, as far as that can be told."""
+    if layout.pruned_mark(lake.root, place.day, place.shard).exists():
+        return False
+    try:
+        note = parquet.note(path, ConsolidatedNote)
+    except (DamagedFileError, FileNotFoundError):
+        return True
+    there = {str(one.name) for one in fragments.listed(lake, place.day, place.shard)}
+    return not note.pruned and there.issuperset(note.fragments)
 
 
 def _is_included(lake: Lake, path: Path, day: dt.date, shard: int) -> bool:

@@ -234,7 +234,7 @@ def forget_day(
                 shards=[shard],
                 watermarks=watermarks,
                 lock=lock,
-            )
+            ).require()
             break
         except FencedError:
             if attempt == _ATTEMPTS - 1:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -51,12 +52,12 @@ class Fragment:
     @property
     def rows(self) -> int:
         """Rows in it, by its footer."""
-        return _size(self.path, look(self.path))[0]
+        return _claims(self.path, look(self.path)).rows
 
     @property
     def unpacked(self) -> int:
         """Bytes of its rows without compression, by its footer."""
-        return _size(self.path, look(self.path))[1]
+        return _claims(self.path, look(self.path)).unpacked
 
     @property
     def bytes(self) -> int:
@@ -64,11 +65,33 @@ class Fragment:
         return self.path.stat().st_size
 
 
+class _Claims(NamedTuple):
+    """What a fragment's footer says of it; its entries have ids from `first_ms` to `last_ms`."""
+
+    rows: int
+    unpacked: int
+    note: FragmentNote
+    first_ms: int
+    last_ms: int
+
+
 @lru_cache(maxsize=200_000)
-def _size(path: Path, seen: Look) -> tuple[int, int]:  # noqa: ARG001  # it is the cache's key
+def _claims(path: Path, seen: Look) -> _Claims:  # noqa: ARG001  # it is the cache's key
     found = parquet.footer(path)
-    groups = (found.row_group(number) for number in range(found.num_row_groups))
-    return found.num_rows, sum(group.total_byte_size for group in groups)
+    groups = [found.row_group(number) for number in range(found.num_row_groups)]
+    if sum(group.num_rows for group in groups) != found.num_rows:
+        raise parquet.damaged(path, "its footer contradicts itself")
+    bounds = [group.column(_ARRIVAL_MS).statistics for group in groups]
+    return _Claims(
+        found.num_rows,
+        sum(group.total_byte_size for group in groups),
+        parquet.note_in(found, path, FragmentNote),
+        min((one.min for one in bounds if one is not None and one.has_min_max), default=0),
+        max((one.max for one in bounds if one is not None and one.has_min_max), default=0),
+    )
+
+
+_ARRIVAL_MS = HEARTBEATS.get_field_index("arrival_ms")
 
 
 def publish(lake: Lake, rows: pa.Table) -> list[Fragment]:
@@ -112,6 +135,20 @@ def _publish_one(lake: Lake, where: np.ndarray, rows: pa.Table) -> Fragment:
 def verify(fragment: Fragment) -> None:
     """Make sure that it is, bit for bit, what was published. Raises as `parquet.verify`."""
     parquet.verify(fragment.path)
+
+
+def verify_place(fragment: Fragment, day: dt.date, shard: int) -> None:
+    """Make sure that the fragment says itself that it belongs here, and came under its name.
+
+    Raises: as `verify`.
+    """
+    path, name = fragment.path, fragment.name
+    claims = _claims(path, look(path))
+    note = claims.note
+    if (note.day, note.shard, note.source) != (day.isoformat(), shard, name.source):
+        raise parquet.damaged(path, f"it belongs to day {note.day}, shard {note.shard:02d}")
+    if claims.last_ms and not name.first[0] <= claims.first_ms <= claims.last_ms <= name.last[0]:
+        raise parquet.damaged(path, "it holds other entries than its name says")
 
 
 def listed(lake: Lake, day: dt.date, shard: int) -> list[Fragment]:

@@ -198,19 +198,8 @@ def _count_shard(
                 f"{where}: {listed_rows:,} distinct rows lie in the listed fragments, "
                 f"the consolidated file counts {note.rows:,}"
             )
-    if note.rows != note.unique + note.superseded + note.erased:
-        ledger.faults.append(
-            f"{where}: {note.rows:,} rows came in, {note.unique:,} unique + "
-            f"{note.superseded:,} superseded + {note.erased:,} erased"
-        )
-    if note.superseded != note.repeats + note.corrections:
-        ledger.faults.append(
-            f"{where}: {note.superseded:,} superseded, {note.repeats:,} repeats + "
-            f"{note.corrections:,} corrections"
-        )
     in_file = parquet.footer(published.path).num_rows
-    if in_file != note.unique:
-        ledger.faults.append(f"{where}: the file has {in_file:,} rows, {note.unique:,} are unique")
+    ledger.faults += [f"{where}: {why}" for why in note.contradictions(ledger.day, shard, in_file)]
     if deep and whole and listed and not note.erased and not note.uncounted:
         with (
             engine(settings) as connection,

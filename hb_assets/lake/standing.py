@@ -19,15 +19,15 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 
 from hb_assets.errors import CheckFailedError, DamagedFileError, FencedError, HbError
-from hb_assets.lake import fragments, layout, parquet
+from hb_assets.lake import fragments, layout, parquet, sealed_json
 from hb_assets.lake.consolidated import ConsolidatedNote
-from hb_assets.lake.files import TempFile, sync_folder
-from hb_assets.lake.fragments import Fragment, FragmentNote
+from hb_assets.lake.files import Look, TempFile, look, sync_folder
+from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.layout import DAMAGED, FAULTS, HEARTBEATS, PRUNED, RAW, FragmentName
 from hb_assets.lake.store import FORMAT, Lake
 
@@ -77,20 +77,6 @@ class Fault:
         return f"{where}: {_WORDS[self.kind]}{many}; `hb damaged list` on the server says more"
 
 
-class Seen(NamedTuple):
-    """What tells a file from one that replaced it, or from itself after it was changed in place."""
-
-    inode: int
-    mtime_ns: int
-    ctime_ns: int
-    size: int
-
-    @classmethod
-    def of(cls, found: os.stat_result) -> Seen:
-        """Of a stat's result."""
-        return cls(found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
-
-
 class _Noticed(msgspec.Struct, frozen=True, kw_only=True):
     """A fault as it lies under `faults/`; `path` is relative to the lake, `seen` how it looked."""
 
@@ -99,7 +85,7 @@ class _Noticed(msgspec.Struct, frozen=True, kw_only=True):
     message: str
     since_ms: int
     path: str | None = None
-    seen: Seen | None = None
+    seen: Look | None = None
 
 
 def faults(lake: Lake, days: Collection[dt.date] | None = None) -> list[Fault]:
@@ -155,7 +141,7 @@ def _published(
     """The note of the consolidated file, if it can be read, and what is wrong with the file."""
     path = _text(lake, HEARTBEATS, day, shard) + "/heartbeats.parquet"
     try:
-        return _judged(path, Seen.of(os.stat(path)), day, shard)  # noqa: PTH116  # thousands a look
+        return _judged(path, Look.of(os.stat(path)), day, shard)  # noqa: PTH116  # thousands a look
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -176,7 +162,7 @@ def _published(
 @lru_cache(maxsize=20_000)
 def _judged(
     path: str,
-    seen: Seen,  # noqa: ARG001  # part of the cache's key
+    seen: Look,  # noqa: ARG001  # part of the cache's key
     day: dt.date,
     shard: int,
 ) -> tuple[ConsolidatedNote | None, tuple[Fault, ...]]:
@@ -186,28 +172,13 @@ def _judged(
         note = parquet.note_in(footer, file, ConsolidatedNote)
     except DamagedFileError as error:
         return None, (Fault("damaged", day, shard, None, file, str(error)),)
-    wrong = []
-    if (note.day, note.shard) != (day.isoformat(), shard):
-        wrong.append(f"it is the file of day {note.day}, shard {note.shard:02d}")
-    if note.rows != note.unique + note.superseded + note.erased:
-        wrong.append(
-            f"{note.rows:,} rows came in, {note.unique:,} unique + {note.superseded:,} superseded "
-            f"+ {note.erased:,} erased"
-        )
-    if note.superseded != note.repeats + note.corrections:
-        wrong.append(
-            f"{note.superseded:,} superseded, {note.repeats:,} repeats + {note.corrections:,} "
-            "corrections"
-        )
-    if footer.num_rows != note.unique:
-        wrong.append(f"the file has {footer.num_rows:,} rows, {note.unique:,} are unique")
     return note, tuple(
         Fault(
             "not_adding_up",
             *(day, shard, None, file),
             f"{where}: {why}; put a copy in the place of {path} (hb damaged restore COPY)",
         )
-        for why in wrong
+        for why in note.contradictions(day, shard, footer.num_rows)
     )
 
 
@@ -249,7 +220,7 @@ def _pending(
         return
     for name, path, seen in entries:
         try:
-            fault = _fault_of_fragment(path, seen, name.source, day, shard)
+            fault = _fault_of_fragment(path, seen, name, day, shard)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -261,23 +232,20 @@ def _pending(
 @lru_cache(maxsize=200_000)
 def _fault_of_fragment(
     path: str,
-    seen: Seen,  # noqa: ARG001  # part of the cache's key
-    source: int,
+    seen: Look,  # noqa: ARG001  # part of the cache's key
+    name: FragmentName,
     day: dt.date,
     shard: int,
 ) -> Fault | None:
-    file = Path(path)
     try:
-        note = parquet.note(file, FragmentNote)
-        if (note.day, note.shard, note.source) != (day.isoformat(), shard, source):
-            raise parquet.damaged(file, "its footer is of another place")
+        fragments.verify_place(Fragment(name, Path(path)), day, shard)
     except DamagedFileError as error:
-        return Fault("damaged", day, shard, None, file, str(error))
+        return Fault("damaged", day, shard, None, Path(path), str(error))
     return None
 
 
 @lru_cache(maxsize=20_000)
-def _rows(path: str, seen: Seen) -> int | None:  # noqa: ARG001  # part of the cache's key
+def _rows(path: str, seen: Look) -> int | None:  # noqa: ARG001  # part of the cache's key
     """Rows of a damaged fragment by its footer, if that is sound."""
     try:
         return int(parquet.footer(Path(path)).num_rows)
@@ -285,7 +253,7 @@ def _rows(path: str, seen: Seen) -> int | None:  # noqa: ARG001  # part of the c
         return None
 
 
-def _entries(folder: str) -> Iterator[tuple[FragmentName, str, Seen]]:
+def _entries(folder: str) -> Iterator[tuple[FragmentName, str, Look]]:
     """Fragments in a folder, each with how it looks now."""
     try:
         with os.scandir(folder) as found:
@@ -296,7 +264,7 @@ def _entries(folder: str) -> Iterator[tuple[FragmentName, str, Seen]]:
         if name is None:
             continue
         try:
-            yield name, entry.path, Seen.of(entry.stat())
+            yield name, entry.path, Look.of(entry.stat())
         except FileNotFoundError:
             continue
 
@@ -339,20 +307,20 @@ def notice(
         message = f"{fault_of.strerror or type(fault_of).__name__}: {fault_of.filename or 'disk'}"
         message = f"{_where(day, shard)}: {message}"
     try:
-        seen = Seen.of(path.stat()) if path is not None else None
+        seen = look(path) if path is not None else None
         where = str(path.relative_to(lake.root)) if path is not None else None
         folder = _folder(lake, day, shard)
         target = folder / f"{_digest(kind, where)}.json"
-        before = _read(target)
+        before = dict(_notes(folder)).get(target)
         if before is not None and (before.message, before.seen) == (message, seen):
             return
-        if path is not None and _verifies(str(path), Seen.of(path.stat())):
+        if path is not None and _verifies(str(path), look(path)):
             return
         noticed = _Noticed(
             kind=kind, message=message, since_ms=int(time.time() * 1000), path=where, seen=seen
         )
         with TempFile(lake.root, folder) as temp:
-            temp.path.write_bytes(msgspec.json.encode(noticed))
+            sealed_json.write(temp.path, noticed)
             temp.publish_replacing(target)
     except (OSError, HbError) as error:
         _log.warning("a fault can't be noted in the lake (%s): %s", error, message)
@@ -361,19 +329,22 @@ def notice(
 def resolved(lake: Lake, day: dt.date, shard: int) -> None:
     """Forget what was noticed of a (day, shard) whose consolidation has succeeded.
 
-    What is said of a file that is still there, and still isn't sound, stands.
-
-    Raises:
-        OSError: a note can't be removed.
+    What is said of a file that is still there, and still isn't sound, stands. Never raises: a note
+    that can't be removed stands until it can.
     """
     folder = _folder(lake, day, shard)
-    removed = False
-    for path, noticed in _notes(folder):
-        if noticed is None or noticed.path is None or not _stands(lake, noticed, None):
+    try:
+        over = [
+            path
+            for path, noticed in _notes(folder)
+            if noticed is None or noticed.path is None or not _stands(lake, noticed, None)
+        ]
+        for path in over:
             path.unlink(missing_ok=True)
-            removed = True
-    if removed:
-        sync_folder(folder)
+        if over:
+            sync_folder(folder)
+    except OSError as error:
+        _log.warning("a fault that is over can't be removed from %s: %s", folder, error)
 
 
 def _folder(lake: Lake, day: dt.date | None, shard: int | None) -> Path:
@@ -398,21 +369,12 @@ def _notes(folder: Path) -> list[tuple[Path, _Noticed | None]]:
     notes: list[tuple[Path, _Noticed | None]] = []
     for path in paths:
         try:
-            notes.append((path, _read(path, missing_ok=False)))
+            notes.append((path, sealed_json.read(path, _Noticed)))
         except FileNotFoundError:
             continue
+        except DamagedFileError:
+            notes.append((path, None))
     return notes
-
-
-def _read(path: Path, *, missing_ok: bool = True) -> _Noticed | None:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=_Noticed)
-    except FileNotFoundError:
-        if missing_ok:
-            return None
-        raise
-    except msgspec.MsgspecError:
-        return None
 
 
 def _noticed(
@@ -460,7 +422,7 @@ def _stands(lake: Lake, noticed: _Noticed, published: ConsolidatedNote | None) -
         return True
     path = lake.root / noticed.path
     try:
-        seen = Seen.of(path.stat())
+        seen = look(path)
     except FileNotFoundError:
         if not noticed.path.startswith(f"{RAW}/"):
             return False  # names tell whether it is missed
@@ -472,15 +434,10 @@ def _stands(lake: Lake, noticed: _Noticed, published: ConsolidatedNote | None) -
 
 
 @lru_cache(maxsize=10_000)
-def _verifies(path: str, seen: Seen) -> bool:  # noqa: ARG001  # part of the cache's key
+def _verifies(path: str, seen: Look) -> bool:  # noqa: ARG001  # part of the cache's key
     """Whether a file is whole, all of its bytes read."""
-    file = Path(path)
-    name = FragmentName.parse(file.name)
     try:
-        if name is not None:
-            fragments.verify(Fragment(name, file))
-        else:
-            parquet.verify(file)
+        parquet.verify(Path(path))
     except FileNotFoundError:
         return True
     except DamagedFileError:

@@ -98,7 +98,8 @@ def test_damaged_day_does_not_stop_the_others(lake: Lake, settings: Settings, ch
     assert result.stderr.count("hb: ") == 1
     found = told("consolidate", "--all", code=1)
     assert list(found["failed"]) == ["2025-01-15"]
-    assert [day["unique"] for day in found["days"]] == [1]
+    assert [day["unique"] for day in found["days"]] == [0, 1]
+    assert [len(day["failed"]) for day in found["days"]] == [1, 0]
 
 
 # -- query

@@ -167,7 +167,7 @@ def test_any_history_against_the_model(history: tuple[list[Delivered], list[Step
                     settings,
                     rebuild=step == "rebuild",
                     watermarks=acknowledged(entries, seen),
-                )
+                ).require()
             except DamagedFileError:
                 assert step == "rebuild"
                 assert pruned
@@ -401,7 +401,7 @@ def test_fenced_off(
     else:
         interleaved(monkeypatch, where, prune)
     with pytest.raises(FencedError, match="start again"):
-        consolidate(lake, DAY, settings)
+        consolidate(lake, DAY, settings).require()
     monkeypatch.undo()
     assert consolidated(lake) == before
     assert consolidate(lake, DAY, settings).pending == 1
@@ -422,7 +422,7 @@ def test_pruned_while_the_fragments_are_counted(
 
     monkeypatch.setattr(fragments, "distinct_rows", pruned)
     with pytest.raises(FencedError, match=rf"shard {shard:02d}: .*part-.*start again"):
-        consolidate(lake, DAY, settings)
+        consolidate(lake, DAY, settings).require()
     monkeypatch.undo()
     assert consolidate(lake, DAY, settings).rows == 1
 
@@ -474,7 +474,7 @@ def test_failed_check_leaves_everything_in_place(
     with pytest.raises(
         CheckFailedError, match=f"day 2025-01-15, shard {shard} failed .*sorted: 1 row"
     ):
-        consolidate(lake, DAY, settings)
+        consolidate(lake, DAY, settings).require()
     assert [one for one in consolidated(lake) if one[0] == "u1"] == [
         one for one in before if one[0] == "u1"
     ]
@@ -532,7 +532,6 @@ def test_damaged_fragment(lake: Lake, settings: Settings, how: str) -> None:
     )
     rows = rows_of(bad.path)
     deliver(lake, settings, entry([line("u1", at=NOON + 1)], 2))
-    fragments._size.cache_clear()
     whole = bad.path.read_bytes()
     spoil(bad.path, how)
     done = consolidate(lake, DAY, settings)
@@ -563,7 +562,7 @@ def test_disk_that_fails_to_read_damages_nothing(
 
     monkeypatch.setattr(fragments, "verify", verify)
     with pytest.raises(OSError, match="Input/output"):
-        consolidate(lake, DAY, settings)
+        consolidate(lake, DAY, settings).require()
     monkeypatch.setattr(fragments, "verify", original)
     assert consolidate(lake, DAY, settings).set_aside == []
     assert_consolidated(lake, raw(lake))
@@ -574,7 +573,7 @@ def test_rebuild_needs_every_fragment(lake: Lake, settings: Settings) -> None:
     consolidate(lake, DAY, settings)
     fragment.path.unlink()
     with pytest.raises(DamagedFileError, match=r"can't be rebuilt: 1 of its raw fragments"):
-        consolidate(lake, DAY, settings, rebuild=True)
+        consolidate(lake, DAY, settings, rebuild=True).require()
     assert len(consolidated(lake)) == 1
     deliver(lake, settings, entry([line(at=NOON + 1)], 1))
     done = consolidate(lake, DAY, settings)
@@ -606,7 +605,7 @@ def test_a_failure_out_of_core_keeps_no_other_shard_waiting(
 
     monkeypatch.setattr(parquet.Writer, "write", write)
     with pytest.raises(OSError, match="No space"):
-        consolidate(lake, DAY, settings)
+        consolidate(lake, DAY, settings).require()
     assert len(list((lake.root / layout.HEARTBEATS).rglob("*.parquet"))) == lake.shards - 1
     consolidate(lake, DAY, settings)
     assert_consolidated(lake, raw(lake))

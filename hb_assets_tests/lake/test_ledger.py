@@ -90,7 +90,6 @@ def test_deep_counts_keys_from_raw(lake: Lake, settings: Settings, published: Pa
 
 def cut(fragment: Fragment) -> None:
     fragment.path.write_bytes(b"PAR1")
-    fragments._size.cache_clear()
 
 
 def remove(fragment: Fragment) -> None:

@@ -56,7 +56,7 @@ def test_a_fragment_cut_short_until_it_is_whole_again(lake: Lake, settings: Sett
     assert str(lake.root) in fault.message
     assert str(lake.root) not in fault.summary
     assert "shard" in fault.summary
-    damage.set_aside(lake, parquet.damaged(one.path, "cut short"))
+    damage.set_aside(lake, parquet.damaged(one.path, "cut short"), settings)
     [fault] = standing.faults(lake, [DAY])
     assert (fault.kind, fault.rows) == ("set_aside", None)
     assert standing.faults(lake, [DAY + dt.timedelta(days=1)]) == []

@@ -23,7 +23,6 @@ from hb_assets.defs import metadata, outcomes
 from hb_assets.defs.assets import HEARTBEATS, OWNERS, RAW_HEARTBEATS, TAGS
 from hb_assets.defs.installation import Installation
 from hb_assets.defs.sensors import now_ms
-from hb_assets.errors import CheckFailedError
 from hb_assets.lake import checks
 from hb_assets.lake.checks import HEARTBEAT_CHECKS
 from hb_assets.lake.consolidation import Consolidated
@@ -135,20 +134,18 @@ def consolidate_shards(
     day, settings = days.parse_day(context.partition_key), installation.settings
     with outcomes.failures():
         lake = installation.lake()
-        try:
-            with coordinated(lake, settings, start_server=False) as known:
-                done = known.consolidate(
-                    lake,
-                    day,
-                    settings,
-                    rebuild=group.rebuild,
-                    shards=group.shards,
-                    progress=outcomes.progress(context.log),
-                )
-        except CheckFailedError as error:
-            yield from outcomes.failed_checks(HEARTBEATS, error.figures)
-            raise
-    alarms.tell([_damage(day, said) for said in done.set_aside], settings)
+        with coordinated(lake, settings, start_server=False) as known:
+            done = known.consolidate(
+                lake,
+                day,
+                settings,
+                rebuild=group.rebuild,
+                shards=group.shards,
+                progress=outcomes.progress(context.log),
+            )
+        alarms.tell([_damage(day, said) for said in done.set_aside], settings)
+        yield from outcomes.failed_checks(HEARTBEATS, done.figures)
+        done.require()
     context.log.info(outcomes.consolidated(done))
     yield dg.Output(done, metadata=metadata.of_consolidated(done))
 
