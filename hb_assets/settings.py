@@ -7,6 +7,7 @@ here: opening anything (connections, files, lakes). docs/settings.md is generate
 from __future__ import annotations
 
 import datetime as dt
+import difflib
 import ipaddress
 import os
 import re
@@ -622,8 +623,21 @@ def load(**overrides: object) -> Settings:
         raise SettingsError("settings: " + "; ".join(faults)) from None
 
 
+def unknown() -> dict[str, str | None]:
+    """HB_ variables of the environment that are no settings, each with the setting most like it."""
+    known = [f"HB_{name.upper()}" for name in Settings.model_fields]
+    return {
+        name: next(iter(difflib.get_close_matches(name, known, n=1)), None)
+        for name in sorted(os.environ)
+        if name.startswith("HB_") and name not in known
+    }
+
+
 def environment(settings: Settings) -> dict[str, str]:
-    """This process's environment with every setting spelled out, for children that must agree."""
+    """This process's environment with every setting spelled out, for children that must agree.
+
+    Without HB_ variables that are no settings: it isn't for every child to warn about them again.
+    """
     places = {"home": settings.home_dir, "lake": settings.lake_dir}
     stated: dict[str, str] = {}
     for name, value in settings.model_dump(mode="json").items():
@@ -634,4 +648,6 @@ def environment(settings: Settings) -> dict[str, str]:
             value = given.expanduser().absolute()
         # an empty variable means the default, which is None where the value is None
         stated[f"HB_{name.upper()}"] = "" if value is None else str(places.get(name, value))
-    return {**os.environ, **stated}
+    dropped = unknown()
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**kept, **stated}

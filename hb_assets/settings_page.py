@@ -25,7 +25,8 @@ _HEAD = """\
 <!-- Generated from hb_assets/settings.py: make docs -->
 
 Every setting is an environment variable. An empty one counts as not set. A value that can't be
-used ends a command with exit code 2 and one line that names the variable.
+used ends a command with exit code 2 and one line that names the variable. Every command warns about
+other variables that begin with `HB_`; nothing reads them, and the members of `hb up` don't get them.
 
 - duration: `500ms`, `90s`, `15m`, `6h`, `7d`, or a number of seconds
 - size: a number of bytes, or `64KiB`, `64MiB`, `1GiB`, `1TiB` (`64m` means the same as `64MiB`)

@@ -73,6 +73,18 @@ def test_limits_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (stated["HB_LIMIT_USER"], stated["HB_LIMIT_IP"]) == ("600/1m", "off")
 
 
+def test_variables_that_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found with what was meant, and aren't handed on."""
+    monkeypatch.setenv("HB_SHARD", "4")
+    monkeypatch.setenv("HB_XYZ", "1")
+    monkeypatch.setenv("HB_EXECUTOR", "multiprocess")
+    monkeypatch.setenv("HBOMB", "1")
+    assert settings.unknown() == {"HB_SHARD": "HB_SHARDS", "HB_XYZ": None}
+    handed_on = settings.environment(settings.load())
+    assert "HB_SHARD" not in handed_on
+    assert (handed_on["HB_EXECUTOR"], handed_on["HBOMB"]) == ("multiprocess", "1")
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError):
         settings.load().shards = 3  # type: ignore[misc]  # what must fail

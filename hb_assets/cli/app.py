@@ -131,6 +131,9 @@ def settings_of(context: typer.Context, *, agree: bool = True) -> Settings:
     """
     root = context.find_root()
     if root.obj is None:
+        for name, like in settings_module.unknown().items():
+            meant = f": is {like} meant?" if like else "; docs/settings.md lists them"
+            output.note(f"warning: {name} is no setting{meant}", style="yellow")
         root.obj = settings_module.load()
     settings: Settings = root.obj
     if agree:

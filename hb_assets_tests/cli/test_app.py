@@ -111,6 +111,20 @@ def test_what_needs_no_lake_makes_no_home(
     assert not home.exists()
 
 
+def test_a_variable_that_is_no_setting_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HB_HOME", str(tmp_path))
+    monkeypatch.setenv("HB_SHARD", "4")
+    monkeypatch.setenv("HB_XYZ", "4")
+    monkeypatch.setenv("HB_EXECUTOR", "multiprocess")
+    result = hb("status", "--json")
+    assert result.stderr.splitlines() == [
+        "warning: HB_SHARD is no setting: is HB_SHARDS meant?",
+        "warning: HB_XYZ is no setting; docs/settings.md lists them",
+    ]
+
+
 def test_settings_that_differ_from_the_running_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
