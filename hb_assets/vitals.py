@@ -32,8 +32,14 @@ def drain(states: Sequence[ShardDepth], signs: Signs, settings: Settings) -> str
         return None
     return (
         f"no drain for {_longest(found.values())}: entries wait in {_shards(found)}: "
-        f"start `hb up` or `hb drain --follow`, or see their logs (HB_HEALTH_DRAIN_AGE={_text(most)})"
+        f"{_drain_remedy(signs)}, or see their logs (HB_HEALTH_DRAIN_AGE={_text(most)})"
     )
+
+
+def _drain_remedy(signs: Signs) -> str:
+    if "drain" in signs.stopped:
+        return "Dagster's drain sensor is stopped: `hb sensors start drain`"
+    return "start `hb up` or `hb drain --follow`"
 
 
 def neglected_seconds(state: ShardDepth, signs: Signs) -> float:
@@ -60,7 +66,7 @@ def backlog(states: Sequence[ShardDepth], signs: Signs, settings: Settings) -> s
     )
 
 
-def consumers(states: Sequence[ShardDepth], settings: Settings) -> str | None:
+def consumers(states: Sequence[ShardDepth], signs: Signs, settings: Settings) -> str | None:
     """What is wrong where drainers are gone with entries that nobody takes over."""
     most = settings.health_consumer_idle
     found = [state.shard for state in states if dead_consumers(state, settings)]
@@ -68,7 +74,7 @@ def consumers(states: Sequence[ShardDepth], settings: Settings) -> str | None:
         return None
     return (
         f"drainers are gone with claimed entries of {_shards(found)}, and no other takes them over: "
-        "start `hb up` or `hb drain --follow` "
+        f"{_drain_remedy(signs)} "
         f"(HB_HEALTH_CONSUMER_IDLE={_text(most)})"
     )
 
@@ -82,13 +88,18 @@ def dead_consumers(state: ShardDepth, settings: Settings) -> int:
 
 
 def dagster(signs: Signs, settings: Settings) -> str | None:
-    """What is wrong when Dagster was there once and isn't any more."""
+    """What is wrong when a sensor is stopped, or Dagster was there once and isn't any more."""
+    if stopped := signs.stopped:
+        names = " ".join(stopped)
+        many = f"sensors {', '.join(stopped)} are" if len(stopped) > 1 else f"sensor {names} is"
+        return f"Dagster's {many} stopped, and stays so until `hb sensors start {names}`"
     most = settings.health_dagster_age
     age = signs.age(DAGSTER)
     if age is None or not _beyond(age, most):
         return None
     return (
-        f"no tick of Dagster's sensors for {_duration(age)}: see to its daemon and code server; "
+        f"no tick of Dagster's sensors for {_duration(age)}: see to its daemon and code server "
+        "(`hb up`), and whether all sensors are stopped (`hb sensors list`); "
         f"where it isn't used any more set HB_HEALTH_DAGSTER_AGE=0 (now {_text(most)})"
     )
 

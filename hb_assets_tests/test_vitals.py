@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hb_assets import vitals
-from hb_assets.buffer.beats import Signs
+from hb_assets.buffer.beats import DAGSTER, Signs
 from hb_assets.buffer.depth import ShardDepth
 from hb_assets.settings import Settings
 
@@ -71,7 +71,7 @@ def test_consumers(idle: tuple[int, ...], count: int) -> None:
     """A minute of HB_CLAIM_MIN_IDLE, in which another takes over, and two besides."""
     state = shard(1, idle_ms=idle)
     assert vitals.dead_consumers(state, SETTINGS) == count
-    assert bool(vitals.consumers([state], SETTINGS)) == bool(count)
+    assert bool(vitals.consumers([state], Signs(0), SETTINGS)) == bool(count)
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,17 @@ def test_consolidation(seconds: float, red: bool) -> None:
     day = dt.date(2025, 1, 15) if seconds else None
     line = vitals.consolidation(day, seconds, SETTINGS)
     assert (line is not None) == red
+
+
+def test_a_stopped_sensor_names_itself_and_its_remedy() -> None:
+    beats = {DAGSTER: 5_000, "stopped:drain": 5_000, "stopped:buffer": 4_000}
+    seen = Signs(6_000, beats)
+    line = vitals.dagster(seen, SETTINGS)
+    assert line is not None
+    assert "drain is stopped" in line
+    assert "`hb sensors start drain`" in line
+    late = vitals.drain([shard(oldest_ms=0)], Signs(1_000_000, beats), SETTINGS)
+    assert late is not None
+    assert "`hb sensors start drain`" in late
+    assert "hb up" not in late
+    assert vitals.dagster(Signs(6_000, {**beats, DAGSTER: 5_500}), SETTINGS) is None

@@ -21,7 +21,7 @@ from hb_assets.buffer.roundtrip import exchange, script
 from hb_assets.errors import BufferUnavailableError
 
 DAGSTER = "dagster"
-"""Beat of the buffer sensor's tick: Dagster's daemon and code server run, and reach Redis."""
+"""Beat of a sensor's tick: Dagster's daemon and code server run, and reach Redis."""
 BOUNDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 """Upper bounds of the buckets, in seconds, that pieces of work are counted in."""
 BEYOND = "inf"
@@ -43,6 +43,17 @@ class Signs:
         at = self.beats.get(name)
         return None if at is None else max(0.0, (self.now_ms - at) / 1000)
 
+    @property
+    def stopped(self) -> list[str]:
+        """Names of Dagster's sensors that were stopped when one of them ticked last."""
+        ticked = self.beats.get(DAGSTER, 0)
+        prefix = stopped("")
+        return sorted(
+            name.removeprefix(prefix)
+            for name, at in self.beats.items()
+            if name.startswith(prefix) and at >= ticked
+        )
+
     def labelled(self, name: str) -> dict[str, int]:
         """The counts that `label` made of this name, by label."""
         prefix = label(name, "")
@@ -56,6 +67,11 @@ class Signs:
 def drained(shard: int) -> str:
     """Name of the beat of a drain that has looked at this shard."""
     return f"drain:{shard:02d}"
+
+
+def stopped(sensor: str) -> str:
+    """Name of the beat of a tick that has seen this sensor of Dagster's stopped."""
+    return f"stopped:{sensor}"
 
 
 def label(name: str, value: str) -> str:

@@ -47,6 +47,7 @@ COMMANDS = (
     "maintenance",
     "status",
     "backfill",
+    "sensors",
 )
 """Modules of this package that register commands, in the order of `hb --help`."""
 

@@ -88,6 +88,22 @@ query {
     ... on Error { message }
   }
 }"""
+_SENSORS = """
+query ($repository: RepositorySelector!) {
+  sensorsOrError(repositorySelector: $repository) {
+    __typename
+    ... on Sensors { results { name sensorState { id status ticks(limit: 1) { timestamp } } } }
+    ... on Error { message }
+  }
+}"""
+_START_SENSOR = """
+mutation ($sensor: SensorSelector!) {
+  startSensor(sensorSelector: $sensor) { __typename ... on Error { message } }
+}"""
+_STOP_SENSOR = """
+mutation ($id: String!) {
+  stopSensor(id: $id) { __typename ... on Error { message } }
+}"""
 _DAEMONS = """
 query {
   instance { daemonHealth { allDaemonStatuses {
@@ -114,6 +130,16 @@ class Run:
     def succeeded(self) -> bool:
         """Whether it ended well."""
         return self.status == "SUCCESS"
+
+
+@dataclass(frozen=True, slots=True)
+class Sensor:
+    """A sensor of our definitions; `ticked` is when it did last, epoch seconds."""
+
+    name: str
+    running: bool
+    ticked: float | None
+    state_id: str
 
 
 class ControlRoom:
@@ -182,6 +208,27 @@ class ControlRoom:
     def _first_day(self) -> dt.date:
         answer = _expect(self._ask(_FIRST_DAY)["assetNodeOrError"], "AssetNode")
         return dt.date.fromisoformat(answer["partitionKeysByDimension"][0]["partitionKeys"][0])
+
+    def sensors(self) -> list[Sensor]:
+        """The sensors, by name."""
+        asked = self._ask(_SENSORS, {"repository": self._our_repository()})["sensorsOrError"]
+        found = []
+        for one in _expect(asked, "Sensors")["results"]:
+            state = one["sensorState"]
+            ticked = state["ticks"][0]["timestamp"] if state["ticks"] else None
+            running = state["status"] == "RUNNING"
+            found.append(Sensor(one["name"], running, ticked, state["id"]))
+        return sorted(found, key=lambda one: one.name)
+
+    def start_sensor(self, sensor: Sensor) -> None:
+        """Let a sensor tick."""
+        selector = {**self._our_repository(), "sensorName": sensor.name}
+        _expect(self._ask(_START_SENSOR, {"sensor": selector})["startSensor"], "Sensor")
+
+    def stop_sensor(self, sensor: Sensor) -> None:
+        """Let a sensor tick no more, until it is started; a restart of `hb up` doesn't."""
+        answer = self._ask(_STOP_SENSOR, {"id": sensor.state_id})["stopSensor"]
+        _expect(answer, "StopSensorMutationResult")
 
     def launch(self, day: dt.date) -> str:
         """Launch the job for one day; the id of its run."""

@@ -131,7 +131,7 @@ def _look_at_buffer(found: Status, settings: Settings, up: UpState | None) -> No
         late = (
             vitals.drain(found.buffer, signs, settings),
             vitals.backlog(found.buffer, signs, settings),
-            vitals.consumers(found.buffer, settings),
+            vitals.consumers(found.buffer, signs, settings),
             vitals.dagster(signs, settings),
         )
         found.alarms += [line for line in late if line]

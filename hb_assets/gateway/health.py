@@ -148,7 +148,7 @@ class Health:
             "drain": _watched(settings.health_drain_age, vitals.drain(states, signs, settings)),
             "backlog": _watched(settings.health_entry_age, vitals.backlog(states, signs, settings)),
             "consumers": _watched(
-                settings.health_consumer_idle, vitals.consumers(states, settings)
+                settings.health_consumer_idle, vitals.consumers(states, signs, settings)
             ),
             "dagster": _watched(
                 settings.health_dagster_age,

@@ -147,6 +147,17 @@ def test_from_the_sample_to_the_end(installation: Installation) -> None:
     assert f"pid {process.pid}" in one_line(installation.hb("up"))
     assert "HB_SHARDS is 4 here and 16 there" in one_line(installation.hb("status", HB_SHARDS="4"))
 
+    assert installation.hb("sensors", "stop", "drain").returncode == 0
+    remedy = "`hb sensors start drain`"
+    wait_for(lambda: remedy in installation.hb("status").stderr, 60)
+    sensors = json.loads(installation.hb("sensors", "list", "--json").stdout)
+    assert [one["name"] for one in sensors if not one["running"]] == ["drain"]
+    assert "no sensor is called 'drained'" in one_line(
+        installation.hb("sensors", "stop", "drained")
+    )
+    assert installation.hb("sensors", "start", "drain").returncode == 0
+    wait_for(lambda: remedy not in installation.hb("status").stderr, 60)
+
     killed = {member["name"]: member["pid"] for member in installation.state()["members"]}
     assert set(killed) == {"redis", "gateway", "code", "webserver", "daemon"}
     for pid in killed.values():

@@ -1,14 +1,35 @@
-"""The sensors: one that drains and reports, one that asks for consolidation, two that raise alarms.
-
-Belongs here: what they share. Doesn't belong here: the rules that they apply (`lake.policy`,
-`alarms`).
-"""
+"""The sensors: one drains and reports, one asks for consolidation, the others raise alarms."""
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
+
+import dagster as dg
+from dagster._core.scheduler.instigation import InstigatorStatus, InstigatorType  # no public name
+
+from hb_assets.buffer import beats
+from hb_assets.buffer.beats import DAGSTER
+from hb_assets.defs.installation import Installation
+from hb_assets.errors import HbError
 
 
 def now_ms() -> int:
     """The clock, epoch milliseconds."""
     return time.time_ns() // 1_000_000
+
+
+def beat(context: dg.SensorEvaluationContext, installation: Installation) -> None:
+    """Leave a sign of life in Redis, and the names of sensors that somebody stopped.
+
+    Each sensor does, so that the others' alarm (`vitals.dagster`) doesn't hang on one that is
+    stopped itself. A Redis that is away is told elsewhere.
+    """
+    stopped: set[str] = set()
+    if context.instance.schedule_storage is not None:  # an instance in memory has none
+        known = context.instance.all_instigator_state(
+            instigator_type=InstigatorType.SENSOR, instigator_statuses={InstigatorStatus.STOPPED}
+        )
+        stopped = {beats.stopped(state.instigator_name) for state in known}
+    with suppress(HbError), installation.client() as client:
+        beats.beat(client, [DAGSTER, *sorted(stopped)], {})

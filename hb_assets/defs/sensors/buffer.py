@@ -13,15 +13,22 @@ import dagster as dg
 
 from hb_assets import alarms, vitals
 from hb_assets.buffer import beats, depth
-from hb_assets.buffer.beats import DAGSTER, Signs
+from hb_assets.buffer.beats import Signs
 from hb_assets.buffer.depth import Depths
 from hb_assets.defs.installation import Installation
-from hb_assets.defs.sensors import now_ms
+from hb_assets.defs.sensors import beat, now_ms
 from hb_assets.errors import HbError
 from hb_assets.gateway import spool
 from hb_assets.settings import Settings
 
-BUFFER_ALARMS = ("buffer_high_water", "entries_lost", "drain_late", "backlog", "dead_consumers")
+BUFFER_ALARMS = (
+    "buffer_high_water",
+    "entries_lost",
+    "drain_late",
+    "backlog",
+    "dead_consumers",
+    "dagster",
+)
 
 
 def buffer_sensor() -> dg.SensorDefinition:
@@ -41,11 +48,11 @@ def _tick(
 ) -> dg.SensorResult:
     settings = installation.settings
     before = alarms.load(context.cursor)
+    beat(context, installation)
     found = _spool_faults(settings)
     said = "all well"
     try:
         with installation.client() as client:
-            beats.beat(client, [DAGSTER], {})
             buffer = depth.depths(client, settings)
             signs = beats.look(client)
     except HbError as error:
@@ -83,7 +90,8 @@ def faults(buffer: Depths, signs: Signs, settings: Settings) -> dict[str, str]:
     late = (
         vitals.drain(states, signs, settings),
         vitals.backlog(states, signs, settings),
-        vitals.consumers(states, settings),
+        vitals.consumers(states, signs, settings),
+        vitals.dagster(signs, settings),
     )
     found |= {name: line for name, line in zip(BUFFER_ALARMS[2:], late, strict=True) if line}
     return found

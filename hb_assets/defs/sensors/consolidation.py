@@ -18,7 +18,7 @@ from hb_assets import alarms, vitals
 from hb_assets.defs import partitions
 from hb_assets.defs.installation import Installation
 from hb_assets.defs.jobs import CONSOLIDATE_DAY
-from hb_assets.defs.sensors import now_ms
+from hb_assets.defs.sensors import beat, now_ms
 from hb_assets.errors import HbError
 from hb_assets.lake import inventory, policy
 from hb_assets.lake.inventory import DayState
@@ -65,6 +65,7 @@ def _tick(
 ) -> dg.SensorResult | dg.SkipReason:
     settings = installation.settings
     now = now_ms()
+    beat(context, installation)
     try:
         lake = installation.lake()
     except HbError as error:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 
+import dagster as dg
 import pytest
+from dagster._core.remote_origin import (
+    InProcessCodeLocationOrigin,
+    RemoteInstigatorOrigin,
+    RemoteRepositoryOrigin,
+)
+from dagster._core.scheduler.instigation import InstigatorState, InstigatorStatus, InstigatorType
+from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 
 from hb_assets.buffer import beats, keys
 from hb_assets.defs.sensors import buffer
@@ -111,3 +119,33 @@ def test_a_tick_beats_and_misses_a_drain(append, settings, instance, webhook, cl
     append(DAY, users=2, readings=2)
     wait_for(lambda: "no drain for" in sensor.tick().skip_message, "the drain to be missed")
     assert told(webhook) == [("drain_late", "error")]
+
+
+@pytest.mark.parametrize("name", ["buffer", "drain", "consolidation"])
+def test_a_stopped_sensor_is_an_alarm_whichever_ticks(
+    name, settings, tmp_path, client, webhook
+) -> None:
+    """Also where the buffer sensor is the stopped one."""
+    origin = RemoteInstigatorOrigin(
+        RemoteRepositoryOrigin(
+            InProcessCodeLocationOrigin(
+                LoadableTargetOrigin(module_name="hb_assets.definitions"), location_name="hb_assets"
+            ),
+            "__repository__",
+        ),
+        "failed_runs",
+    )
+    state = InstigatorState(origin, InstigatorType.SENSOR, InstigatorStatus.STOPPED)
+    instance = dg.DagsterInstance.local_temp(str(tmp_path))
+    instance.add_instigator_state(state)
+    sensor = Ticks(settings.model_copy(update=webhook.setting), instance, name)
+    sensor.tick()
+    assert beats.look(client).stopped == ["failed_runs"]
+    if name == "buffer":
+        [alarm] = webhook.received
+        assert alarm["alarm"] == "dagster"
+        assert "`hb sensors start failed_runs`" in alarm["message"]
+    instance.update_instigator_state(state.with_status(InstigatorStatus.RUNNING))
+    sensor.tick()
+    assert beats.look(client).stopped == []
+    instance.dispose()
