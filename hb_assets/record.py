@@ -7,8 +7,12 @@ them from these classes) and anything that handles many records at once (`lake.d
 
 from __future__ import annotations
 
+import codecs
 import datetime as dt
 import hashlib
+import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,6 +66,7 @@ Field = Literal["record", "user_id", "device_id", "timestamp", "heart_rate"]
 Code = Literal[
     "not_json",
     "not_an_object",
+    "duplicate_field",
     "missing",
     "wrong_type",
     "wrong_length",
@@ -107,7 +112,7 @@ class Wire(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     user_id: UserId
     device_id: DeviceId
     heart_rate: Bpm
-    timestamp: str | UnsetType = UNSET
+    timestamp: dt.datetime | UnsetType = UNSET
     timestamp_ms: int | UnsetType = UNSET
 
 
@@ -116,30 +121,44 @@ _wire_decoder = msgspec.json.Decoder(Wire)
 _loose_decoder = msgspec.json.Decoder()
 _array_decoder = msgspec.json.Decoder(list[Wire])
 _encoder = msgspec.json.Encoder()
-_fromisoformat = dt.datetime.fromisoformat
-_DATE_LENGTH = len("2025-01-15")
 _REMEMBERED = 2**16
 """Users whose shards are remembered."""
 
+_ISO_8601 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ]"
+    r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.,][0-9]+)?)?"
+    r"(?:[Zz]|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?"
+)
+"""An instant, as docs/wire-format.md describes it; whether the day exists is for the calendar."""
+_FINE, _ESCAPED = re.compile(rb"\.[0-9]{7}"), re.compile(rb"\\u00[23]")
+"""More than six digits behind a second's point, which msgspec rounds; a point or digit that is
+escaped. One pattern with both takes ten times as long."""
+_POINT, _BACKSLASH = b".\\"
+"""As numbers, which `in` finds in bytes several times as fast."""
 
-def parse(line: bytes, now_ms: int, bounds: TimeBounds) -> tuple[Heartbeat | Refusal, int]:
+
+def parse(
+    line: bytes, now_ms: int, bounds: TimeBounds
+) -> tuple[Heartbeat | Refusal, Sequence[str]]:
     """Read one JSON text.
 
     Args:
-        line: one JSON object, UTF-8.
+        line: one JSON object, UTF-8, with or without a byte order mark.
         now_ms: the instant that "too far in the future" is measured from, epoch milliseconds.
         bounds: accepted timestamps.
 
     Returns:
-        The heartbeat or the first refusal (fields in the order of `Field`), and how many unknown
-        fields were ignored.
+        The heartbeat or the first refusal (fields in the order of `Field`), and the names of
+        unknown fields, which were ignored.
     """
     try:
         wire = _wire_decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _read_loosely(line, now_ms, bounds)
+    if not _is_plain(line, (wire,)):
+        return _read_loosely(line, now_ms, bounds)
     found, refused = judge((wire,), now_ms, bounds)
-    return (found[0] if found else refused[0][1]), 0
+    return (found[0] if found else refused[0][1]), ()
 
 
 def read_array(text: bytes) -> list[Wire] | None:
@@ -148,17 +167,38 @@ def read_array(text: bytes) -> list[Wire] | None:
     None unless every one has the common shape of a heartbeat: `parse` tells what each of them is.
     """
     try:
-        return _array_decoder.decode(text)
+        wires = _array_decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    return wires if not wires or _is_plain(text, wires) else None
 
 
-def read_lines(text: bytes) -> list[Wire] | None:
-    """As `read_array`, of NDJSON."""
-    try:
-        return _wire_decoder.decode_lines(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
+def read_lines(text: bytes, lines: int) -> list[Wire] | None:
+    """As `read_array`, of NDJSON, that many lines.
+
+    As an array, since `decode_lines` lets an object reach over several lines, and several stand in
+    one: as many objects as lines come only of line ends that each stand between two objects.
+    """
+    wires = read_array(b"[%b]" % text.replace(b"\n", b","))
+    return wires if wires is not None and len(wires) == lines else None
+
+
+def _is_plain(text: bytes, wires: Sequence[Wire]) -> bool:
+    """Whether what msgspec made of an object, or of an array of them, means one thing.
+
+    Of a name that stands in an object twice it takes the last value: then there are more commas
+    than the names that it found need. And it rounds a time, where finer digits are to be cut off.
+    """
+    unset = UNSET
+    names = 4 * len(wires)
+    for wire in wires:
+        if (wire.timestamp is unset) is (wire.timestamp_ms is unset):  # one of both is usual
+            names += -1 if wire.timestamp is unset else 1
+    if text.count(b",") != names - 1:
+        return False
+    return not (
+        (_POINT in text and _FINE.search(text)) or (_BACKSLASH in text and _ESCAPED.search(text))
+    )
 
 
 def judge(
@@ -169,20 +209,19 @@ def judge(
     One loop that calls as little as it can: a gateway spends a quarter of its time here.
     """
     first, last = bounds.start_ms, min(now_ms + bounds.future_ms, LAST_MS)
-    epoch, fromisoformat, unset = EPOCH, _fromisoformat, UNSET
+    epoch, unset = EPOCH, UNSET
     found: list[Heartbeat] = []
     refused: list[tuple[int, Refusal]] = []
     for wire in wires:
         instant = wire.timestamp_ms
         if instant is unset:
-            try:  # the usual way: it has an offset, and so a time
-                gap = fromisoformat(wire.timestamp) - epoch  # type: ignore[arg-type]  # a TypeError
-            except (ValueError, TypeError):
-                instant_or_not = _instant(wire.timestamp, unset)
-                if isinstance(instant_or_not, Refusal):
-                    refused.append((len(found) + len(refused), instant_or_not))
+            try:  # the usual way: there is one, with an offset
+                gap = wire.timestamp - epoch  # type: ignore[operator]  # a TypeError
+            except TypeError:
+                if wire.timestamp is unset:
+                    refused.append((len(found) + len(refused), _NO_TIME))
                     continue
-                instant = instant_or_not
+                instant = ms_of(wire.timestamp)
             else:
                 instant = gap.days * MS_PER_DAY + gap.seconds * 1000 + gap.microseconds // 1000
         if first <= instant <= last:
@@ -192,12 +231,34 @@ def judge(
     return found, refused
 
 
-def parse_object(fields: Any, now_ms: int, bounds: TimeBounds) -> tuple[Heartbeat | Refusal, int]:
-    """As `parse`, of a JSON value that is decoded already (an element of an array)."""
+def parse_object(
+    fields: Any, now_ms: int, bounds: TimeBounds
+) -> tuple[Heartbeat | Refusal, Sequence[str]]:
+    """As `parse`, of a value that is decoded already (a row of a table)."""
     if not isinstance(fields, dict):
-        return Refusal("record", "not_an_object", "a heartbeat is a JSON object"), 0
-    unknown = sum(name not in WIRE_FIELDS for name in fields)
+        return Refusal("record", "not_an_object", "a heartbeat is a JSON object"), ()
+    unknown = tuple(name for name in fields if name not in WIRE_FIELDS)
     return _check(fields, now_ms, bounds), unknown
+
+
+class Ignored(Counter[str]):
+    """How often unknown fields were ignored, by name.
+
+    Bounded by `add`, since a sender may think of any names: `MOST` of them, each cut to `LENGTH`
+    characters; the others are counted together as `OTHERS`.
+    """
+
+    MOST = 16
+    LENGTH = 32
+    OTHERS = "*"
+
+    def add(self, names: Iterable[str]) -> None:
+        """Count these as well."""
+        for name in names:
+            known = name[: self.LENGTH]
+            if known not in self and len(self) >= self.MOST:
+                known = self.OTHERS
+            self[known] += 1
 
 
 def encode(heartbeat: Heartbeat) -> bytes:
@@ -235,26 +296,38 @@ def parse_instant(text: str) -> int:
     """Epoch milliseconds of an ISO 8601 instant; no offset means UTC; finer digits are cut off.
 
     Raises:
-        ValueError: not an instant (a date without a time isn't one either).
+        ValueError: not an instant as docs/wire-format.md describes it.
     """
-    if len(text) <= _DATE_LENGTH:
-        raise ValueError("a date without a time")
-    try:
-        moment = _fromisoformat(text)
-    except ValueError:
-        moment = _fromisoformat(text.upper())  # a small t, z or w
-    try:
-        return ms_of(moment)
-    except OverflowError as error:
-        raise ValueError(str(error)) from None
+    if not _ISO_8601.fullmatch(text):
+        raise ValueError("not a date and a time of ISO 8601")
+    return ms_of(dt.datetime.fromisoformat(text.upper()))
 
 
-def _read_loosely(line: bytes, now_ms: int, bounds: TimeBounds) -> tuple[Heartbeat | Refusal, int]:
+def _read_loosely(
+    line: bytes, now_ms: int, bounds: TimeBounds
+) -> tuple[Heartbeat | Refusal, Sequence[str]]:
+    line = line.removeprefix(codecs.BOM_UTF8)
     try:
         fields = _loose_decoder.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return Refusal("record", "not_json", "the text is not one JSON object in UTF-8"), 0
+        # each pair but the first has a comma before it
+        twice = _twice(line) if type(fields) is dict and line.count(b",") >= len(fields) else None
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return Refusal("record", "not_json", "the text is not one JSON object in UTF-8"), ()
+    if twice is not None:
+        message = f"{twice} stands in it more than once, and which one is meant can't be told"
+        return Refusal("record", "duplicate_field", message), ()
     return parse_object(fields, now_ms, bounds)
+
+
+def _twice(text: bytes) -> str | None:
+    """The first of our fields that a JSON object names more than once; None: there is none."""
+    names: list[str] = []
+
+    def keep(pairs: list[tuple[str, object]]) -> None:
+        names[:] = [name for name, _ in pairs]  # the outermost object ends last
+
+    json.loads(text.decode(), object_pairs_hook=keep, parse_int=str, parse_float=str)
+    return next((name for name in WIRE_FIELDS if names.count(name) > 1), None)
 
 
 def _check(fields: dict[str, Any], now_ms: int, bounds: TimeBounds) -> Heartbeat | Refusal:
@@ -286,6 +359,9 @@ def _check(fields: dict[str, Any], now_ms: int, bounds: TimeBounds) -> Heartbeat
     return Heartbeat(ids["user_id"], ids["device_id"], instant, whole)
 
 
+_NO_TIME = Refusal("timestamp", "missing", "timestamp (or timestamp_ms) is required")
+
+
 def _instant(text: object, epoch_ms: object) -> int | Refusal:
     """Epoch milliseconds out of `timestamp_ms`, or else `timestamp`."""
     if epoch_ms is not UNSET and epoch_ms is not None:
@@ -294,7 +370,7 @@ def _instant(text: object, epoch_ms: object) -> int | Refusal:
             return Refusal("timestamp", "wrong_type", "timestamp_ms must be an integer (epoch ms)")
         return whole
     if text is UNSET or text is None:
-        return Refusal("timestamp", "missing", "timestamp (or timestamp_ms) is required")
+        return _NO_TIME
     if not isinstance(text, str):
         return Refusal("timestamp", "wrong_type", "timestamp must be an ISO 8601 string")
     try:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import duckdb
 import msgspec
 import pytest
 from hypothesis import given
+from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from hb_assets import record
@@ -97,8 +100,8 @@ def test_half_a_character_is_no_text() -> None:
 def test_the_canonical_form_comes_back_as_it_was(heartbeat: Heartbeat) -> None:
     line = record.encode(heartbeat)
     assert b"\n" not in line
-    assert record.parse(line, NOW, BOUNDS) == (heartbeat, 0)
-    assert record.parse_object(json.loads(line), NOW, BOUNDS) == (heartbeat, 0)
+    assert record.parse(line, NOW, BOUNDS) == (heartbeat, ())
+    assert record.parse_object(json.loads(line), NOW, BOUNDS) == (heartbeat, ())
 
 
 @given(records)
@@ -188,27 +191,144 @@ def test_the_first_fault_in_the_order_of_fields_is_told() -> None:
     assert refused.reason == "user_id_missing"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "2025-01-15T10:00:00Z",
-        "2025-01-15t10:00:00z",
-        "2025-01-15 10:00:00",
-        "2025-01-15T10:00",
-        "20250115T100000Z",
-        "2025-01-15T12:30:00+02:30",
-        "2025-01-15T10:00:00.000999Z",
-        "2025-01-15T10:00:00.000999999Z",
-    ],
+# -- instants
+
+
+def said(text: str) -> int | None:
+    """Epoch milliseconds by the parser; None: refused."""
+    try:
+        return record.parse_instant(text)
+    except ValueError:
+        return None
+
+
+def said_in_json(text: str, *, escaped: bool) -> list[int | None]:
+    """The same by each reader of JSON."""
+    line = json.dumps(GOOD | {"timestamp": text}).encode()
+    if escaped:
+        spelt = "".join(f"\\u{ord(char):04x}" for char in text if ord(char) < 0x10000)
+        line = line.replace(json.dumps(text).encode(), f'"{spelt}"'.encode())
+    anything = TimeBounds(-(2**60), 2**60)
+    found: list[Heartbeat | Refusal] = [record.parse(line, 0, anything)[0]]
+    for wires in (record.read_lines(line, 1), record.read_array(b"[" + line + b"]")):
+        if wires is not None:
+            found += record.judge(wires, 0, anything)[0]
+    for one in found:
+        if isinstance(one, Refusal):
+            assert one.reason in ("timestamp_not_a_time", "timestamp_in_the_future")
+    return [one.timestamp_ms if isinstance(one, Heartbeat) else None for one in found]
+
+
+def by_hand(text: str) -> int | None:
+    """Another reading of docs/wire-format.md: digit by digit, with a calendar of its own."""
+    left = list(text)
+
+    def take(chars: str) -> str:
+        return left.pop(0) if left and left[0] in chars else ""
+
+    def number(digits: int) -> int:
+        found = [take("0123456789") for _ in range(digits)]
+        return int("".join(found)) if all(found) else 10**9
+
+    year, _ = number(4), take("-") or left.insert(0, "?")
+    month, _ = number(2), take("-") or left.insert(0, "?")
+    day, _ = number(2), take("Tt ") or left.insert(0, "?")
+    hour, _ = number(2), take(":") or left.insert(0, "?")
+    minute = number(2)
+    second = milli = 0
+    if take(":"):
+        second = number(2)
+        if take(".,"):
+            digits = ""
+            while digit := take("0123456789"):
+                digits += digit
+            milli = int((digits + "00")[:3]) if digits else 10**9
+    east = 0
+    if left and not take("Zz"):
+        sign = take("+-")
+        hours = number(2)
+        minutes = number(2) if (take(":") or left) else 0
+        east = (hours * 60 + minutes) * (-1 if sign == "-" else 1)
+        if not sign or hours > 23 or minutes > 59:
+            return None
+    leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+    lengths = [31, 29 if leap else 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31]
+    if not (1 <= year <= 9999 and 1 <= month <= 12 and 1 <= day <= lengths[month - 1]):
+        return None
+    if left or hour > 23 or minute > 59 or second > 59 or milli > 999:
+        return None
+    before = year - 1
+    days = before * 365 + before // 4 - before // 100 + before // 400
+    days += sum(lengths[: month - 1]) + day - 1
+    minutes = ((days - 719_162) * 24 + hour) * 60 + minute - east
+    return (minutes * 60 + second) * 1000 + milli
+
+
+like_instants = st.from_regex(
+    r"(000[01]|1900|19[67][0-9]|20[0-9]{2}|9999)-?(0[0-9]|1[0-3]|02)-?([0-3][0-9]|29|31)[-+T t_]"
+    r"([01][0-9]|2[0-4]|[0-9]):?([0-5][0-9]|60)?(:([0-5][0-9]|60))?([.,][0-9]{0,12})?"
+    r"([Zz]|[-+ ]([01][0-9]|2[0-4])(:?([0-5][0-9]|60)?(:[0-9]{2})?([.][0-9])?)?)?",
+    fullmatch=True,
 )
-def test_one_instant_in_many_spellings(text: str) -> None:
-    assert record.parse_instant(text) == NOW
+exact_instants = st.from_regex(
+    r"(0001|1969|1970|2000|2024|2025|9999)-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])[T t]"
+    r"([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.,](9{1,12}|[0-9]{1,10}))?)?"
+    r"([Zz]|[-+]([01][0-9]|2[0-3])(:?[0-5][0-9])?)?",
+    fullmatch=True,
+)
+
+
+@st.composite
+def spoilt_instants(draw: st.DrawFn) -> str:
+    """An instant with a few characters that are cut out, put in or exchanged."""
+    text = draw(exact_instants)
+    for _ in range(draw(st.integers(1, 2))):
+        place = draw(st.integers(0, len(text)))
+        odd = draw(
+            st.sampled_from(
+                [*"0123456789:-+.,TZ tz_W/", "\n", "\x00", "\u0662", "\uff10", "\u2212"]
+            )
+        )
+        text = (
+            text[:place]
+            + draw(st.sampled_from(["", odd]))
+            + text[place + draw(st.integers(0, 1)) :]
+        )
+    return text
+
+
+@given(like_instants | exact_instants | spoilt_instants() | st.text(max_size=30), st.booleans())
+@example_settings(max_examples=500)
+def test_a_time_means_what_another_reading_says(text: str, escaped: bool) -> None:
+    want = by_hand(text)
+    assert said(text) == want
+    if want is not None and want > LAST_MS:  # by its offset
+        want = None
+    assert set(said_in_json(text, escaped=escaped)) == {want}
+
+
+FORMS = [
+    (json.loads(row["form"]), row["ms"])
+    for row in map(
+        re.compile(r"\| `(?P<form>\".*\")` \| (?P<ms>-?[0-9]+|refused) \|.*").fullmatch,
+        (Path(__file__).parent.parent / "docs" / "wire-format.md").read_text().splitlines(),
+    )
+    if row
+]
+
+
+def test_the_documented_forms_of_a_time() -> None:
+    assert len(FORMS) >= 60
+    for form, ms in FORMS:
+        want = None if ms == "refused" else int(ms)
+        assert (said(form), by_hand(form)) == (want, want), form
+        assert set(said_in_json(form, escaped=False)) == {want}, form
 
 
 @given(
     st.datetimes(
         timezones=st.timezones() | st.none(),  # type: ignore[arg-type]  # its stub knows one of them
-        min_value=dt.datetime(1, 1, 2),
+        min_value=dt.datetime(1980, 1, 1),  # local mean times had offsets with seconds
         max_value=dt.datetime(9999, 12, 30),
     )
 )
@@ -235,7 +355,88 @@ def test_unknown_fields_are_ignored_and_counted() -> None:
     line = json.dumps(GOOD | {"battery": 3, "firmware": None}).encode()
     outcome, unknown = record.parse(line, NOW, BOUNDS)
     assert isinstance(outcome, Heartbeat)
-    assert unknown == 2
+    assert unknown == ("battery", "firmware")
+
+
+LINE = json.dumps(GOOD).encode()
+
+
+@pytest.mark.parametrize("name", record.WIRE_FIELDS)
+@pytest.mark.parametrize("spelling", [str, lambda name: name.replace("_", "\\u005f")])
+@pytest.mark.parametrize("more", ["", ', "battery": [1, {"user_id": 2}]'])
+def test_a_field_that_is_named_twice_is_refused(
+    name: str, spelling: Callable[[str], str], more: str
+) -> None:
+    value = json.dumps((GOOD | {"timestamp_ms": NOW})[name])
+    again = f', "{spelling(name)}": {value}'
+    line = (
+        LINE[:-1] + b', "timestamp_ms": 1' * (name == "timestamp_ms") + f"{again}{more}}}".encode()
+    )
+    refused = read(line)
+    assert isinstance(refused, Refusal)
+    assert refused.reason == "record_duplicate_field"
+    # in company, too, where another one has a name less
+    lacking = json.dumps({key: value for key, value in GOOD.items() if key != "timestamp"}).encode()
+    for other in (LINE, lacking):
+        assert record.read_lines(line + b"\n" + other, 2) is None
+        assert record.read_array(b"[" + other + b"," + line + b"]") is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        LINE.replace(b"u1", b"u,1,2"),
+        LINE.replace(b"u1", b'heart_rate\\": 1, \\"heart_rate'),
+        LINE[:-1] + b', "x": 1, "x": 2}',
+        LINE[:-1] + b', "x": {"heart_rate": 1, "heart_rate": 2}}',
+        LINE[:-1] + b', "timestamp_ms": null}',
+        LINE[:-1] + b', "timestamp_ms": 1736935200000}',
+        b"\xef\xbb\xbf" + LINE,
+        b"\xef\xbb\xbf" + LINE[:-1] + b', "x": 1}',
+    ],
+)
+def test_what_looks_like_two_fields_and_is_one(line: bytes) -> None:
+    assert isinstance(read(line), Heartbeat)
+
+
+def test_the_usual_lines_are_read_in_company() -> None:
+    """Else every batch would take several times as long."""
+    for changes in ({}, {"timestamp_ms": NOW}, {"timestamp": "2025-01-15T10:00:00.123456+00:00"}):
+        fields = GOOD | changes | {"device_id": "é"}
+        stamped = {key: value for key, value in fields.items() if key != "timestamp"}
+        for each in [fields, stamped] if "timestamp_ms" in fields else [fields]:
+            line = json.dumps(each).encode()
+            for text in (b"\n".join([line] * 3), b"\r\n".join([line] * 3)):
+                assert len(record.read_lines(text, 3) or ()) == 3
+            assert len(record.read_array(b"[%b , %b]" % (line, line)) or ()) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LINE.replace(b", ", b",\n", 1) + LINE,
+        LINE.replace(b", ", b"\n", 1),
+        LINE + LINE + b"\n",
+        LINE + b" " + LINE + b"\n\n",
+        LINE + b"\n\n" + LINE,
+        LINE + b",\n" + LINE,
+        LINE.replace(b"u1", b"u\n1"),
+    ],
+)
+def test_lines_that_are_not_one_object_each(text: bytes) -> None:
+    assert record.read_lines(text, text.count(b"\n") + 1) is None
+
+
+@given(st.lists(st.text(max_size=40), max_size=60))
+def test_ignored_fields_are_named_within_bounds(names: list[str]) -> None:
+    ignored = record.Ignored()
+    ignored.add(names)
+    assert ignored.total() == len(names)
+    assert len(ignored) <= record.Ignored.MOST + 1
+    assert all(len(name) <= record.Ignored.LENGTH for name in ignored)
+    first = list(dict.fromkeys(name[: record.Ignored.LENGTH] for name in names))
+    assert list(ignored)[: record.Ignored.MOST] == first[: record.Ignored.MOST]
+    assert len(first) <= record.Ignored.MOST or record.Ignored.OTHERS in ignored
 
 
 def test_arrivals_sort_by_number_and_never_by_text() -> None:

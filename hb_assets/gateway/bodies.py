@@ -8,6 +8,7 @@ telling a batch's records apart. Doesn't belong here: what a record says (`recor
 from __future__ import annotations
 
 import asyncio
+import codecs
 import re
 import sys
 import time
@@ -352,11 +353,12 @@ def split(body: bytes, media_type: bytes, most: int) -> Records:
 
     An NDJSON media type, or a first character other than `[`, makes it NDJSON. The index is the
     position in the array or the line number, both from 0. Blank lines are skipped, but counted,
-    so that an index is the line of the sender's file.
+    so that an index is the line of the sender's file. A byte order mark before it all is skipped.
 
     Raises:
         ProblemError: 413, more than `most` records; 422, an array that is not well-formed JSON.
     """
+    body = body.removeprefix(codecs.BOM_UTF8)
     if media_type not in NDJSON_TYPES and body.lstrip()[:1] == b"[":
         # Counted before it is decoded: a body of `1,1,1,` would take forty times its size.
         commas = most * COMMAS_PER_HEARTBEAT
@@ -372,8 +374,8 @@ def split(body: bytes, media_type: bytes, most: int) -> Records:
     lines = text.count(b"\n") + 1
     if lines > most:
         _too_many(most)
-    wires = record.read_lines(text)
-    if wires is not None and len(wires) == lines:
+    wires = record.read_lines(text, lines)
+    if wires is not None:
         return Records(wires)
     texts = enumerate(text.split(b"\n"))
     return Records(texts=[(n, line) for n, line in texts if line and not line.isspace()])

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, islice
 from typing import NamedTuple, NoReturn, TypeVar
+from urllib.parse import quote
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -89,7 +90,7 @@ class One:
             raise
         heartbeat, unknown = record.parse(body, self._backend.now_ms(), self._bounds)
         if unknown:
-            self._metrics.unknown_fields.inc(unknown)
+            self._metrics.unknown_fields.inc(len(unknown))
         if isinstance(heartbeat, record.Refusal):
             limits.admit(sender)
             self._refuse(heartbeat)
@@ -100,6 +101,8 @@ class One:
         self._judge(await self._backend.append({shard: (record.encode(heartbeat),)}))
         scope[TAKEN] = True
         headers = self.accept(subjects)
+        if unknown:
+            headers.append((IGNORED, _shown(unknown)))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send(_ACCEPTED_BODY)
 
@@ -112,15 +115,13 @@ class One:
         if not backend.direct:
             return None
         heartbeat, unknown = record.parse(body, backend.now_ms(), self._bounds)
-        if isinstance(heartbeat, record.Refusal):
+        if unknown or isinstance(heartbeat, record.Refusal):
             return None
         user = heartbeat.user_id
         subjects = limits.with_user(limits.sender(who), user)
         lines = {self._shards[user]: (record.encode(heartbeat),)}
         if not limits.admits(subjects):
             return None
-        if unknown:
-            self._metrics.unknown_fields.inc(unknown)
         return InFlight(lines, backend.append_soon(lines), subjects)
 
     def is_settled(self, one: InFlight) -> bool:
@@ -156,6 +157,26 @@ class One:
         )
 
 
+def _shown(names: Iterable[str]) -> bytes:
+    """Names for a header: percent-encoded, in at most about `_SHOWN_MOST` bytes."""
+    shown: list[str] = []
+    left = _SHOWN_MOST
+    ignored = record.Ignored()
+    ignored.add(names)
+    for name in ignored:
+        text = quote(name, safe=record.Ignored.OTHERS) or '""'
+        left -= len(text)
+        if left < 0:
+            shown.append(record.Ignored.OTHERS)
+            break
+        shown.append(text)
+    return ", ".join(shown).encode()
+
+
+IGNORED = b"hb-ignored"
+"""The header of an answer that names a heartbeat's unknown fields."""
+_SHOWN_MOST = 1000
+"""A proxy bounds all headers of an answer together, at 4 KiB for one."""
 ACCEPTED = b'{"status":"accepted"}'
 _ACCEPTED_HEADERS = (
     (b"content-type", b"application/json"),
@@ -179,7 +200,7 @@ class _Sorted:
     valid: list[record.Heartbeat] = field(default_factory=list)
     indexes: list[int] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
-    unknown_fields: int = 0
+    ignored: record.Ignored = field(default_factory=record.Ignored)
     retry_after: float = 0.0
 
     def add(
@@ -221,7 +242,8 @@ class _Sorted:
         return {
             "accepted": accepted,
             "refused": sorted(self.refused, key=lambda refused: refused.index),
-            "unknown_fields": self.unknown_fields,
+            "unknown_fields": self.ignored.total(),
+            "ignored": self.ignored,
         }
 
 
@@ -292,7 +314,7 @@ class Batch:
                 batch.add(range(start, start + len(wires)), *record.judge(wires, now_ms, bounds))
             for index, text in records.texts[start : start + SLICE]:
                 found, unknown = record.parse(text, now_ms, bounds)
-                batch.unknown_fields += unknown
+                batch.ignored.add(unknown)
                 if isinstance(found, record.Heartbeat):
                     batch.add((index,), (found,), ())
                 else:
@@ -338,7 +360,7 @@ class Batch:
 
     def _count(self, batch: _Sorted, accepted: int) -> None:
         self._metrics.accepted.inc(accepted)
-        self._metrics.unknown_fields.inc(batch.unknown_fields)
+        self._metrics.unknown_fields.inc(batch.ignored.total())
         for reason, count in Counter(refused.reason for refused in batch.refused).items():
             self._metrics.refused(reason, count)
 

@@ -47,6 +47,7 @@ class BatchAnswer(msgspec.Struct):
     accepted: int
     refused: list[Refused]
     unknown_fields: int
+    ignored: dict[str, int]
 
 
 class Fault(msgspec.Struct, omit_defaults=True):
@@ -163,6 +164,11 @@ def document(settings: Settings, now: dt.datetime, version: str) -> Json:
                     "description": "By policy, the quota (q) and its window in seconds (w).",
                     "schema": {"type": "string"},
                 },
+                "HB-Ignored": {
+                    "description": "Names of unknown fields that were ignored, percent-encoded, "
+                    "separated by commas; none where there were none.",
+                    "schema": {"type": "string"},
+                },
                 "Allow": {
                     "description": "The methods of this path.",
                     "schema": {"type": "string"},
@@ -225,7 +231,8 @@ def _heartbeat(wire: Json, settings: Settings, now: dt.datetime) -> Json:
     instant = {
         "type": "string",
         "format": "date-time",
-        "description": "ISO 8601 with date and time, any number of digits of a second; without an "
+        "description": "ISO 8601: YYYY-MM-DD, T or a space, HH:MM[:SS[.fraction]], then nothing, Z "
+        "or an offset (+HH:MM); any number of digits of a second; without an "
         f"offset it is UTC. From {settings.start_date} on (HB_START_DATE), and at most "
         f"{settings.max_future} ahead (HB_MAX_FUTURE).",
     }
@@ -236,7 +243,8 @@ def _heartbeat(wire: Json, settings: Settings, now: dt.datetime) -> Json:
         "description": "The same in milliseconds since 1970; where it is given it counts.",
     }
     return {
-        "description": "One reading. Other fields are ignored (and counted).",
+        "description": "One reading. Other fields are ignored (counted, and named in the answer); "
+        "one of these twice is refused.",
         "type": "object",
         "required": [name for name in record.WIRE_FIELDS if name in wire["required"]],
         "properties": {name: fields[name] for name in ("user_id", "device_id", "heart_rate")},
@@ -330,7 +338,9 @@ def _post_one() -> Json:
         "heartbeats",
         "Send one heartbeat",
         {
-            "200": _answer("Stored, as durably as HB_DURABILITY says.", "Stored", _LIMITS),
+            "200": _answer(
+                "Stored, as durably as HB_DURABILITY says.", "Stored", (*_LIMITS, "HB-Ignored")
+            ),
             "400": _problem("The timestamp is no time at all, or a compressed body is damaged."),
             **_REFUSED_BODY,
             "422": _problem("Not a valid heartbeat; `errors` names the field."),
@@ -372,7 +382,8 @@ def _post_batch(settings: Settings) -> Json:
         },
         description="A JSON array, or NDJSON: one heartbeat a line. `index` in `refused` is the "
         "position in the array, or the line, from 0; `retry` says whether sending the same again "
-        "can help.",
+        f"can help. `ignored` counts unknown fields by name, the first {record.Ignored.MOST} of them, "
+        f"cut to {record.Ignored.LENGTH} characters; `{record.Ignored.OTHERS}` is all others.",
         scope=INGEST,
         requestBody={
             "required": True,

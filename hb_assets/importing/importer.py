@@ -57,7 +57,7 @@ class Imported:
     refused: int = 0
     fault: str | None = None
     reasons: Counter[str] = field(default_factory=Counter)
-    ignored: Counter[str] = field(default_factory=Counter)
+    ignored: record.Ignored = field(default_factory=record.Ignored)
     seconds: float = 0.0
     waited: float = 0.0
 
@@ -140,7 +140,7 @@ class Importer:
             if isinstance(result, Heartbeat):
                 shard = record.shard_of(result.user_id, self._settings.shards)
                 by_shard.setdefault(shard, []).append(record.encode(result))
-                done.ignored.update(["*"] * unknown)
+                done.ignored.add(unknown)
             else:
                 self._refuse(line, result, done)
         self._store(by_shard, done)

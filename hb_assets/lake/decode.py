@@ -5,8 +5,6 @@ Belongs here: the columnar reading of many records at once. Entries of our own a
 plainly valid; any other line goes to `record.parse`, whose word is final, so that validity is
 defined once and one bad row never stops its entry. Doesn't belong here: where rows are written, and
 decoding what may kill the process (`isolation`).
-DuckDB's reading forgives a few slips of syntax that `record.parse` doesn't: a trailing comma, and
-`NaN`, `1e999` or deep nesting in fields that are ignored.
 """
 
 from __future__ import annotations
@@ -95,7 +93,6 @@ _ENTRIES = pa.schema(
     [
         ("entry", pa.int32()),
         ("latest", pa.int64()),
-        ("foreign", pa.bool_()),
         ("data", pa.string()),
     ]
 )
@@ -113,22 +110,24 @@ _FOUND: pa.Schema = pa.schema(
 )
 
 # Only a line that is sound beyond doubt is taken here; what is false or null is read again, by
-# record.parse. Ids with a backslash are left to it as well: escapes are rare and easy to get wrong;
-# and foreign lines with more than four fields, so that unknown ones are counted.
+# record.parse. Ids with a backslash are left to it as well: escapes are rare and easy to get wrong.
+# So is a line with more than three commas: it names an unknown field, or one twice (of which DuckDB
+# takes the first and msgspec the last), or it ends with a comma, which DuckDB forgives.
 _DECODE = r"""
 WITH lines AS (
-    SELECT entry, latest, "foreign",
+    SELECT entry, latest,
         CAST($first + unnest(range(len(parts))) AS INTEGER) AS pos, unnest(parts) AS line
-    FROM (SELECT entry, latest, "foreign", string_split(data, chr(10)) AS parts FROM entries)
+    FROM (SELECT entry, latest, string_split(data, chr(10)) AS parts FROM entries)
 ), read AS (
-    SELECT entry, latest, "foreign", pos, line, CASE WHEN json_valid(line) THEN from_json(line, $shape) END AS r
+    SELECT entry, latest, pos, line,
+        CASE WHEN line NOT LIKE '%,%,%,%,%' AND json_valid(line)
+        THEN from_json(line, $shape) END AS r
     FROM lines
 ), texts AS (
     SELECT entry, latest, pos, line,
         CAST(r.user_id AS VARCHAR) AS user_text, CAST(r.device_id AS VARCHAR) AS device_text,
         CAST(r.timestamp AS VARCHAR) AS time_text, CAST(r.timestamp_ms AS VARCHAR) AS ms_text,
-        CAST(r.heart_rate AS VARCHAR) AS bpm_text,
-        CASE WHEN "foreign" AND r IS NOT NULL THEN len(json_keys(line)) ELSE 4 END AS fields
+        CAST(r.heart_rate AS VARCHAR) AS bpm_text
     FROM read
 ), typed AS (
     SELECT *, TRY_CAST(bpm_text AS SMALLINT) AS bpm,
@@ -146,8 +145,7 @@ WITH lines AS (
             AND length(device_text) - 2 BETWEEN $shortest AND $longest
             AND bpm BETWEEN $lowest AND $highest AND CAST(bpm AS VARCHAR) = bpm_text
             AND (ms_text IS NULL OR CAST(instant AS VARCHAR) = ms_text)
-            AND instant BETWEEN $start AND latest
-            AND fields = 4,
+            AND instant BETWEEN $start AND latest,
         false) AS sound
     FROM typed
 )
@@ -291,7 +289,7 @@ def _decode(
             rejects.add(index, pos, line, result)
         else:
             found.append((index, pos, result))
-            unknown_fields += unknown
+            unknown_fields += len(unknown)
     sound = _together([*parts, _parsed(found)])
     read = np.concatenate([sound["entry"].to_numpy(), np.array(rejects.indexes, np.int32)])
     counts = np.empty(len(entries), np.int64)
@@ -415,12 +413,11 @@ def _read_all(
 def _read_some(
     connection: duckdb.DuckDBPyConnection, batch: _Batch, indexes: Sequence[int]
 ) -> pa.Table:
-    entries, texts, settings = batch.entries, batch.texts, batch.settings
+    texts, settings = batch.texts, batch.settings
     table = pa.Table.from_arrays(
         [
             pa.array(indexes, pa.int32()),
             pa.array(batch.latest[indexes], pa.int64()),
-            pa.array([entries[index].own is None for index in indexes], pa.bool_()),
             pa.array([texts[index].decode() for index in indexes], pa.string()),
         ],
         schema=_ENTRIES,
@@ -436,7 +433,8 @@ def _read_some(
         "longest": ID_LENGTH[1],
         "lowest": BPM_RANGE[0],
         "highest": BPM_RANGE[1],
-        "start": settings.time_bounds.start_ms,
+        # before 1970 DuckDB cuts a fraction off towards 1970, record.parse always downwards
+        "start": max(settings.time_bounds.start_ms, 1),
     }
     return connection.sql(_DECODE, params=parameters).to_arrow_table()
 

@@ -187,8 +187,10 @@ def test_what_is_not_valid_is_refused_by_the_ordinary_way(
 def test_unknown_fields_are_counted(http: httpx.Client, ways: list[str]) -> None:
     with connected(http) as client:
         for _ in range(2):
-            assert ask(client, request(body(steps=5))).status == 200
-    assert ways == ["ordinary", "express"]
+            answer = ask(client, request(body(steps=5)))
+            assert answer.status == 200
+            assert answer.headers["hb-ignored"] == "steps"
+    assert ways == ["ordinary", "declined", "ordinary"]
     assert total(samples(http), "hb_unknown_fields_total") == 2
 
 

@@ -135,6 +135,79 @@ def test_full_buffer_is_503_with_retry_after(
     assert len(stored(client, settings.shards)) == 1
 
 
+@VALKEY
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({}, None),
+        ({"spo2": 98, "steps": 1}, "spo2, steps"),
+        ({"a, b": 1, "é\r\nX-Evil: 1": 2, "": 3}, 'a%2C%20b, %C3%A9%0D%0AX-Evil%3A%201, ""'),
+        ({"x" * 40: 1}, "x" * 32),
+        ({f"n{number}": 1 for number in range(20)}, ", ".join(f"n{n}" for n in range(16)) + ", *"),
+        ({"\U0001f600" * 32 + "x": 1, "\U0001f601" * 32: 1, "\U0001f602" * 32: 1}, ...),
+    ],
+)
+def test_ignored_fields_are_named_in_a_header(
+    http: httpx.Client, fields: dict[str, int], named: Any
+) -> None:
+    response = http.post(PATH, json=heartbeat() | fields)
+    assert response.status_code == 200
+    assert "x-evil" not in response.headers
+    found = response.headers.get("hb-ignored")
+    if named is ...:
+        assert found.endswith(", *")
+        assert len(found) < 1010
+    else:
+        assert found == named
+
+
+@VALKEY
+def test_ignored_fields_of_a_batch_are_counted_by_name(http: httpx.Client) -> None:
+    sent = [heartbeat() | {"spo2": 98, f"once{n}": 1} for n in range(20)]
+    sent.append(heartbeat(heart_rate=0) | {"spo2": 97, "y\n" * 40: 1})
+    for response in (
+        http.post(BATCH, json=sent),
+        http.post(BATCH, content="\n".join(map(json.dumps, sent))),
+    ):
+        answer = response.json()
+        assert (answer["accepted"], answer["unknown_fields"]) == (20, 42)
+        assert answer["ignored"] == {"spo2": 21, **{f"once{n}": 1 for n in range(15)}, "*": 6}
+        assert "hb-ignored" not in response.headers
+    none = problem(http.post(BATCH, json=[{"spo2": 1}]), 422, "no-valid-heartbeat")
+    assert none["ignored"] == {"spo2": 1}
+
+
+@VALKEY
+def test_a_byte_order_mark_is_skipped(http: httpx.Client) -> None:
+    mark = b"\xef\xbb\xbf"
+    one = json.dumps(heartbeat()).encode()
+    assert http.post(PATH, content=mark + one).status_code == 200
+    for batch in (
+        mark + b"[" + one + b"," + one + b"]",
+        mark + b" [" + one + b"," + one + b"]",
+        mark + one + b"\n" + one,
+        mark + one[:-1] + b', "extra": 1}\n' + one,
+        mark + b"\r\n" + one + b"\n" + mark + one,
+    ):
+        answer = http.post(BATCH, content=batch).json()
+        assert (answer["accepted"], answer["refused"]) == (2, [])
+
+
+@VALKEY
+def test_a_batch_means_one_thing_or_is_refused(http: httpx.Client) -> None:
+    one = json.dumps(heartbeat()).encode()
+    twice = one[:-1] + b', "heart_rate": 171}'
+    for batch in (b"[" + one + b"," + twice + b"]", one + b"\n" + twice):
+        answer = http.post(BATCH, content=batch).json()
+        assert answer["accepted"] == 1
+        assert [(one["index"], one["reason"]) for one in answer["refused"]] == [
+            (1, "record_duplicate_field")
+        ]
+    first, second = one.split(b", ", 1)
+    answer = http.post(BATCH, content=one + one + b"\n" + first + b",\n" + second).json()
+    assert [line["reason"] for line in answer["refused"]] == ["record_not_json"] * 3
+
+
 def test_concurrent_posts_are_all_stored(
     http: httpx.Client, client: Any, settings: Settings
 ) -> None:
@@ -168,7 +241,7 @@ def test_batch_lists_what_it_refused(http: httpx.Client, client: Any, settings: 
         assert response.status_code == 200
         answer = response.json()
         assert answer["accepted"] == 2
-        assert answer["unknown_fields"] == 1
+        assert (answer["unknown_fields"], answer["ignored"]) == (1, {"extra": 1})
         assert [(row["index"], row["reason"]) for row in answer["refused"]] == bad
         assert not any(row["retry"] for row in answer["refused"])
         assert "retry-after" not in response.headers

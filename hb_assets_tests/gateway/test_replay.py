@@ -302,7 +302,12 @@ def test_one_shard_that_redis_refuses(settings: Settings, spool: Spool) -> None:
         for n in range(3):
             batch = [heartbeat(user_id=user_of(s), heart_rate=70 + n) for s in range(SHARDS)]
             answer = http.post(BATCH, json=batch)
-            assert answer.json() == {"accepted": SHARDS, "refused": [], "unknown_fields": 0}
+            assert answer.json() == {
+                "accepted": SHARDS,
+                "refused": [],
+                "unknown_fields": 0,
+                "ignored": {},
+            }
         wait_for(lambda: spool.holdings().heartbeats == 3, "the others")
         before = [row["heart_rate"] for row in stored(client, broken)]  # of the shards below it
         assert sorted(before) == sorted([70, 71, 72] * broken)
