@@ -77,7 +77,7 @@ def consolidate(
             {"days": results, "failed": {str(day): why for day, why in failed.items()}}
         )
     else:
-        _show_consolidated(results)
+        _show_consolidated(results, nothing_pending=not chosen)
     set_aside = [said for one in results for said in one.set_aside]
     for line in [*set_aside, *failed.values()]:
         output.complain(line)
@@ -98,9 +98,10 @@ def _days(lake: Lake, settings: Settings, *, pending_only: bool) -> list[dt.date
     return [day for day in found if is_due(day)]
 
 
-def _show_consolidated(results: list[Consolidated]) -> None:
-    if not results:
+def _show_consolidated(results: list[Consolidated], *, nothing_pending: bool) -> None:
+    if nothing_pending:
         output.results.print("nothing is pending")
+    if not results:
         return
     table = output.table(
         "Consolidated", "day", "rows", "unique", "repeats", "corrections", "files written", "checks"
@@ -155,7 +156,17 @@ def query_user(
             f"must be one of {', '.join(GRANULARITIES)}", param_hint="--granularity"
         )
     question = Question(user, first, last, device, granularity)
-    points = query.answer(existing_lake(settings), question, settings).points.to_pylist()
+    lake = existing_lake(settings)
+    points = query.answer(lake, question, settings).points.to_pylist()
+    if not points:
+        whose = "this user" if device is None else "this user and device"
+        before, after = query.nearest(lake, question, settings)
+        told = [f"the last one before it is at {_iso(before)}"] if before else []
+        told += [f"the first one after it is at {_iso(after)}"] if after else []
+        output.note(
+            f"no reading of {whose} in this range: "
+            + ("; ".join(told) or "nor any other in the lake; `hb drain` brings what is buffered")
+        )
     if as_json:
         output.print_json(
             {

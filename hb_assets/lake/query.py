@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from hb_assets import days
-from hb_assets.errors import DamagedFileError
+from hb_assets.errors import DamagedFileError, HbError
 from hb_assets.lake import buckets, inventory, rows, tombstones
 from hb_assets.lake.buckets import GRANULARITIES, POINTS, joined
 from hb_assets.lake.rows import Wanted
@@ -99,6 +99,33 @@ def answer(
             if page is not None:
                 return page
     return Page(pa.concat_tables(found) if found else POINTS.empty_table())
+
+
+def nearest(
+    lake: Lake, question: Question, settings: Settings
+) -> tuple[dt.datetime | None, dt.datetime | None]:
+    """The last point before a question's range, and the first one after it; None: there is none.
+
+    Each day that the lake holds is asked, from the range outwards; most cost a look into a few
+    footers. A day that can't be read is passed over: this is for people who wonder where to look.
+    """
+    start_ms, end_ms = question.whole_buckets()
+    known = inventory.days(lake)
+
+    def of(day: dt.date, first: int, last: int, at: int) -> dt.datetime | None:
+        first, last = max(first, days.start_ms(day)), min(last, days.end_ms(day))
+        if first >= last:
+            return None
+        try:
+            points = answer(lake, replace(question, start_ms=first, end_ms=last), settings).points
+        except (HbError, OSError):
+            return None
+        found: dt.datetime | None = points["timestamp"][at].as_py() if points.num_rows else None
+        return found
+
+    before = (of(day, 0, start_ms, -1) for day in reversed(known))
+    after = (of(day, end_ms, days.LAST_MS, 0) for day in known)
+    return next(filter(None, before), None), next(filter(None, after), None)
 
 
 def _days_points(

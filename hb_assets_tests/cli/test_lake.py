@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 
 import pytest
 import redis
 
 from hb_assets.buffer import keys
-from hb_assets.lake import layout, minutes
+from hb_assets.lake import consolidation, layout, minutes
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
@@ -102,6 +103,18 @@ def test_damaged_day_does_not_stop_the_others(lake: Lake, settings: Settings, ch
     assert [len(day["failed"]) for day in found["days"]] == [1, 0]
 
 
+def test_nothing_is_pending_only_where_nothing_failed(
+    lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(consolidation, "consolidate", full)
+    result = hb("consolidate", "--pending", code=1)
+    assert result.stdout == ""
+    assert result.stderr == "hb: No space left on device\n"
+
+
 # -- query
 
 
@@ -118,6 +131,32 @@ def test_query(lake: Lake) -> None:
     assert [point["timestamp"] for point in of_the_day["data"]] == ["2025-01-15T00:00:00Z"]
     complaint("query", "u1", "--start", START, "--end", END, "--granularity", "2m")
     assert told("query", "nobody", "--start", START, "--end", END)["data"] == []
+
+
+def test_a_query_says_where_there_is_something(lake: Lake, settings: Settings) -> None:
+    """On the same day, on others, of another device; a day that can't be read is passed over."""
+    days_later = NOON + 2 * 86_400_000
+    later = entry([line(at=days_later), line(at=days_later + 60_000)], ms=days_later)
+    deliver(lake, settings, later)
+
+    def note(*arguments: str, user: str = "u1") -> str:
+        result = hb("query", user, "--start", arguments[0], "--end", arguments[1], *arguments[2:])
+        assert "0 points" in result.stdout
+        return " ".join(result.stderr.split())
+
+    before, after = "2025-01-15T12:00:00Z", "2025-01-17T12:00:00Z"
+    for start in ("2025-01-15T12:01Z", "2025-01-16"):
+        assert note(start, "2025-01-17") == (
+            "no reading of this user in this range: the last one before it is at "
+            f"{before}; the first one after it is at {after}"
+        )
+    assert note("2025-01-15T11:00Z", before).endswith(f"the first one after it is at {before}")
+    assert note("2025-01-18", "2025-02-18").endswith("before it is at 2025-01-17T12:01:00Z")
+    assert "nor any other in the lake" in note("2025-01-18", "2025-01-19", user="nobody")
+    assert "user and device" in note("2025-01-15", "2025-01-16", "--device", "other")
+    hb("consolidate", "2025-01-17")
+    layout.consolidated_file(lake.root, dt.date(2025, 1, 17), shard_of("u1", 4)).write_bytes(b"")
+    assert note("2025-01-18", "2025-02-18").endswith(f"before it is at {before}")
 
 
 @pytest.mark.parametrize(
