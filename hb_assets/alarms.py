@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
 
+from hb_assets.lake.standing import Fault
 from hb_assets.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -84,6 +85,18 @@ def changes(
                 Alarm(alarm=name, severity="resolved", message=text, at=_instant(now_ms))
             )
     return notices, standing
+
+
+def of_lake(faults: Iterable[Fault]) -> dict[str, str]:
+    """Messages of what stands against the lake, by name: one for each kind and day."""
+    lines: dict[str, list[str]] = {}
+    for fault in faults:
+        day = "" if fault.day is None else f":{fault.day}"
+        lines.setdefault(f"lake_{fault.kind}{day}", []).append(fault.message)
+    return {
+        name: found[0] + (f"; {len(found) - 1} more of this day" if len(found) > 1 else "")
+        for name, found in lines.items()
+    }
 
 
 def tell(notices: Sequence[Alarm], settings: Settings) -> None:

@@ -186,9 +186,9 @@ def _look_at_lake(found: Status, settings: Settings, latest: int) -> None:
     except (HbError, OSError) as error:
         found.alarms.append(output.line(error))
         return
-    from hb_assets.lake import inventory, policy
+    from hb_assets.lake import inventory, policy, standing
 
-    faults: list[str] = []
+    faults = [fault.message for fault in standing.faults(lake)]
     every = inventory.days_found(lake, faults)
     found.days_in_lake = len(every)
     found.days = [inventory.day_state(lake, day, settings) for day in every[-latest:]]

@@ -202,8 +202,22 @@ class Backend:
     async def survey(self) -> Survey | None:
         """The lake as it was seen last; None until it was seen at all."""
         with contextlib.suppress(TimeoutError):
-            self._survey = await self._ask_survey.answer(self._probes)
+            survey = await self._ask_survey.answer(self._probes)
+            if survey is not self._survey:
+                self._tell(survey)
+            self._survey = survey
         return self._survey
+
+    def _tell(self, survey: Survey) -> None:
+        """One log line for each fault of the lake that is new, or is over."""
+        before = {fault.message: fault for fault in self._survey.faults} if self._survey else {}
+        found = {fault.message: fault for fault in survey.faults}
+        for message, fault in found.items():
+            if message not in before:
+                _log.error("alarm lake_%s (error): %s", fault.kind, message)
+        for message, fault in before.items():
+            if message not in found:
+                _log.info("alarm lake_%s (resolved): over: %s", fault.kind, message)
 
     def _make_probes(self) -> None:
         client, lake, settings = self._client, self._lake, self.settings

@@ -24,10 +24,14 @@ from hb_assets.buffer.durability import Standing
 from hb_assets.errors import HbError
 from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.spool import Holdings
+from hb_assets.lake.standing import Fault
+from hb_assets.lake.survey import Survey
 
 OK = "ok"
 OFF = "off"
 """A part that there isn't, or that the settings don't watch."""
+MOST_FAULTS = 20
+"""Faults of the lake that are told one by one; `hb status` tells all."""
 _UNSEEN = "not seen yet"
 _RETRY_AFTER = "5"
 """Seconds until another look is worth it: nothing that fails here mends itself sooner."""
@@ -97,22 +101,21 @@ class Health:
     async def look(self) -> dict[str, Part]:
         """Look at all parts at once."""
         backend = self._backend
-        depths, signs, standing, held, disk, consolidation = await asyncio.gather(
+        depths, signs, standing, held, survey = await asyncio.gather(
             _known(backend.depths()),
             _known(backend.signs()),
             _known(backend.standing()),
             _known(backend.holdings()),
-            self._disk(),
-            self._consolidation(),
+            backend.survey(),
         )
         takes = isinstance(held, Holdings) and not held.full
         return {
             "redis": self._redis(depths, signs, spooling=takes),
             **self._drained(depths, signs),
             "aof": _aof(standing),
-            **disk,
+            **await self._disk(survey),
             "spool": _spool(held, alone=isinstance(depths, HbError)),
-            "consolidation": consolidation,
+            "consolidation": self._consolidation(survey),
         }
 
     def _redis(self, depths: Depths | HbError, signs: Signs | HbError, *, spooling: bool) -> Part:
@@ -157,7 +160,7 @@ class Health:
             ),
         }
 
-    async def _disk(self) -> dict[str, Part]:
+    async def _disk(self, survey: Survey | None) -> dict[str, Part]:
         settings = self._backend.settings
         try:
             disk = await self._backend.disk()
@@ -167,18 +170,17 @@ class Health:
             fault = f"the lake's folder can't be read: {error.strerror}"
         else:
             space = _watched(settings.health_free_space, vitals.space(disk.free, settings))
-            return {"lake": Part.of(disk.unwritable), "space": space}
+            alarms = _of_lake(survey.faults) if survey else ()
+            return {"lake": Part.of(disk.unwritable, alarms=alarms), "space": space}
         return {"lake": Part.failed(fault), "space": Part(f"unknown: {fault}")}
 
-    async def _consolidation(self) -> Part:
+    def _consolidation(self, survey: Survey | None) -> Part:
         settings = self._backend.settings
-        survey = await self._backend.survey()
         if survey is None:
             return Part(_UNSEEN)
         return Part.of(
             vitals.consolidation(survey.overdue, survey.overdue_seconds, settings),
             OK if settings.health_consolidation_delay else OFF,
-            alarms=survey.faults,
         )
 
 
@@ -188,6 +190,13 @@ async def _known(asked: Awaitable[T]) -> T | HbError:
         return await asked
     except HbError as error:
         return error
+
+
+def _of_lake(faults: Sequence[Fault]) -> list[str]:
+    """A line for each of the first faults: whoever asks needs no key, and gets no paths."""
+    lines = list(dict.fromkeys(fault.summary for fault in faults))
+    more = len(lines) - MOST_FAULTS
+    return [*lines[:MOST_FAULTS], *([f"the lake: {more:,} more faults"] if more > 0 else [])]
 
 
 def _aof(standing: Standing | HbError) -> Part:

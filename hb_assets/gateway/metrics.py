@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -42,6 +43,7 @@ from hb_assets.gateway.health import Health
 from hb_assets.gateway.probes import Probe
 from hb_assets.gateway.spool import Holdings
 from hb_assets.gateway.tallies import Counts, Tallies
+from hb_assets.lake.standing import Fault, Kind
 from hb_assets.lake.survey import Survey
 from hb_assets.settings import Settings
 
@@ -172,7 +174,12 @@ TABLE = _table(
     ("hb_lake_up", "", "Whether the lake's folder could be written when these metrics were read."),
     ("hb_lake_free_bytes", "", "Free space of its disk."),
     ("hb_lake_partitions", "", "Days that the lake holds anything of."),
-    ("hb_lake_damaged_partitions", "", "Days of which a file or a folder can't be read."),
+    ("hb_lake_damaged_partitions", "", "Days with a fault that nobody has resolved."),
+    (
+        "hb_lake_faults",
+        "kind",
+        "Damage and loss in the lake that nobody has resolved, by kind.",
+    ),
     ("hb_lake_fragments", "", "Raw fragments."),
     ("hb_lake_pending_fragments", "", "Raw fragments that aren't consolidated."),
     ("hb_lake_pending_bytes", "", "Bytes of them."),
@@ -445,7 +452,8 @@ def show_lake(families: Families, survey: Survey) -> None:
         families.set(f"hb_lake_{name}", getattr(survey, name))
     families.set("hb_lake_unique_rows", survey.unique)
     families.set("hb_lake_partitions", survey.days)
-    families.set("hb_lake_damaged_partitions", survey.faulty_days)
+    families.set("hb_lake_damaged_partitions", len({fault.day for fault in survey.faults} - {None}))
+    show_faults(families, survey.faults)
     kinds = {
         "repeat": survey.repeats,
         "correction": survey.corrections,
@@ -455,6 +463,13 @@ def show_lake(families: Families, survey: Survey) -> None:
         families.set("hb_lake_duplicate_rows", rows, kind)
     families.set("hb_lake_write_amplification_ratio", survey.write_amplification)
     families.set("hb_consolidation_overdue_seconds", survey.overdue_seconds)
+
+
+def show_faults(families: Families, faults: Sequence[Fault]) -> None:
+    """What stands against the lake, each kind from the start."""
+    counts = Counter(fault.kind for fault in faults)
+    for kind in get_args(Kind):
+        families.set("hb_lake_faults", counts[kind], kind)
 
 
 def show_spool(families: Families, held: Holdings) -> None:
@@ -521,7 +536,9 @@ class Exposition:
             families.set("hb_lake_up", 0)
             return
         survey = await self._backend.survey()
-        if survey is not None:
+        if survey is None:
+            show_faults(families, ())
+        else:
             show_lake(families, survey)
 
     async def _show_spool(self, families: Families) -> None:

@@ -43,6 +43,13 @@ def look(path: Path) -> Look:
     return Look.of(path.stat())
 
 
+def barred(path: Path) -> Path:
+    """The uppermost folder on the way to `path` that is closed to us; itself where none is."""
+    parents = reversed(path.parents)
+    closed = (one for one in parents if os.access(one, os.F_OK) and not os.access(one, os.X_OK))
+    return next(closed, path)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the folder's entries durable."""
     _sync(folder, os.O_RDONLY | os.O_DIRECTORY)

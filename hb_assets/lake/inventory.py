@@ -17,7 +17,7 @@ from pathlib import Path
 from hb_assets.errors import DamagedFileError
 from hb_assets.lake import consolidated, fragments, layout, minutes, parquet
 from hb_assets.lake.consolidated import ConsolidatedNote
-from hb_assets.lake.files import Look, look
+from hb_assets.lake.files import Look, barred, look
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.layout import HEARTBEATS, RAW
 from hb_assets.lake.store import Lake
@@ -85,10 +85,11 @@ def noted(faults: list[str], path: Path) -> Iterator[None]:
     except DamagedFileError as error:
         faults.append(str(error))
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        faults.append(
-            f"{error.filename or path} can't be read ({reason}): see to its permissions and its disk"
+        reason, closed = (
+            error.strerror or type(error).__name__,
+            barred(Path(error.filename or path)),
         )
+        faults.append(f"{closed} can't be read ({reason}): mend its permissions or its disk")
 
 
 def raw_digest(lake: Lake, day: dt.date) -> str:

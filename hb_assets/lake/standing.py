@@ -26,7 +26,7 @@ import msgspec
 from hb_assets.errors import CheckFailedError, DamagedFileError, FencedError, HbError
 from hb_assets.lake import fragments, layout, parquet, sealed_json
 from hb_assets.lake.consolidated import ConsolidatedNote
-from hb_assets.lake.files import Look, TempFile, look, sync_folder
+from hb_assets.lake.files import Look, TempFile, barred, look, sync_folder
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.layout import DAMAGED, FAULTS, HEARTBEATS, PRUNED, RAW, FragmentName
 from hb_assets.lake.store import FORMAT, Lake
@@ -122,7 +122,7 @@ def faults(lake: Lake, days: Collection[dt.date] | None = None) -> list[Fault]:
             found += seen
         if day in noticed:
             found += _noticed(lake, day, None, None)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _where(day: dt.date | None, shard: int | None) -> str:
@@ -131,6 +131,10 @@ def _where(day: dt.date | None, shard: int | None) -> str:
 
 
 def _unreadable(path: Path, error: OSError, day: dt.date | None, shard: int | None) -> Fault:
+    closed = barred(path)
+    if closed != path:  # one fault, however much lies behind it
+        path, shard = closed, None
+        day = layout.day_of_folder(path.name)
     message = f"{path} can't be read ({error.strerror}): mend its permissions or its disk"
     return Fault("unreadable", day, shard, None, path, message)
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 import datetime as dt
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from hb_assets.lake import inventory, layout, policy
+from hb_assets.lake import inventory, layout, policy, standing
 from hb_assets.lake.consolidated import ConsolidatedNote
 from hb_assets.lake.folders import Folders
 from hb_assets.lake.layout import HEARTBEATS, RAW, FragmentName
+from hb_assets.lake.standing import Fault
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 
@@ -30,8 +31,8 @@ class Survey:
     """Sums over all days; cumulative ones as `consolidated.ConsolidatedNote` has them.
 
     `overdue` is the day whose oldest pending fragment is farthest beyond the age at which it should
-    have been consolidated, and `overdue_seconds` how far. `faults` says, in one line each, which
-    files and folders can't be read, of `faulty_days` days: the sums are those of all others.
+    have been consolidated, and `overdue_seconds` how far. `faults` are those that stand
+    (`standing.faults`): the sums are those of all files that can be read.
     """
 
     days: int = 0
@@ -47,8 +48,7 @@ class Survey:
     bytes: int = 0
     overdue: dt.date | None = None
     overdue_seconds: float = 0.0
-    faults: tuple[str, ...] = ()
-    faulty_days: int = 0
+    faults: tuple[Fault, ...] = ()
 
     @property
     def write_amplification(self) -> float:
@@ -74,7 +74,6 @@ class _Day:
     rows_written: int = 0
     bytes: int = 0
     oldest_pending_ms: int | None = None
-    faults: list[str] = field(default_factory=list)
 
 
 class Surveyor:
@@ -91,15 +90,14 @@ class Surveyor:
 
     def look(self) -> Survey:
         """The lake now."""
-        faults: list[str] = []
         found = {
             day: self._folders.remembered(self._lake, day, (RAW, HEARTBEATS), _read)
-            for day in inventory.days_found(self._lake, faults)
+            for day in inventory.days_found(self._lake, [])
         }
         sums = {
             name: sum(getattr(one, name) for one in found.values())
             for name in _Day.__slots__
-            if name not in ("oldest_pending_ms", "faults")
+            if name != "oldest_pending_ms"
         }
         oldest = ((day, one.oldest_pending_ms) for day, one in found.items())
         now_ms = time.time_ns() // 1_000_000
@@ -108,26 +106,27 @@ class Surveyor:
             days=len(found),
             overdue=overdue,
             overdue_seconds=seconds,
-            faults=(*faults, *(fault for one in found.values() for fault in one.faults)),
-            faulty_days=sum(bool(one.faults) for one in found.values()),
+            faults=tuple(standing.faults(self._lake)),
             **sums,
         )
 
 
 def _read(lake: Lake, day: dt.date) -> _Day:
+    """What can be read of the day; `standing.faults` says what can't."""
     time.sleep(_BREATH_SECONDS)
+    told: list[str] = []
     sums = _Day()
     oldest_ns = None
     for shard in range(lake.shards):
         # raw first: a fragment that is consolidated and pruned meanwhile isn't called pending
         raw: list[os.DirEntry[str]] = []
         listed: frozenset[str] = frozenset()
-        with inventory.noted(sums.faults, layout.shard_folder(lake.root, RAW, day, shard)):
+        with inventory.noted(told, layout.shard_folder(lake.root, RAW, day, shard)):
             raw = _fragments(lake, day, shard)
-        with inventory.noted(sums.faults, layout.consolidated_file(lake.root, day, shard)):
+        with inventory.noted(told, layout.consolidated_file(lake.root, day, shard)):
             published = inventory.published(lake, day, shard)
             listed = _take_in(sums, *published) if published else frozenset()
-        with inventory.noted(sums.faults, layout.shard_folder(lake.root, RAW, day, shard)):
+        with inventory.noted(told, layout.shard_folder(lake.root, RAW, day, shard)):
             for entry in raw:
                 if entry.name in listed:
                     continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import logging
 import os
 import threading
 import time
@@ -18,13 +19,15 @@ from hb_assets import drain
 from hb_assets.buffer import beats, keys
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
+from hb_assets.gateway import backend
+from hb_assets.gateway.health import MOST_FAULTS
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.gateway.conftest import PATH, heartbeat
 from hb_assets_tests.gateway.test_metrics import samples
-from hb_assets_tests.lake.deliveries import DAY, deliver, entry, line
+from hb_assets_tests.lake.deliveries import DAY, NOON, deliver, entry, line
 from hb_assets_tests.servers import wait_for
 
 redis_url = on_valkey
@@ -270,3 +273,58 @@ def test_nothing_is_watched_where_the_thresholds_are_0(
     assert {name for name, text in parts.items() if text == "off"} == {
         *("drain", "backlog", "consumers", "dagster", "space", "consolidation"),
     }
+
+
+@pytest.fixture
+def seen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lake is looked at as often as anybody asks."""
+    monkeypatch.setattr(backend, "SURVEY_SECONDS", 0)
+    monkeypatch.setattr(backend, "SURVEY_SHARE", 1)
+
+
+def test_a_damaged_day_and_a_stopped_sensor_keep_no_gateway_from_its_work(
+    seen_at_once: None,
+    serving: Serving,
+    settings: Settings,
+    lake: Lake,
+    client: redis.Redis,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each is an alarm everywhere, from when a running gateway can notice it until it is mended."""
+    caplog.set_level(logging.INFO)
+    [fragment] = deliver(lake, settings, entry([line()]))
+    whole = fragment.path.read_bytes()
+    damaged = "hb_lake_faults", (("kind", "damaged"),)
+    with serving(settings) as http:
+        wait_for(lambda: told(http) == ([], []), "health")
+        assert http.get("/health").json()["alarms"] == []
+        assert samples(http)[damaged] == samples(http)["hb_lake_damaged_partitions", ()] == 0
+        client.hset(keys.BEATS, beats.DAGSTER, 1)
+        fragment.path.write_bytes(whole[:-1] + b"X")  # in place: its folder doesn't change
+        wait_for(lambda: len(http.get("/health").json()["alarms"]) == 2, "both alarms")
+        assert unwell(http) == ["dagster"]
+        assert http.get("/health/ready").status_code == 200
+        [of_day] = [one for one in http.get("/health").json()["alarms"] if str(DAY) in one]
+        assert str(settings.home_dir) not in of_day, "who asks needs no key, and gets no path"
+        assert samples(http)[damaged] == samples(http)["hb_lake_damaged_partitions", ()] == 1
+        fragment.path.write_bytes(whole)
+        wait_for(lambda: len(http.get("/health").json()["alarms"]) == 1, "the file to be whole")
+        assert samples(http)[damaged] == 0
+    lines = [one.getMessage() for one in caplog.records if "alarm lake_damaged" in one.message]
+    assert [line.split()[2] for line in lines] == ["(error):", "(resolved):"]
+    assert all(str(fragment.path) in line for line in lines)
+
+
+def test_many_faults_are_told_shortly(
+    seen_at_once: None, serving: Serving, settings: Settings, lake: Lake
+) -> None:
+    days = MOST_FAULTS + 5
+    for back in range(days):
+        for fragment in deliver(lake, settings, entry([line(at=NOON - back * 86_400_000)], back)):
+            fragment.path.write_bytes(b"PAR1")
+    with serving(settings) as http:
+        wait_for(lambda: bool(http.get("/health").json()["alarms"]), "the alarms")
+        alarms = http.get("/health").json()["alarms"]
+        assert len(alarms) == MOST_FAULTS + 1
+        assert "5 more" in alarms[-1]
+        assert samples(http)["hb_lake_faults", (("kind", "damaged"),)] == days

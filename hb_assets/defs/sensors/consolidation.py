@@ -92,7 +92,7 @@ def _tick(
         requests.append(dg.RunRequest(run_key=run_key, partition_key=day, tags={REASON: reason}))
         if len(requests) == MOST_REQUESTS:
             break
-    found = {f"day_unreadable:{day}": message for day, message in faults.items()}
+    found = alarms.of_lake(installation.faults(lake))
     oldest = ((state.day, state.oldest_pending_ms) for state in states)
     late = vitals.consolidation(*policy.most_overdue(oldest, now, settings), settings)
     if late is not None:
