@@ -13,7 +13,7 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -43,9 +43,26 @@ GONE = "hb.gone"
 """Where the ASGI scope has a function that tells whether its client has gone."""
 
 STEP_BYTES = 256 * 2**10
-"""Bytes that are expanded in one go: about a millisecond."""
+"""Bytes that are expanded in one go, at most: about a millisecond."""
+STEP_SENT_BYTES = 16 * 2**10
+"""Bytes that are taken to expand in one go: they may be blocks of nothing, ten thousand of them."""
 TURN_SECONDS = 0.002
-"""How long expanding may go on before other requests get their turn."""
+"""How long bodies are expanded, all of them, before other requests get their turn."""
+FREE_MEMBERS = 8
+MEMBER_BYTES = 256
+"""A body may have so many gzip members or zstd frames, and one more for each so many bytes.
+
+To begin one takes up to 12 us, as long as 400 bytes of heartbeats take a gateway, so that a body
+that expands to little costs no more than some of what it could have carried.
+"""
+FREE_SECONDS = 0.002
+SECONDS_PER_MESSAGE = 20e-6
+SECONDS_PER_BYTE = 60e-9
+"""The CPU time that expanding may take: blocks of nothing can't be counted from outside.
+
+A compressor's own output takes a tenth of it. Heartbeats that come uncompressed take half of it,
+and about as much for each message of the server's (a body may come byte by byte).
+"""
 ZSTD_WINDOW_LOG = 23
 """Largest window of a zstd frame, 8 MiB: what RFC 8878 (3.1.1.1.2) asks of every decoder."""
 GZIP_BITS = 16 + zlib.MAX_WBITS
@@ -79,6 +96,8 @@ class Room:
     def __init__(self, most: int) -> None:
         self._most = most
         self._taken = 0
+        self.turn = asyncio.Lock()
+        """Held by the body that is being expanded: all of them together leave others their turn."""
 
     def take(self, size: int) -> None:
         """Take room for a part of a body; its reader gives back what it took.
@@ -139,7 +158,7 @@ async def read_body(
     if length.isdigit() and int(length) > most:
         _too_large(most)
     if coding and (coding := _checked_coding(coding)):
-        return await _read_expanding(receive, _Expansion(coding), most, room or Room(most))
+        return await _read_expanding(scope, receive, _Expansion(coding), most, room or Room(most))
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
         body: bytes = message.get("body", b"")
@@ -167,39 +186,49 @@ async def _read_on(receive: Receive, message: Message, most: int, room: Room) ->
         room.give_back(len(parts))
 
 
-async def _read_expanding(receive: Receive, expansion: _Expansion, most: int, room: Room) -> bytes:
+async def _read_expanding(
+    scope: Scope, receive: Receive, expansion: _Expansion, most: int, room: Room
+) -> bytes:
     expanded = bytearray()
+    gone: Callable[[], bool] = scope.get(GONE, bool)
+    came = 0
     try:
-        return await _expanded(receive, expansion, most, room, expanded)
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise ClientGoneError
+            compressed = message.get("body", b"")
+            came += len(compressed)
+            # what expands to nothing is bounded by what came
+            if came > most:
+                _too_large(most)
+            pieces = expansion.pieces(compressed)
+            while await _turn(pieces, expanded, most, room):
+                if gone():
+                    raise ClientGoneError
+            if not message.get("more_body", False):
+                expansion.end()
+                return bytes(expanded)
     finally:
         room.give_back(len(expanded))
 
 
-async def _expanded(
-    receive: Receive, expansion: _Expansion, most: int, room: Room, expanded: bytearray
-) -> bytes:
-    came = 0
-    turn_ends = time.monotonic() + TURN_SECONDS
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            raise ClientGoneError
-        compressed = message.get("body", b"")
-        came += len(compressed)
-        for piece in expansion.pieces(compressed):
+async def _turn(pieces: Iterator[bytes], expanded: bytearray, most: int, room: Room) -> bool:
+    """Expand for a moment, as one body of all at a time; whether there may be more to do."""
+    async with room.turn:
+        began = time.monotonic()
+        for piece in pieces:
             if len(expanded) + len(piece) > most:
                 _too_large(most)
             expanded += piece
             room.take(len(piece))
-            if time.monotonic() > turn_ends:
+            if time.monotonic() - began > TURN_SECONDS:
+                # with the turn in hand: the next body's comes after the other requests'
                 await asyncio.sleep(0)
-                turn_ends = time.monotonic() + TURN_SECONDS
-        # what expands to nothing (empty members, skippable frames) is bounded by what came
-        if came > most:
-            _too_large(most)
-        if not message.get("more_body", False):
-            expansion.end()
-            return bytes(expanded)
+                return True
+        if time.monotonic() - began > TURN_SECONDS / 4:
+            await asyncio.sleep(0)
+        return False
 
 
 class _Gzip:
@@ -246,21 +275,59 @@ class _Expansion:
         self._coding = coding.decode()
         self._kind = _CODINGS[coding]
         self._member = self._kind()
+        self._members = 1
+        self._sent = 0
+        self._expanded = 0
+        self._seconds = 0.0
+        self._may_take = FREE_SECONDS
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
         """What `data` expands to, a step at a time; a piece may be empty.
 
         Raises:
-            ProblemError: 400, it is no such stream.
+            ProblemError: 400, it is no such stream; 413, it takes too long for what it carries.
         """
-        while data or self._member.more:
-            if self._member.ended:
-                self._member = self._kind()
-            try:
-                piece, data = self._member.step(data)
-            except (zlib.error, zstd.ZstdError):
-                self._damaged("is damaged, or something else follows its end")
-            yield piece
+        self._may_take += SECONDS_PER_MESSAGE
+        for start in range(0, len(data), STEP_SENT_BYTES):
+            rest = data[start : start + STEP_SENT_BYTES]
+            while rest or self._member.more:
+                if self._member.ended:
+                    self._begin()
+                before = len(rest)
+                piece, rest = self._step(rest)
+                self._sent += before - len(rest)
+                self._expanded += len(piece)
+                yield piece
+
+    def _begin(self) -> None:
+        self._member = self._kind()
+        self._members += 1
+        # by what stands before it, so that the pieces that a body comes in make no difference
+        if self._members > FREE_MEMBERS + max(self._sent, self._expanded) // MEMBER_BYTES:
+            self._too_costly(
+                f"may have {FREE_MEMBERS} gzip members or zstd frames, and one more for each "
+                f"{MEMBER_BYTES} bytes of it, expanded or not"
+            )
+
+    def _step(self, data: bytes) -> tuple[bytes, bytes]:
+        began = time.thread_time()
+        try:
+            piece, rest = self._member.step(data)
+        except (zlib.error, zstd.ZstdError):
+            self._damaged("is damaged, or something else follows its end")
+        self._seconds += time.thread_time() - began
+        longer = max(self._sent + len(data), self._expanded + len(piece))
+        if self._seconds > self._may_take + longer * SECONDS_PER_BYTE:
+            self._too_costly("takes too long to expand: send larger blocks, or none")
+        return piece, rest
+
+    def _too_costly(self, why: str) -> NoReturn:
+        raise ProblemError(
+            413,
+            "body-too-costly",
+            "The request body costs too much to expand",
+            f"a compressed body {why}; nothing was stored",
+        )
 
     def end(self) -> None:
         """Say that no more comes.

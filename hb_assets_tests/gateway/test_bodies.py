@@ -3,10 +3,13 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import socket
 import sys
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import httpx
@@ -14,15 +17,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench import bodies as costly
 from hb_assets.gateway import bodies
 from hb_assets.gateway.bodies import BATCH_TYPES, JSON_TYPES, read_body
 from hb_assets.gateway.problems import ProblemError
+from hb_assets.settings import Settings
+from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
+from hb_assets_tests.servers import wait_for
 
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
+
+redis_url = on_valkey
 
 MOST = 1_000_000
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "zstd": zstd.compress}
@@ -88,10 +97,64 @@ def test_a_bomb_costs_no_more_than_the_bound(coding: str) -> None:
         tracemalloc.stop()
 
 
+NOTHING = {
+    "gzip": gzip.compress(b""),
+    "zstd": zstd.compress(b""),
+    "zstd, skippable": b"\x50\x2a\x4d\x18" + bytes(4),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+def test_members_of_nothing_are_bounded_too(kind: str) -> None:
+    """However small a body of them is: to begin one costs more than to read some bytes."""
+    coding, nothing = encoded(kind.partition(",")[0]), NOTHING[kind]
+    for many in (10, 1000, 100_000):
+        problem = refused(413, "body-too-costly", nothing * many, coding)
+        assert "one more for each 256 bytes" in problem.detail
+
+
 @pytest.mark.parametrize("coding", COMPRESS)
-def test_members_of_nothing_are_bounded_too(coding: str) -> None:
-    nothing = COMPRESS[coding](b"")
-    refused(413, "body-too-large", nothing * (MOST // len(nothing) + 1), encoded(coding))
+@pytest.mark.parametrize("size", [1, 77, 65_536])
+def test_members_are_bounded_by_what_stands_before_them(coding: str, size: int) -> None:
+    """In whatever pieces a body comes; and one that was compressed bit by bit is taken."""
+    compress = COMPRESS[coding]
+    line = json.dumps(heartbeat()).encode() + b"\n"
+    parts = [line * 3] * 100
+    assert len(line * 3) > bodies.MEMBER_BYTES
+    whole = b"".join(compress(part) for part in parts)
+    assert reading(whole, encoded(coding), size=size) == line * 300
+    first = compress(bytes(2 * bodies.MEMBER_BYTES))
+    most = bodies.FREE_MEMBERS + 2
+    few = first + compress(b"") * (most - 1)
+    assert reading(few, encoded(coding), size=size) == bytes(2 * bodies.MEMBER_BYTES)
+    with pytest.raises(ProblemError):
+        reading(few + compress(b""), encoded(coding), size=size)
+
+
+def test_blocks_of_nothing_are_bounded_too() -> None:
+    """By the time that they take: ten times as long as what a compressor makes."""
+    (found,) = [one for one in costly.bodies(1_000_000) if one.name == "Huffman tables for nothing"]
+    problem = refused(413, "body-too-costly", found.sent[:MOST], encoded("gzip"))
+    assert "too long" in problem.detail
+
+
+def test_a_body_costs_what_an_uncompressed_one_does(http: httpx.Client) -> None:
+    """Three times as much at most (`python -m bench.bodies` has the figures); here, with noise."""
+    headers = {"content-type": "application/x-ndjson"}
+
+    def cost(content: bytes, coding: str = "") -> float:
+        coded = {**headers, "content-encoding": coding} if coding else headers
+        began = time.process_time()
+        http.post(BATCH, content=content, headers=coded)
+        return time.process_time() - began
+
+    ratios = {}
+    for body in costly.bodies(200_000):
+        plain = costly.heartbeats(body.longer)
+        taken = min(cost(body.sent, body.coding) for _ in range(3))
+        ratios[body.name, body.coding] = taken / (0.002 + min(cost(plain) for _ in range(3)))
+    assert len(ratios) > 20
+    assert {name: ratio for name, ratio in ratios.items() if ratio > 3} == {}
 
 
 @pytest.mark.parametrize("coding", COMPRESS)
@@ -112,6 +175,50 @@ def test_expanding_leaves_others_their_turn(coding: str) -> None:
         return taken
 
     assert asyncio.run(turns()) > 3
+
+
+@pytest.mark.parametrize("coding", COMPRESS)
+def test_many_bodies_leave_others_their_turn_as_one_does(coding: str) -> None:
+    """By CPU time of this thread: whatever else the machine does."""
+    whole = COMPRESS[coding](bytes(8 * MOST))
+
+    async def longest() -> float:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": whole, "more_body": False}
+
+        scope = {"headers": [(b"content-encoding", coding.encode())]}
+        room = bodies.Room(2**40)
+        tasks = [
+            asyncio.create_task(read_body(scope, receive, 8 * MOST, JSON_TYPES, room))
+            for _ in range(20)
+        ]
+        gaps = []
+        while not all(task.done() for task in tasks):
+            began = time.thread_time()
+            await asyncio.sleep(0)
+            gaps.append(time.thread_time() - began)
+        await asyncio.gather(*tasks)
+        return max(gaps)
+
+    assert asyncio.run(longest()) < 8 * bodies.TURN_SECONDS
+
+
+def test_expanding_ends_when_its_client_has_gone(
+    serving: Callable[[Settings], AbstractContextManager[httpx.Client]], settings: Settings
+) -> None:
+    settings = settings.model_copy(update={"body_max_bytes": 2**29, "bodies_max_bytes": 2**29})
+    body = gzip.compress(bytes(2**20)) * 200
+    head = (
+        f"POST {BATCH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        f"content-encoding: gzip\r\ncontent-length: {len(body)}\r\n\r\n"
+    ).encode()
+    with serving(settings) as http:
+        address = http.base_url.host, http.base_url.port or 0
+        with socket.create_connection(address, timeout=20) as client:
+            client.sendall(head + body)
+        gone = f'hb_http_requests_total{{method="POST",route="{BATCH}",status="499"}} 1.0'
+        wait_for(lambda: gone in http.get("/metrics").text, "it to end")
+        assert 'status="422"' not in http.get("/metrics").text
 
 
 @pytest.mark.parametrize("coding", COMPRESS)
