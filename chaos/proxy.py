@@ -42,6 +42,7 @@ class Proxy:
         self._do(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
     def drop_answers(self, count: int) -> None:
         """The next `count` answers are lost: the request arrives, and the connection ends."""

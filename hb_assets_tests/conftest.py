@@ -32,6 +32,9 @@ hypothesis.settings.register_profile(
     "long", hypothesis.settings.get_profile("ci"), max_examples=1000, derandomize=False
 )
 
+CHILDREN = Path(__file__).with_name("children")
+"""Its sitecustomize.py runs first in each Python process that a test starts."""
+
 IN_MEMORY = Path("/dev/shm")
 """Where Linux keeps files in memory."""
 ROOM = 2 * 2**30
@@ -62,6 +65,28 @@ def no_settings_of_the_developer() -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith("HB_")]:
             patch.delenv(name)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ignored_by_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the Python processes that tests start note exceptions that Python ignores."""
+    log = tmp_path_factory.mktemp("children") / "unraisable.log"
+    log.touch()
+    path = os.pathsep.join(filter(None, [str(CHILDREN), os.environ.get("PYTHONPATH")]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        patch.setenv("TEST_UNRAISABLE_LOG", str(log))
+        yield log
+    assert not log.read_text()
+
+
+@pytest.fixture(autouse=True)
+def children_raise_nothing_unseen(ignored_by_children: Path) -> Iterator[None]:
+    """Fails a test whose processes print "Exception ignored in", or leave a file unclosed."""
+    yield
+    noted = ignored_by_children.read_text()
+    ignored_by_children.write_text("")
+    assert not noted, noted
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -249,6 +249,7 @@ def _end(code: int, word: str) -> None:
 def _serve(folder: Path, settings: Settings) -> None:
     settings = settings.model_copy(update={"duckdb_threads": 1})
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    pa.array([""])  # the first one imports pandas where it is installed: no entry's fault
     began = monotonic()
     number = 0
     while header := sys.stdin.buffer.readline():

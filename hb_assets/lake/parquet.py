@@ -61,7 +61,11 @@ class _Digest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Sink(io.RawIOBase):
-    """A file that is written from its start, and reckons the digest meanwhile."""
+    """A file that is written from its start, and reckons the digest meanwhile.
+
+    Whoever opened the file closes it, after the sink: one that is left to its finaliser is closed
+    then, and flushes a file that is closed already.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -284,9 +288,9 @@ def writer(path: Path, schema: pa.Schema, sorted_by: Iterable[str] = ()) -> Iter
     Raises:
         FileNotFoundError: it isn't there.
     """
-    with path.open("r+b") as file:
+    with path.open("r+b") as file, _Sink(file) as sink:
         file.truncate()
-        out = Writer(_Sink(file), schema, sorted_by)
+        out = Writer(sink, schema, sorted_by)
         try:
             yield out
         finally:

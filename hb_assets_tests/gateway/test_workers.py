@@ -46,7 +46,7 @@ def serving(settings: Settings) -> Iterator[tuple[psutil.Process, httpx.Client]]
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
+        process.communicate(timeout=30)
 
 
 def workers(parent: psutil.Process) -> list[psutil.Process]:
