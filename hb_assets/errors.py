@@ -7,6 +7,7 @@ results, not exceptions. Messages never hold a heart rate or a clear user_id (he
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,15 @@ class WorkerError(HbError):
 class DamagedFileError(HbError):
     """A file of the lake can't be read; the message names its path and the way out.
 
-    `path` is the file, where it is one that may be moved away.
+    `path` is the file, where it is one that may be moved away; `day` and `shard` say what can't be
+    answered without it, where it was a question that met it.
     """
 
     def __init__(self, message: str, *, path: Path | None = None) -> None:
         super().__init__(message)
         self.path = path
+        self.day: dt.date | None = None
+        self.shard: int | None = None
 
 
 class CheckFailedError(HbError):

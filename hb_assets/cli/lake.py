@@ -157,8 +157,14 @@ def query_user(
         )
     question = Question(user, first, last, device, granularity)
     lake = existing_lake(settings)
-    points = query.answer(lake, question, settings).points.to_pylist()
-    if not points:
+    page = query.answer(lake, question, settings)
+    points = page.points.to_pylist()
+    for fault in page.warnings:
+        output.complain(fault.message)
+    if page.ended_by is not None:
+        since = _iso(days.EPOCH + dt.timedelta(milliseconds=page.next_ms or 0))
+        output.complain(f"from {since} on nothing can be answered: {output.line(page.ended_by)}")
+    elif not points:
         whose = "this user" if device is None else "this user and device"
         before, after = query.nearest(lake, question, settings)
         told = [f"the last one before it is at {_iso(before)}"] if before else []
@@ -181,12 +187,16 @@ def query_user(
                 ],
                 "count": len(points),
             }
+            | ({"warnings": [one.message for one in page.warnings]} if page.warnings else {})
         )
-        return
-    table = output.table(f"{len(points):,} points", f"{granularity} from (UTC)", "bpm", "device")
-    for point in points:
-        table.add_row(_iso(point["timestamp"]), str(point["heart_rate"]), point["device_id"])
-    output.results.print(table)
+    else:
+        columns = f"{granularity} from (UTC)", "bpm", "device"
+        table = output.table(f"{len(points):,} points", *columns)
+        for point in points:
+            table.add_row(_iso(point["timestamp"]), str(point["heart_rate"]), point["device_id"])
+        output.results.print(table)
+    if page.ended_by is not None:
+        raise typer.Exit(FAILED)
 
 
 def _instant(text: str, option: str) -> int:

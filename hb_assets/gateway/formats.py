@@ -35,26 +35,34 @@ class Reading(msgspec.Struct, frozen=True, gc=False):
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """What GET /metrics/heart-rate answers in JSON; `next` is there where a page follows."""
+    """What GET /metrics/heart-rate answers in JSON.
+
+    `next` is there where a page follows, `warnings` where heartbeats of these days are missing.
+    """
 
     user_id: str
     data: list[Reading]
     count: int
     next: str | None = None
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What is encoded: points (buckets.POINTS) of a user, and where the next page is, if any."""
+    """What is encoded: points (buckets.POINTS) of a user, and where the next page is, if any.
+
+    `warnings` say in one line each what is wrong with the days of these points.
+    """
 
     user_id: str
     points: pa.Table
     next: str | None
+    warnings: Sequence[str] = ()
 
 
 def _json(body: Body) -> bytes:
     readings = _readings(body.points)
-    return _encoder.encode(Answer(body.user_id, readings, len(readings), body.next))
+    return _encoder.encode(Answer(body.user_id, readings, len(readings), body.next, body.warnings))
 
 
 def _ndjson(body: Body) -> bytes:

@@ -151,6 +151,11 @@ def document(settings: Settings, now: dt.datetime, version: str) -> Json:
                     "description": 'Where the next page is (`rel="next"`); none on the last one.',
                     "schema": {"type": "string"},
                 },
+                "HB-Warnings": {
+                    "description": "What is wrong with the days of these points, as in the member "
+                    "`warnings`: a JSON array of texts; none where nothing is.",
+                    "schema": {"type": "string"},
+                },
                 "Vary": {
                     "description": "The answer depends on Accept.",
                     "schema": {"type": "string"},
@@ -408,7 +413,8 @@ def _get_readings(settings: Settings) -> Json:
         {
             "200": _content(
                 "One point per bucket and device, ordered by time; where there are more than fit, "
-                "`Link` (and `next` in JSON) is the next page.",
+                "`Link` (and `next` in JSON) is the next page. `HB-Warnings` (and `warnings` in JSON) "
+                "says what is wrong with these days: heartbeats that are known to be missing.",
                 {
                     formats.JSON: {"schema": _ref("Answer")},
                     formats.NDJSON: {"schema": {"type": "string"}},
@@ -417,7 +423,7 @@ def _get_readings(settings: Settings) -> Json:
                     formats.ARROW: {},
                     formats.PARQUET: {},
                 },
-                ("Link", "Vary", *_LIMITS),
+                ("Link", "HB-Warnings", "Vary", *_LIMITS),
             ),
             "400": _problem("A time can't be used, or both make no range; `errors` names it."),
             "406": _problem("None of the formats is accepted; `offered` lists them."),

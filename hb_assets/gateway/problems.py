@@ -166,11 +166,14 @@ def of(error: Exception, request_id: str) -> ProblemError:
         )
     if isinstance(error, DamagedFileError):
         _log.error("%s (request %s)", error, request_id)
+        where = "the lake" if error.day is None else f"day {error.day}, shard {error.shard:02d}"
         return ProblemError(
             500,
             "damaged-file",
             "A file of the lake is damaged",
-            "a file of the lake can't be read; the gateway's log names it and the way out",
+            f"{where}: a file that the answer needs isn't what was written; "
+            "`hb damaged list` on the server names it and says what to do",
+            members={} if error.day is None else {"day": str(error.day), "shard": error.shard},
         )
     if isinstance(error, HbError):
         _log.error("%s (request %s)", error, request_id)

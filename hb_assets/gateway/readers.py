@@ -45,10 +45,11 @@ class Asked:
 
 
 class Reply(NamedTuple):
-    """The encoded answer, and the address of the next page where there is one."""
+    """The encoded answer, the address of the next page where there is one, and warnings."""
 
     body: bytes
     next: str | None
+    warnings: tuple[str, ...]
 
 
 class Readers:
@@ -80,8 +81,9 @@ class Readers:
         buffered = self._buffered(question.user_id) if asked.fresh else None
         page = query.answer(self._lake, question, self._settings, buffered)
         following = None if page.next_ms is None else asked.page_at(page.next_ms)
-        body = Body(question.user_id, page.points, following)
-        return Reply(ENCODERS[asked.media_type](body), following)
+        warnings = tuple(fault.summary for fault in page.warnings)
+        body = Body(question.user_id, page.points, following, warnings)
+        return Reply(ENCODERS[asked.media_type](body), following, warnings)
 
     def _buffered(self, user_id: str) -> pa.Table | None:
         shard = shard_of(user_id, self._lake.shards)

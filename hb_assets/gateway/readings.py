@@ -7,6 +7,7 @@ are computed and which device wins (`lake.query`), and their bytes (`formats`).
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Collection
 from urllib.parse import urlencode
 
@@ -45,7 +46,7 @@ class Readings:
             ProblemError: 422, a parameter is missing or can't be used; 400, a time can't be read,
                 or both make no range; 403, the key is for another user; 406, no format of ours is
                 accepted; 503, the buffer can't be read, or holds too much.
-            DamagedFileError: a file of the lake can't be read.
+            DamagedFileError: the first day can't be answered without a damaged file.
         """
         media_type = formats.chosen(request.headers.getlist("accept"))
         given = request.query_params
@@ -71,6 +72,8 @@ class Readings:
         headers = {"vary": "Accept"}
         if reply.next is not None:
             headers["link"] = f'<{reply.next}>; rel="next"'
+        if reply.warnings:
+            headers["hb-warnings"] = json.dumps(reply.warnings)  # escapes what isn't ASCII
         return Response(reply.body, headers=headers, media_type=media_type)
 
 

@@ -144,7 +144,7 @@ def set_aside(lake: Lake, error: DamagedFileError, settings: Settings) -> str | 
     if path is None or place is None or _is_sound(lake, path, settings):
         return None
     if place.kind == HEARTBEATS:
-        if not _is_in_raw(lake, path, place):
+        if not raw_has_all(lake, path, place):
             return None
         rescue = "it is made anew from raw fragments"
     elif _is_included(lake, path, place.day, place.shard):
@@ -174,7 +174,7 @@ def _is_sound(lake: Lake, path: Path, settings: Settings) -> bool:
     return True
 
 
-def _is_in_raw(lake: Lake, path: Path, place: Place) -> bool:
+def raw_has_all(lake: Lake, path: Path, place: Place) -> bool:
     """Whether raw still has all that a consolidated file includes, as far as that can be told."""
     if layout.pruned_mark(lake.root, place.day, place.shard).exists():
         return False

@@ -19,13 +19,16 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from hb_assets import days
 from hb_assets.days import MS_PER_DAY, day_of
 from hb_assets.lake import layout, parquet, verified
 from hb_assets.lake.engine import engine, figures
 from hb_assets.lake.files import Look, TempFile, look
 from hb_assets.lake.layout import RAW, FragmentName
 from hb_assets.lake.store import FORMAT, Lake
+from hb_assets.record import BPM_RANGE
 from hb_assets.schema import ARRIVAL, HEARTBEATS, KEY, ORDER
 from hb_assets.settings import Settings
 
@@ -81,6 +84,7 @@ def _claims(path: Path, seen: Look) -> _Claims:  # noqa: ARG001  # it is the cac
     groups = [found.row_group(number) for number in range(found.num_row_groups)]
     if sum(group.num_rows for group in groups) != found.num_rows:
         raise parquet.damaged(path, "its footer contradicts itself")
+    judge_footer(found, path)
     bounds = [group.column(_ARRIVAL_MS).statistics for group in groups]
     return _Claims(
         found.num_rows,
@@ -151,6 +155,35 @@ def verify_place(fragment: Fragment, day: dt.date, shard: int) -> None:
         raise parquet.damaged(path, "it holds other entries than its name says")
 
 
+def judge_footer(footer: pq.FileMetaData, path: Path) -> None:
+    """Hold a fragment to the bounds of record and place, as far as its footer tells.
+
+    Raises:
+        DamagedFileError: no drain can have written it, although its checksums fit.
+    """
+    if footer.schema.names != HEARTBEATS.names:
+        raise parquet.damaged(path, "its columns are none of a fragment's")
+    place = layout.place_of(path)
+    first, end = (days.start_ms(place[0]), days.end_ms(place[0])) if place else (0, days.LAST_MS)
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        times, rates = (group.column(at).statistics for at in (_TIMESTAMP, _HEART_RATE))
+        # as they are stored: milliseconds since the epoch
+        if (
+            times is not None
+            and times.has_min_max
+            and not first <= times.min_raw <= times.max_raw < end
+        ):
+            raise parquet.damaged(path, "timestamp is out of bounds: no drain wrote it")
+        if rates is not None and rates.has_min_max:
+            require_bpm(rates.min_raw, rates.max_raw, path)
+
+
+def require_bpm(least: int, most: int, path: Path) -> None:
+    """Hold least and greatest heart rate of a file to the record's bounds. Raises as the above."""
+    if not BPM_RANGE[0] <= least <= most <= BPM_RANGE[1]:
+        raise parquet.damaged(path, "heart_rate is out of bounds: no drain wrote it")
+
+
 def listed(lake: Lake, day: dt.date, shard: int) -> list[Fragment]:
     """Fragments of one (day, shard) that are there now, by arrival."""
     folder = layout.shard_folder(lake.root, RAW, day, shard)
@@ -204,5 +237,6 @@ def distinct_rows(fragments: Sequence[Fragment], settings: Settings) -> int:
     return total
 
 
+_TIMESTAMP, _HEART_RATE = map(HEARTBEATS.get_field_index, ("timestamp", "heart_rate"))
 _ROW = ", ".join((*KEY, *ARRIVAL))
 _DISTINCT = f"SELECT count(*) FROM (SELECT DISTINCT {_ROW} FROM raw)"

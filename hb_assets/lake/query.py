@@ -1,14 +1,17 @@
 """Questions to the lake: one user's heart rate over time, every durable heartbeat included.
 
-Belongs here: a question, its days one by one, and the page of points that answers it. Doesn't
-belong here: files (`rows`), the rule behind a point (`buckets`), HTTP, and reading the buffer.
+A question is answered day by day. A day whose consolidated file is damaged is answered out of raw
+fragments as long as they hold all of it, with a warning; a day that can't be answered ends the page
+before it. Heartbeats that are known to be missing are a warning as well. Files are `rows`'
+business, the rule behind a point is that of `buckets`.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
@@ -16,9 +19,12 @@ import pyarrow.compute as pc
 
 from hb_assets import days
 from hb_assets.errors import DamagedFileError, HbError
-from hb_assets.lake import buckets, inventory, rows, tombstones
-from hb_assets.lake.buckets import GRANULARITIES, POINTS, joined
+from hb_assets.lake import buckets, damage, inventory, layout, rows, standing, tombstones
+from hb_assets.lake.buckets import GRANULARITIES, POINTS, Readings, joined
+from hb_assets.lake.damage import Place
+from hb_assets.lake.layout import DAMAGED, FAULTS, HEARTBEATS, RAW
 from hb_assets.lake.rows import Wanted
+from hb_assets.lake.standing import Fault
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
@@ -62,13 +68,20 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Points (buckets.POINTS) in order of time and device; `next_ms`: where those left out begin.
+    """Points in order of time and device, and where those left out begin.
 
-    Ask the same question from `next_ms` on for the next page; None: this is the last one.
+    Attributes:
+        points: as buckets.POINTS.
+        next_ms: ask the same question from here on for the next page; None: this is the last one.
+        warnings: what is wrong with the days of these points: heartbeats that are missing, or a
+            damaged file that raw fragments stood in for.
+        ended_by: why the day at `next_ms` can't be answered, where that is what ended the page.
     """
 
     points: pa.Table
     next_ms: int | None = None
+    warnings: tuple[Fault, ...] = ()
+    ended_by: DamagedFileError | None = None
 
 
 def answer(
@@ -84,21 +97,34 @@ def answer(
             before this call, so that none is missed on its way into the lake.
 
     Raises:
-        DamagedFileError: a file can't be read.
+        DamagedFileError: the first day can't be answered; it names the day and the shard.
         HbError: memory is short.
     """
     if buffered is not None:
         buffered = buffered.filter(pc.equal(buffered["user_id"], question.user_id))
+    start_ms, end_ms = question.whole_buckets()
     found: list[pa.Table] = []
+    warnings: list[Fault] = []
     count = 0
-    for points in _days_points(lake, question, settings, buffered):
+    for day in _days(lake, start_ms, end_ms, buffered):
+        first, last = max(start_ms, days.start_ms(day)), min(end_ms, days.end_ms(day))
+        asked = _Day(lake, day, first, last, question, settings, buffered)
+        try:
+            points, faults = _until_still(asked.answer)
+        except DamagedFileError as error:
+            error.day, error.shard = day, asked.shard
+            standing.notice(lake, error, day=day, shard=asked.shard)
+            if first == start_ms:
+                raise
+            return Page(_joined(found), first, tuple(warnings), error)
         found.append(points)
+        warnings += faults
         count += points.num_rows
         if question.limit is not None and count > question.limit:
-            page = _cut(pa.concat_tables(found), question.limit)
+            page = _cut(_joined(found), question.limit)
             if page is not None:
-                return page
-    return Page(pa.concat_tables(found) if found else POINTS.empty_table())
+                return replace(page, warnings=tuple(warnings))
+    return Page(_joined(found), warnings=tuple(warnings))
 
 
 def nearest(
@@ -128,36 +154,76 @@ def nearest(
     return next(filter(None, before), None), next(filter(None, after), None)
 
 
-def _days_points(
-    lake: Lake, question: Question, settings: Settings, buffered: pa.Table | None
-) -> Iterator[pa.Table]:
-    """Points of each day: no bucket spans two of them."""
-    start_ms, end_ms = question.whole_buckets()
-    shard = shard_of(question.user_id, lake.shards)
-    for day in _days(lake, start_ms, end_ms, buffered):
-        first, last = max(start_ms, days.start_ms(day)), min(end_ms, days.end_ms(day))
+def _joined(found: list[pa.Table]) -> pa.Table:
+    return pa.concat_tables(found) if found else POINTS.empty_table()
 
-        def ask(day: dt.date = day, first: int = first, last: int = last) -> pa.Table:
-            forgotten = tombstones.of_user(lake, question.user_id)
-            wanted = Wanted(
-                question.user_id,
-                first,
-                last,
-                question.device_id,
-                forgotten.cutoffs if forgotten else None,
-            )
-            held = [] if buffered is None else rows.in_table(buffered, wanted)
-            found = rows.of_user(lake, day, shard, wanted, identified=bool(held)) + held
-            if not found:
-                return POINTS.empty_table()
-            return buckets.points(
-                joined(found),
-                question.size_ms,
-                settings.device_priority,
-                every_device=question.device_id is not None,
-            )
 
-        yield _until_still(ask)
+@dataclass(frozen=True, slots=True)
+class _Day:
+    """A question's part of one day: no bucket spans two of them."""
+
+    lake: Lake
+    day: dt.date
+    first_ms: int
+    end_ms: int
+    question: Question
+    settings: Settings
+    buffered: pa.Table | None
+
+    @property
+    def shard(self) -> int:
+        return shard_of(self.question.user_id, self.lake.shards)
+
+    def answer(self) -> tuple[pa.Table, list[Fault]]:
+        """Points, and what is wrong with them."""
+        user, device = self.question.user_id, self.question.device_id
+        forgotten = tombstones.of_user(self.lake, user)
+        cutoffs = forgotten.cutoffs if forgotten else None
+        wanted = Wanted(user, self.first_ms, self.end_ms, device, cutoffs)
+        held = [] if self.buffered is None else rows.in_table(self.buffered, wanted)
+        found, faults = self._rows(wanted, identified=bool(held))
+        found += held
+        if not found:
+            return POINTS.empty_table(), faults
+        points = buckets.points(
+            joined(found),
+            self.question.size_ms,
+            self.settings.device_priority,
+            every_device=device is not None,
+        )
+        return points, faults
+
+    def _rows(self, wanted: Wanted, *, identified: bool) -> tuple[list[Readings], list[Fault]]:
+        """Rows, out of raw alone where the consolidated file is damaged and raw has all of them."""
+        lake, day, shard = self.lake, self.day, self.shard
+        try:
+            found = rows.of_user(lake, day, shard, wanted, identified=identified)
+        except DamagedFileError as error:
+            path = layout.consolidated_file(lake.root, day, shard)
+            place = Place(HEARTBEATS, day, shard)
+            if error.path != path or not damage.raw_has_all(lake, path, place):
+                raise
+            found = rows.of_user(lake, day, shard, wanted, identified=identified, raw_alone=True)
+            standing.notice(lake, error, day=day, shard=shard)
+            message = f"raw fragments stood in for the consolidated file: {error}"
+            stood_in = Fault("damaged", day, shard, None, path, message)
+            return found, [stood_in, *_losses(lake, day, shard, but=path)]
+        return found, _losses(lake, day, shard)
+
+
+_TOUCHING = ("set_aside", "missing", "damaged")
+
+
+def _losses(lake: Lake, day: dt.date, shard: int, but: Path | None = None) -> list[Fault]:
+    """What stands of a day's shard that touches answers; most have nothing, and cost two stats."""
+    kinds = (f"{DAMAGED}/{RAW}", FAULTS)
+    if not any(layout.shard_folder(lake.root, kind, day, shard).exists() for kind in kinds):
+        return []
+    return [
+        fault
+        for fault in standing.faults(lake, [day])
+        if fault.shard == shard and fault.kind in _TOUCHING and fault.path != but
+    ]
 
 
 def _days(lake: Lake, start_ms: int, end_ms: int, buffered: pa.Table | None) -> list[dt.date]:

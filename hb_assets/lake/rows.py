@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hb_assets import days
-from hb_assets.lake import consolidated, layout, parquet, tombstones, verified
+from hb_assets.lake import consolidated, fragments, layout, parquet, tombstones, verified
 from hb_assets.lake.buckets import Integers, Readings
 from hb_assets.lake.consolidated import ConsolidatedNote
 from hb_assets.lake.files import Look, look
@@ -38,14 +38,12 @@ from hb_assets.lake.layout import FragmentName
 from hb_assets.lake.store import Lake
 from hb_assets.lake.tombstones import Cutoffs
 from hb_assets.lake.verified import Remembered, ReplacedError
-from hb_assets.record import BPM_RANGE, ID_LENGTH
+from hb_assets.record import ID_LENGTH
 from hb_assets.schema import ARRIVAL, HEARTBEATS
 
 _PLAIN = ("user_id", "device_id", "timestamp", "heart_rate")
 _FEW_DEVICES = 16
-_USER, _TIMESTAMP, _HEART_RATE = map(
-    HEARTBEATS.get_field_index, ("user_id", "timestamp", "heart_rate")
-)
+_USER, _TIMESTAMP = HEARTBEATS.get_field_index("user_id"), HEARTBEATS.get_field_index("timestamp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +130,6 @@ def of_user(
     return found
 
 
-def raw_has_all(lake: Lake, day: dt.date, shard: int) -> bool:
-    """Whether raw holds every row of a (day, shard), its consolidated file left out of account."""
-    return not layout.pruned_mark(lake.root, day, shard).exists()
-
-
 def in_table(rows: pa.Table, wanted: Wanted) -> list[Readings]:
     """What is wanted of rows in memory (HEARTBEATS columns, maybe more)."""
     rows = rows.select(HEARTBEATS.names)
@@ -211,7 +204,7 @@ _listings = _Listings()
 
 
 def _make_fragment(footer: pq.FileMetaData, path: Path) -> tuple[_Group, ...]:
-    _judge_footer(footer, path)
+    fragments.judge_footer(footer, path)
     return _groups(footer)
 
 
@@ -239,33 +232,12 @@ def _groups(footer: pq.FileMetaData) -> tuple[_Group, ...]:
     return tuple(found)
 
 
-def _judge_footer(footer: pq.FileMetaData, path: Path) -> None:
-    """Hold a fragment to the record's bounds, as far as its footer tells."""
-    if not footer.schema.to_arrow_schema().equals(HEARTBEATS):
-        raise parquet.damaged(path, "its columns are none of a fragment's")
-    place = layout.place_of(path)
-    first, end = (days.start_ms(place[0]), days.end_ms(place[0])) if place else (0, days.LAST_MS)
-    for group in map(footer.row_group, range(footer.num_row_groups)):
-        times, rates = (group.column(at).statistics for at in (_TIMESTAMP, _HEART_RATE))
-        if times is not None and times.has_min_max:
-            least, most = days.ms_of(times.min), days.ms_of(times.max)
-            if not first <= least <= most < end:
-                raise parquet.damaged(path, "it holds another day's rows: no drain wrote it")
-        if rates is not None and rates.has_min_max:
-            _require_bpm(rates.min, rates.max, path)
-
-
 def _judge(found: Readings, path: Path) -> None:
     """Hold rows to the record's bounds before they are answered."""
-    _require_bpm(found.heart_rate.min(), found.heart_rate.max(), path)
+    fragments.require_bpm(found.heart_rate.min(), found.heart_rate.max(), path)
     shortest, longest = ID_LENGTH
     if not all(shortest <= len(device) <= longest for device in found.devices):
-        raise parquet.damaged(path, "it holds an id of a wrong length: no drain wrote it")
-
-
-def _require_bpm(least: int, most: int, path: Path) -> None:
-    if not BPM_RANGE[0] <= least <= most <= BPM_RANGE[1]:
-        raise parquet.damaged(path, "it holds a heart rate out of bounds: no drain wrote it")
+        raise parquet.damaged(path, "device_id is out of bounds: no drain wrote it")
 
 
 def _chosen(groups: tuple[_Group, ...], wanted: Wanted) -> list[int]:

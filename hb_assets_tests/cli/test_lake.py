@@ -155,7 +155,9 @@ def test_a_query_says_where_there_is_something(lake: Lake, settings: Settings) -
     assert "nor any other in the lake" in note("2025-01-18", "2025-01-19", user="nobody")
     assert "user and device" in note("2025-01-15", "2025-01-16", "--device", "other")
     hb("consolidate", "2025-01-17")
-    layout.consolidated_file(lake.root, dt.date(2025, 1, 17), shard_of("u1", 4)).write_bytes(b"")
+    spoil_for_good(
+        lake, layout.consolidated_file(lake.root, dt.date(2025, 1, 17), shard_of("u1", 4))
+    )
     assert note("2025-01-18", "2025-02-18").endswith(f"before it is at {before}")
 
 
@@ -171,9 +173,16 @@ def test_query_of_a_damaged_lake(lake: Lake) -> None:
     hb("consolidate", "--all")
     path = layout.consolidated_file(lake.root, DAY, shard_of("u1", 4))
     path.write_bytes(b"PAR1")
-    assert complaint("query", "u1", "--start", START, "--end", END).startswith(
-        f"hb: {path} is damaged"
-    )
+    question = ("query", "u1", "--start", START, "--end", END)
+    result = hb(*question)
+    assert "1 points" in result.stdout
+    assert result.stderr.startswith(f"hb: raw fragments stood in for the consolidated file: {path}")
+    assert str(path) in told(*question)["warnings"][0]
+    spoil_for_good(lake, path)
+    assert complaint(*question).startswith(f"hb: {path} is damaged")
+    ended = hb("query", "u1", "--start", "2025-01-14", "--end", END, code=1)
+    assert "0 points" in ended.stdout
+    assert f"from 2025-01-15T00:00:00Z on nothing can be answered: {path} is" in ended.stderr
 
 
 # -- audit

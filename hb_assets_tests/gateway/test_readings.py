@@ -20,7 +20,9 @@ from hb_assets.drain import drain
 from hb_assets.gateway.formats import ENCODERS
 from hb_assets.gateway.problems import MEDIA_TYPE
 from hb_assets.gateway.readings import with_offset
-from hb_assets.lake import fragments, query
+from hb_assets.lake import fragments, layout, query
+from hb_assets.lake.consolidated import mark_incomplete
+from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.store import Lake
 from hb_assets.record import parse_instant, shard_of
 from hb_assets.schema import HEARTBEATS
@@ -226,8 +228,42 @@ def test_a_damaged_file_is_one_clear_line(
     assert response.status_code == 500
     assert response.headers["content-type"] == MEDIA_TYPE
     assert response.json()["type"].endswith(":damaged-file")
+    answer = response.json()
+    shard = shard_of("u1", two_devices.shards)
+    assert (answer["day"], answer["shard"]) == ("2025-01-15", shard)
+    assert "hb damaged list" in answer["detail"]
     assert str(two_devices.lake_dir) not in response.text
     assert ".parquet" in caplog.text
+
+
+@pytest.mark.parametrize("media_type", list(ENCODERS))
+def test_a_range_is_answered_up_to_the_bad_day_and_past_what_raw_has(
+    two_devices: Settings, http: httpx.Client, media_type: str
+) -> None:
+    lake = Lake.open(two_devices)
+    day, shard = dt.date(2025, 1, 15), shard_of("u1", lake.shards)
+    consolidate(lake, day, two_devices)
+    path = layout.consolidated_file(lake.root, day, shard)
+    path.write_bytes(path.read_bytes()[:-1])
+    span = HOUR | {"start": "2025-01-14T00:00:00Z"}
+    response = http.get(PATH, params=span, headers={"accept": media_type})
+    assert response.status_code == 200
+    [warning] = json.loads(response.headers["hb-warnings"])
+    assert warning.startswith(f"day 2025-01-15, shard {shard:02d}: a file is damaged")
+    assert str(lake.root) not in warning
+    assert "link" not in response.headers
+    if media_type == "application/json":
+        assert response.json()["warnings"] == [warning]
+        assert [row["heart_rate"] for row in response.json()["data"]] == [66, 80]
+    mark_incomplete(lake, day, shard)
+    response = http.get(PATH, params=span, headers={"accept": media_type})
+    assert response.status_code == 200
+    assert "hb-warnings" not in response.headers
+    following = response.links["next"]["url"]
+    assert "start=2025-01-15T00%3A00%3A00Z" in following
+    response = http.get(following, headers={"accept": media_type})
+    assert response.status_code == 500
+    assert response.json()["day"] == "2025-01-15"
 
 
 CANNOT_BE_ANSWERED: list[tuple[dict[str, str | None], int, list[str], str]] = [
