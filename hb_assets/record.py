@@ -252,13 +252,13 @@ class Ignored(Counter[str]):
     LENGTH = 32
     OTHERS = "*"
 
-    def add(self, names: Iterable[str]) -> None:
-        """Count these as well."""
+    def add(self, names: Iterable[str], times: int = 1) -> None:
+        """Count these as well, each so many times."""
         for name in names:
             known = name[: self.LENGTH]
             if known not in self and len(self) >= self.MOST:
                 known = self.OTHERS
-            self[known] += 1
+            self[known] += times
 
 
 def encode(heartbeat: Heartbeat) -> bytes:

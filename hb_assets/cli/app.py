@@ -184,12 +184,21 @@ def existing_lake(settings: Settings) -> Lake:
     return Lake.open(settings, create=False)
 
 
-def day_of(text: str) -> dt.date:
+def day_of(text: str, hint: str | None = None) -> dt.date:
     """The day that an argument names. Raises typer.BadParameter."""
     try:
         return parse_day(text)
     except ValueError:
-        raise typer.BadParameter(f"not a day like 2025-01-15: {text!r}") from None
+        raise typer.BadParameter(f"not a day like 2025-01-15: {text!r}", param_hint=hint) from None
+
+
+def text_of(text: str, hint: str) -> str:
+    """An argument that is compared with ids. Raises typer.BadParameter where it isn't UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("must be UTF-8", param_hint=hint) from None
+    return text
 
 
 def load_commands() -> typer.Typer:

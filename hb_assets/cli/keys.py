@@ -16,7 +16,7 @@ from rich.text import Text
 
 from hb_assets import record
 from hb_assets.cli import output
-from hb_assets.cli.app import AsJson, app, settings_of
+from hb_assets.cli.app import AsJson, app, settings_of, text_of
 from hb_assets.errors import HbError
 from hb_assets.gateway import keyring
 from hb_assets.gateway.keyring import ADMIN, NAME_MAX, READ, SCOPES, Key, ScopeName
@@ -137,11 +137,7 @@ def _scopes(given: list[str]) -> list[ScopeName]:
 
 
 def _user_id(given: str) -> str:
-    user_id = sys.stdin.readline().rstrip("\n") if given == "-" else given
-    try:
-        user_id.encode()
-    except UnicodeEncodeError:
-        raise typer.BadParameter("must be UTF-8", param_hint="--user") from None
+    user_id = text_of(sys.stdin.readline().rstrip("\n") if given == "-" else given, "--user")
     shortest, longest = record.ID_LENGTH
     if not shortest <= len(user_id) <= longest:
         raise typer.BadParameter(f"{shortest} to {longest} characters", param_hint="--user")
@@ -154,7 +150,9 @@ def _lifetime_of(expires: str | None) -> dt.timedelta | None:
     try:
         lifetime = _lifetime.validate_python(expires)
     except ValidationError:
-        raise typer.BadParameter("not a duration like 12h or 90d", param_hint="--expires") from None
+        raise typer.BadParameter(
+            "not a duration like 12h or 90d, above 0", param_hint="--expires"
+        ) from None
     if not dt.timedelta(seconds=1) <= lifetime <= dt.timedelta(days=_LONGEST_DAYS):
         raise typer.BadParameter(f"1s to {_LONGEST_DAYS}d", param_hint="--expires")
     return lifetime

@@ -16,7 +16,7 @@ from hb_assets import days, record
 from hb_assets.audit import Audit, audit
 from hb_assets.buffer import connection, server
 from hb_assets.cli import output
-from hb_assets.cli.app import FAILED, AsJson, app, day_of, existing_lake, settings_of
+from hb_assets.cli.app import FAILED, AsJson, app, day_of, existing_lake, settings_of, text_of
 from hb_assets.coordination import coordinated
 from hb_assets.errors import HbError
 from hb_assets.lake import inventory, minutes, query
@@ -155,7 +155,9 @@ def query_user(
         raise typer.BadParameter(
             f"must be one of {', '.join(GRANULARITIES)}", param_hint="--granularity"
         )
-    question = Question(user, first, last, device, granularity)
+    if device is not None:
+        text_of(device, "--device")
+    question = Question(text_of(user, "USER"), first, last, device, granularity)
     lake = existing_lake(settings)
     page = query.answer(lake, question, settings)
     points = page.points.to_pylist()

@@ -15,7 +15,7 @@ import typer
 from hb_assets.buffer import connection, server
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.cli import output
-from hb_assets.cli.app import FAILED, AsJson, app, day_of, existing_lake, settings_of
+from hb_assets.cli.app import FAILED, AsJson, app, day_of, existing_lake, settings_of, text_of
 from hb_assets.coordination import coordinated
 from hb_assets.days import EPOCH
 from hb_assets.erasure import Forgotten
@@ -69,11 +69,7 @@ def forget(
     where it stopped. Heartbeats that arrive later are accepted as ever.
     """
     settings = settings_of(context)
-    user_id = sys.stdin.readline().rstrip("\n") if user == "-" else user
-    try:
-        user_id.encode()
-    except UnicodeEncodeError:
-        raise typer.BadParameter("must be UTF-8", param_hint="USER") from None
+    user_id = text_of(sys.stdin.readline().rstrip("\n") if user == "-" else user, "USER")
     if not user_id:
         raise typer.BadParameter("must not be empty", param_hint="USER")
     lake = existing_lake(settings)

@@ -20,7 +20,7 @@ from hb_assets import days, record
 from hb_assets.buffer import connection, durability, server
 from hb_assets.buffer.producer import Producer
 from hb_assets.cli import output
-from hb_assets.cli.app import FAILED, AsJson, app, existing_lake, settings_of
+from hb_assets.cli.app import FAILED, AsJson, app, day_of, existing_lake, settings_of
 from hb_assets.errors import DamagedFileError, HbError
 from hb_assets.lake import quarantine, tombstones
 from hb_assets.lake.quarantine import Choice, Quarantined, parse_id
@@ -322,10 +322,7 @@ def _named(lake: Lake, settings: Settings, ids: list[str], damage: _Damage) -> l
 
 
 def _choice(reason: str | None, day: str | None, after: str | None) -> Choice:
-    try:
-        date = None if day is None else days.parse_day(day)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--day") from None
+    date = None if day is None else day_of(day, "--day")
     return Choice(reason=reason, day=date, after=_arrival(after))
 
 

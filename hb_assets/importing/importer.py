@@ -109,7 +109,7 @@ class Importer:
             BufferUnavailableError: Redis doesn't answer. Importing the file again is harmless.
         """
         began = time.monotonic()
-        done = Imported(str(path))
+        done = Imported(sources.name_of(path))
         self.files.append(done)
         with ExitStack() as stack:
             rows: Iterator[tuple[int, Row]] = iter(())
@@ -196,7 +196,7 @@ def _up_to_a_fault(rows: Iterator[tuple[int, Row]], done: Imported) -> Iterator[
 
 
 def _records(
-    source: Source, form: Format, stack: ExitStack, ignored: Counter[str]
+    source: Source, form: Format, stack: ExitStack, ignored: record.Ignored
 ) -> Iterator[tuple[int, Row]]:
     if form == "parquet":
         return parquet_file.records(source.name, source.seekable(stack), ignored)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import IO, Any
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from hb_assets.errors import ImportFileError
 from hb_assets.importing.columns import field_of, fields_of
 from hb_assets.importing.sources import UNREADABLE, Row, Unreadable, first_line
+from hb_assets.record import Ignored
 
 _BATCH = 2_000
 _BUFFER = 2**20
@@ -22,7 +22,7 @@ _UNITS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 1_000_000)}
 """What a timestamp of each unit is multiplied with, and divided by; finer digits are cut off."""
 
 
-def records(name: str, file: IO[bytes], ignored: Counter[str]) -> Iterator[tuple[int, Row]]:
+def records(name: str, file: IO[bytes], ignored: Ignored) -> Iterator[tuple[int, Row]]:
     """Records with the numbers of their rows, from 1.
 
     Args:
@@ -116,7 +116,7 @@ def _each(column: pa.Array, made: Callable[[Any], Any], field: str) -> list[Any]
     return found
 
 
-def _count_unknown(group: Any, unknown: list[str], ignored: Counter[str]) -> None:
+def _count_unknown(group: Any, unknown: list[str], ignored: Ignored) -> None:
     """Count the values of unknown columns in a row group."""
     flat = {}
     for at in range(group.num_columns):
@@ -126,4 +126,4 @@ def _count_unknown(group: Any, unknown: list[str], ignored: Counter[str]) -> Non
             flat[chunk.path_in_schema] = group.num_rows - told.null_count
     for column in unknown:
         if count := flat.get(column, group.num_rows):
-            ignored[column] += count
+            ignored.add([column], count)

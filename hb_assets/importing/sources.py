@@ -150,7 +150,12 @@ def opened(path: Path, stack: ExitStack) -> Source:
         if not piped and path.is_file():
             seekable = file
     stack.enter_context(content)
-    return Source(str(path), content, once, seekable)
+    return Source(name_of(path), content, once, seekable)
+
+
+def name_of(path: Path) -> str:
+    """What a file is called in reports, which are UTF-8 whatever its name is."""
+    return bytes(path).decode("utf-8", "replace")
 
 
 def format_of(path: Path) -> Format:
@@ -163,7 +168,7 @@ def format_of(path: Path) -> Format:
     found = FORMATS.get(name.suffix.lower().removeprefix("."))
     if found is None:
         raise ImportFileError(
-            f"{path}: can't tell the format by the name; pass --format ndjson, csv or parquet"
+            f"{name_of(path)}: can't tell the format by the name; pass --format ndjson, csv or parquet"
         )
     return found
 

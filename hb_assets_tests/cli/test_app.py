@@ -125,6 +125,38 @@ def test_a_variable_that_is_no_setting_is_warned_about(
     ]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("consolidate", "2025-1-5"),
+        ("prune", "2025-W03-1"),
+        ("quarantine", "list", "--day", "20250115"),
+        ("backfill", "2025-01-15", "2025-02-30"),
+        ("query", "u1", "--start", "2025-01-15", "--end", "2025-01-15T10.30"),
+        ("query", "\udcff", "--start", "2025-01-15", "--end", "2025-01-16"),
+        (*QUERY, "--device", "\udcff"),
+        (*QUERY, "--granularity", "7m"),
+        ("forget", "\udcff", "--yes"),
+        ("quarantine", "show", "--after", "x"),
+        ("quarantine", "show", "--limit", "0"),
+        ("status", "--days", "-1"),
+        ("serve", "--workers", "many"),
+        ("keys", "create", "name", "--scope", "read", "--expires", "0d"),
+        ("import", "file", "--format", "xml"),
+    ],
+)
+def test_an_argument_that_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    """One error that says which and how it is written; nothing is done."""
+    monkeypatch.setenv("HB_HOME", str(tmp_path))
+    Lake.open(Settings(home=tmp_path))
+    text = complaint(*command)
+    assert text.count("Error") == 1
+    assert "Invalid value" in text
+    assert "isoformat" not in text
+
+
 def test_settings_that_differ_from_the_running_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
