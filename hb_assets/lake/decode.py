@@ -9,6 +9,7 @@ decoding what may kill the process (`isolation`).
 
 from __future__ import annotations
 
+import codecs
 import io
 import time
 from array import array
@@ -210,7 +211,7 @@ def refused(entry: Delivery, refusal: Refusal, settings: Settings) -> Iterator[D
         return
     for first, text in _cut(entry, settings):
         lines = enumerate(text.split(b"\n"), first)
-        records = ((pos, line) for pos, line in lines if line.strip())
+        records = ((pos, line) for pos, line in lines if not _is_blank(line))
         yield _refused(entry, records, refusal, settings)
 
 
@@ -281,7 +282,7 @@ def _decode(
     unknown_fields = 0
     found: list[tuple[int, int, Heartbeat]] = []
     for index, pos, line in doubtful:
-        if not line.strip():
+        if _is_blank(line):
             continue
         now_ms = min(batch.entries[index].ms, LAST_MS)
         result, unknown = record.parse(line, now_ms, settings.time_bounds)
@@ -339,7 +340,13 @@ _NO_DATA = Refusal(
 
 
 def _is_empty(entry: Delivery) -> bool:
-    return not entry.data or entry.data.isspace()
+    return not entry.data or _is_blank(entry.data)
+
+
+def _is_blank(text: bytes) -> bool:
+    """Whether there is nothing in it, a byte order mark aside."""
+    text = text.removeprefix(codecs.BOM_UTF8)
+    return not text or text.isspace()
 
 
 def _read(

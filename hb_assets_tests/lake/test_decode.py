@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import datetime as dt
 import json
@@ -189,12 +190,14 @@ texts = lines() | st.sampled_from(
         b"-",
         b"\x00",
         b"\x0c",
+        codecs.BOM_UTF8,
+        codecs.BOM_UTF8 + b"\r",
     ]
 )
 
 
 def expected(text: bytes, now_ms: int) -> tuple[Any, ...] | str | None:
-    if not text.strip():
+    if not text.removeprefix(codecs.BOM_UTF8).strip():
         return None
     result, _ = record.parse(text, now_ms, SETTINGS.time_bounds)
     if isinstance(result, Heartbeat):
@@ -231,7 +234,7 @@ def test_every_line_ends_where_the_record_says(contents: list[tuple[list[bytes],
     counts = [0] * len(entries)
     for index, one in enumerate(entries):
         assert one.data is not None
-        if not one.data.strip():
+        if not one.data.removeprefix(codecs.BOM_UTF8).strip():
             assert found.pop((one.ms, one.seq, one.shard, 0)) == "record_no_data"
             counts[index] = 1
             continue
@@ -278,7 +281,80 @@ def test_messages_hold_no_value() -> None:
         assert "999" not in message
 
 
-@pytest.mark.parametrize("data", [None, b"", b" \r\n\n", b"\n"])
+@pytest.mark.parametrize("own", [None, 3])
+def test_a_byte_order_mark_is_skipped(own: int | None) -> None:
+    """At the beginning of an entry as of a line: files that were put together have it there too."""
+    mark = codecs.BOM_UTF8
+    spelt = line(at="2025-01-15T10:00:00Z")
+    one = entry([mark + line(), mark + spelt, mark + line(bpm=5), mark, line()])
+    decoded = decode([dataclasses.replace(one, own=own)], SETTINGS)
+    assert (decoded.rows.num_rows, decoded.counts) == (3, [4])
+    assert decoded.rejected["reason"].to_pylist() == ["heart_rate_out_of_range"]
+    assert decoded.rejected["raw"].to_pylist() == [mark + line(bpm=5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (line()[:-1] + b', "heart_rate": 171}', "record_duplicate_field"),
+        (line()[:-1] + b', "heart\\u005frate": 171}', "record_duplicate_field"),
+        (b'{"user_id": "u2", ' + line()[1:], "record_duplicate_field"),
+        (line(at=None)[:-1] + b', "heart_rate": 75}', "record_duplicate_field"),
+        (line()[:-1] + b",}", "record_not_json"),
+        (line()[:-1] + b', "x": NaN}', "record_not_json"),
+        (line()[:-1] + b', "x": 1e999}', "record_not_json"),
+        (line() + line(), "record_not_json"),
+        (line(at="2025-01-15 10.30"), "timestamp_not_a_time"),
+    ],
+)
+@pytest.mark.parametrize("careful", [False, True])
+def test_what_readers_of_json_differ_about_is_refused(
+    text: bytes, reason: str, careful: bool
+) -> None:
+    for own in (None, 2):
+        one = dataclasses.replace(entry([text, line()]), own=own)
+        [decoded] = pieces([one], SETTINGS, careful=careful)
+        assert decoded.rejected["reason"].to_pylist()[0] == reason
+        assert decoded.rows.num_rows == 1
+
+
+WRITTEN_BEFORE = [
+    (b'{"user_id":"u1","device_id":"device_a","timestamp_ms":1736935200000,"heart_rate":75}', "u1"),
+    (b'{"user_id":"a,b","device_id":"d","timestamp_ms":1736935200000,"heart_rate":30}', "a,b"),
+    (b'{"user_id":",,,,","device_id":",","timestamp_ms":1736935200001,"heart_rate":220}', ",,,,"),
+    (b'{"user_id":"\\"heart_rate\\"","device_id":"d","timestamp_ms":1736935200000,"heart_rate":99}',
+     '"heart_rate"'),
+    (b'{"user_id":"\\\\","device_id":"\\u0000","timestamp_ms":1736935200000,"heart_rate":75}', "\\"),
+    ('{"user_id":"é.1234567","device_id":"\ufeff","timestamp_ms":1577836800000,"heart_rate":75}'.encode(),
+     "é.1234567"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("careful", [False, True])
+def test_lines_of_older_releases_drain_as_before(careful: bool) -> None:
+    """As the append-only file and the spool may still hold them, in the bytes of their time."""
+    texts = [text for text, _ in WRITTEN_BEFORE]
+    for content in ([texts], [[text] for text in texts]):
+        entries = [
+            dataclasses.replace(entry(part, seq), own=len(part)) for seq, part in enumerate(content)
+        ]
+        [decoded] = pieces(entries, SETTINGS, careful=careful)
+        assert decoded.rejected.num_rows == decoded.unknown_fields == 0
+        assert set(decoded.rows["user_id"].to_pylist()) == {user for _, user in WRITTEN_BEFORE}
+    for text in texts:
+        found, _ = record.parse(text, NOW, SETTINGS.time_bounds)
+        assert isinstance(found, Heartbeat)
+        assert record.encode(found) == text
+
+
+def test_before_1970_too_a_fraction_is_cut_off_downwards() -> None:
+    long_ago = SETTINGS.model_copy(update={"start_date": dt.date(1960, 1, 1)})
+    spelt = [line(at=f"1969-12-31T23:59:59.{digits}Z") for digits in ("9999", "9991", "123456")]
+    decoded = decode([entry(spelt)], long_ago)
+    assert decoded.rows["timestamp"].cast("int64").to_pylist() == [-877, -1, -1]
+
+
+@pytest.mark.parametrize("data", [None, b"", b" \r\n\n", b"\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
 def test_entry_without_data(data: bytes | None) -> None:
     decoded = decode([Delivered(2, NOW, 7, data, deliveries=3), entry([line()])], SETTINGS)
     assert decoded.counts == [1, 1]
