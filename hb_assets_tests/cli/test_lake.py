@@ -163,7 +163,14 @@ def test_a_query_says_where_there_is_something(lake: Lake, settings: Settings) -
 
 @pytest.mark.parametrize(
     ("start", "end"),
-    [(START, START), (END, START), ("noon", END), (START, "2025-01-15"), ("", END)],
+    [
+        (START, START),
+        (END, START),
+        ("noon", END),
+        (START, "2025-01-15"),
+        ("", END),
+        ("2025-01-15 10.30", END),
+    ],
 )
 def test_times_that_are_none(lake: Lake, start: str, end: str) -> None:
     complaint("query", "u1", "--start", start, "--end", end)

@@ -29,6 +29,7 @@ from hb_assets.schema import HEARTBEATS
 from hb_assets.settings import Settings
 from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.gateway.conftest import PATH, heartbeat
+from hb_assets_tests.test_record import FORMS
 
 redis_url = on_valkey
 
@@ -280,6 +281,8 @@ CANNOT_BE_ANSWERED: list[tuple[dict[str, str | None], int, list[str], str]] = [
     ({"limit": "ten"}, 422, ["limit"], "integer"),
     ({"end": ""}, 400, ["end"], "ISO 8601"),
     ({"start": "yesterday"}, 400, ["start"], "ISO 8601"),
+    ({"start": "2025-01-15 10.30"}, 400, ["start"], "ISO 8601"),
+    ({"start": "2025-01-15T10:00:00 Z"}, 400, ["start"], "ISO 8601"),
     ({"start": "yesterday", "end": "2025-01-15"}, 400, ["start", "end"], "ISO 8601"),
     ({"end": "2025-01-15T10:00:00Z"}, 400, ["start"], "before"),
     ({"end": "2025-01-15T09:00:00Z"}, 400, ["start"], "before"),
@@ -314,3 +317,8 @@ def test_offsets_survive_a_lost_plus(moment: dt.datetime, sep: str, minutes: int
     assert parse_instant(with_offset(text.replace("+", " "))) == parse_instant(text)
     naive = local.replace(tzinfo=None).isoformat(sep)
     assert with_offset(naive) == naive
+
+
+@pytest.mark.parametrize(("form", "ms"), [form for form in FORMS if form[1] != "refused"])
+def test_what_is_a_time_is_left_as_it_is(form: str, ms: str) -> None:
+    assert with_offset(form) == form

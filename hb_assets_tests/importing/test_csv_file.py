@@ -37,6 +37,19 @@ def test_rows(tmp_path: Path) -> None:
     assert found.done.ignored.total() == 2
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("2025-01-15 10.30", "2025-01-15T10.5Z", "2025-01-15T10:30.5Z", "2025-01-15 07.45"),
+        *("20250115103045123", "2025011510304", "2025-01-15-05:00", "2025-01-15+05:30"),
+        "2025-01-15T10:00:00+05.5",
+    ],
+)
+def test_what_may_be_another_time_is_refused(tmp_path: Path, text: str) -> None:
+    found = of(tmp_path / "a.csv", HEADER + f"u1,d,{text},75\nu1,d,{AT},76\n".encode())
+    assert (found.bpm, found.reasons) == ([76], [(2, "timestamp_not_a_time")])
+
+
 def test_more_cells_than_columns(tmp_path: Path) -> None:
     """A decimal comma at the end would be cut off, and what follows a comma in a name."""
     found = of(tmp_path / "a.csv", HEADER + f"u1,d,{AT},75,5\nu1,d,{AT},76\n".encode())
