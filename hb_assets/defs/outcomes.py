@@ -6,64 +6,139 @@ Doesn't belong here: metadata of assets (`metadata`), and deciding anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import dagster as dg
+from dagster._core.definitions.asset_checks.asset_check_evaluation import (
+    AssetCheckEvaluationTargetMaterializationData,  # no public name
+)
 
+from hb_assets.defs.assets import HEARTBEATS
 from hb_assets.drain import Drained
 from hb_assets.errors import BufferUnavailableError, FencedError, HbError
 from hb_assets.lake import checks
 from hb_assets.lake.checks import Figure
 from hb_assets.lake.consolidation import Consolidated
+from hb_assets.lake.standing import Fault
+
+COMPLETE = "complete"
+"""The check that stays red for a day until what stands wrong with it is resolved."""
+DESCRIPTIONS = {
+    **checks.DESCRIPTIONS,
+    COMPLETE: "nothing of the day is known to be damaged or lost; red until that is resolved "
+    "(`hb damaged list`), whatever later runs do",
+}
+_SHOWN = 3
 
 RETRIES = dg.RetryPolicy(max_retries=2, delay=2)
 """For those errors of `failures` that may pass by themselves; the others fail the run at once."""
 
 
-def check_specs(asset: dg.AssetKey, names: Sequence[str]) -> list[dg.AssetCheckSpec]:
-    """Blocking checks of an asset: what it feeds doesn't run when one fails."""
-    return [
-        dg.AssetCheckSpec(name, asset=asset, blocking=True, description=checks.DESCRIPTIONS[name])
-        for name in names
-    ]
+def check_specs(
+    asset: dg.AssetKey, names: Sequence[str], daily: dg.PartitionsDefinition[str]
+) -> list[dg.AssetCheckSpec]:
+    """Checks of an asset, evaluated for each partition by the step that makes it.
+
+    All but `complete` say of a file whether it may be published: the step fails with them.
+    """
+    with warnings.catch_warnings():
+        # Without partitions the latest day's result would stand for all days; what may change in a
+        # later version of Dagster shows in our tests.
+        text = "Specifying a partitions_def on an AssetCheckSpec"
+        warnings.filterwarnings("ignore", text, dg.PreviewWarning)
+        return [
+            dg.AssetCheckSpec(
+                name, asset=asset, partitions_def=daily, description=DESCRIPTIONS[name]
+            )
+            for name in names
+        ]
 
 
-def check_results(
-    asset: dg.AssetKey, names: Sequence[str], figures: Sequence[Figure]
-) -> list[dg.AssetCheckResult]:
-    """One result for each name; a check that had no file to look at has passed."""
-    found = {figure.name: figure for figure in figures}
-    return [_check_result(asset, found.get(name) or Figure(name, True)) for name in names]
+def step_outs(asset: dg.AssetKey, names: Sequence[str]) -> dict[str, dg.Out]:
+    """Outputs of the step that makes an asset and evaluates these checks; each is optional.
+
+    It evaluates them by events, and not by these outputs: runs of our jobs leave the checks out,
+    so that none is planned. One that was planned reads as failed when its run died before it.
+    """
+    identifier = asset.to_python_identifier()
+    outs = {"result": "", **{f"{identifier}_{name}": name for name in names}}
+    return {name: dg.Out(dg.Nothing, is_required=False) for name in outs}
 
 
-def _check_result(asset: dg.AssetKey, figure: Figure) -> dg.AssetCheckResult:
-    return dg.AssetCheckResult(
-        asset_key=asset,
-        check_name=figure.name,
-        passed=figure.passed,
-        metadata=dict(figure.figures),
-        description=figure.message or None,
+def evaluations(
+    context: dg.OpExecutionContext, asset: dg.AssetKey, figures: Sequence[Figure]
+) -> Iterator[dg.AssetCheckEvaluation]:
+    """One evaluation of each check for the run's day: how many rows are bad, and in words why."""
+    for figure in figures:
+        expected, found = figure.words()
+        yield evaluation(
+            context.instance,
+            dg.AssetCheckKey(asset, figure.name),
+            context.partition_key,
+            f"expected: {expected}; found: {found}"
+            + (f" ({figure.message})" if figure.message else ""),
+            passed=figure.passed,
+            metadata={**figure.figures, "expected": expected, "found": found},
+        )
+
+
+def completeness(
+    instance: dg.DagsterInstance, day: str, faults: Sequence[Fault]
+) -> dg.AssetCheckEvaluation:
+    """The check `complete` of a day, of what stands wrong with it (`lake.standing`)."""
+    rows = [fault.rows for fault in faults]
+    return evaluation(
+        instance,
+        dg.AssetCheckKey(HEARTBEATS, COMPLETE),
+        day,
+        summary([fault.message for fault in faults]) or "nothing of the day is damaged or lost",
+        passed=not faults,
+        metadata={
+            "bad_rows": "unknown" if None in rows else sum(filter(None, rows)),
+            "expected": "every heartbeat of the day can be read, and its counts add up",
+            "found": f"{len(faults):,} faults" if faults else "so it is",
+        },
     )
 
 
-def failed_checks(
-    asset: dg.AssetKey, figures: Sequence[Figure]
-) -> Iterator[dg.AssetCheckEvaluation]:
-    """Evaluations of checks that failed on a part of the asset, for a step that ends with that.
+def evaluation(
+    instance: dg.DagsterInstance,
+    check: dg.AssetCheckKey,
+    day: str,
+    description: str,
+    *,
+    passed: bool,
+    metadata: Mapping[str, str | int],
+) -> dg.AssetCheckEvaluation:
+    """An evaluation of the day's latest materialization: of an earlier one it wouldn't count."""
+    records = instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=check.asset_key, asset_partitions=[day]), limit=1
+    ).records
+    target = None
+    if records:
+        latest = records[0]
+        target = AssetCheckEvaluationTargetMaterializationData(
+            storage_id=latest.storage_id,
+            run_id=latest.event_log_entry.run_id,
+            timestamp=latest.timestamp,
+        )
+    return dg.AssetCheckEvaluation(
+        asset_key=check.asset_key,
+        check_name=check.name,
+        passed=passed,
+        metadata=metadata,
+        target_materialization_data=target,
+        description=description,
+        partition=day,
+    )
 
-    The others say nothing of the whole, and nothing is said of them.
-    """
-    for figure in figures:
-        if not figure.passed:
-            yield dg.AssetCheckEvaluation(
-                asset_key=asset,
-                check_name=figure.name,
-                passed=False,
-                metadata=dict(figure.figures),
-                description=figure.message or None,
-                blocking=True,
-            )
+
+def summary(lines: Sequence[str]) -> str:
+    """A few lines as one, with how many more there are."""
+    more = f"; and {len(lines) - _SHOWN:,} more" if len(lines) > _SHOWN else ""
+    return "; ".join(lines[:_SHOWN]) + more
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,12 +53,33 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Result of one check: whether it passed, counts that tell why, and one line when it didn't."""
+    """Result of one check: whether it passed, counts that tell why, and one line when it didn't.
+
+    Of the counts `rows` is how many rows there are and `bad_rows` how many failed.
+    """
 
     name: str
     passed: bool
     figures: dict[str, int] = field(default_factory=dict)
     message: str = ""
+
+    def words(self) -> tuple[str, str]:
+        """What was expected and what was found, of one file or of many together."""
+        count = defaultdict(lambda: "0", {name: f"{n:,}" for name, n in self.figures.items()})
+        rows, bad = count["rows"], count["bad_rows"]
+        if self.name == COUNTS_ADD_UP:
+            unique, superseded, erased = count["unique"], count["superseded"], count["erased"]
+            in_files = count["rows_in_file"]
+            return (
+                f"{count['rows_in']} rows came in = unique + superseded + erased; unique = in files",
+                f"{unique} unique + {superseded} superseded + {erased} erased; {in_files} in files",
+            )
+        if self.name == MINUTES_ADD_UP:
+            return (
+                f"minutes that count {count['readings']} readings, and keep no more",
+                f"{count['counted']} counted, {count['kept']} kept, in {count['minutes']} minutes",
+            )
+        return f"{DESCRIPTIONS[self.name]}, in {rows} rows", f"{bad} bad rows"
 
 
 def heartbeats(
@@ -78,17 +100,18 @@ def heartbeats(
         SCHEMA_AND_RANGES: contracts.heartbeats_model(),
         PARTITION_DAY: contracts.day_model(day),
     }
-    faults: dict[str, set[str]] = {name: set() for name in rules}
+    faults = {name: _Faults() for name in rules}
     with _turn:
         for rows in _rows([path] if new is None else new):
             for name, model in rules.items():
-                faults[name] |= _faults(rows, model)
+                faults[name].add(rows, model)
     sequence = _sequence(path)
     if sequence.disorder:
         with engine(settings) as connection, verified.relations(connection, {"rows": [path]}):
             (twins,) = figures(connection, _DUPLICATES)
         sequence = replace(sequence, twins=twins)
-    return [*(_of_values(name, found) for name, found in faults.items()), *sequence.figures()]
+    of_values = [found.figure(name, sequence.rows) for name, found in faults.items()]
+    return [*of_values, *sequence.figures()]
 
 
 def with_users(figure: Figure, path: Path, shard: int, shards: int) -> Figure:
@@ -104,14 +127,16 @@ def with_users(figure: Figure, path: Path, shard: int, shards: int) -> Figure:
     strangers = sum(shard_of(user, shards) != shard for user in users)
     if not strangers:
         return figure
-    faults = figure.figures["faults"] + strangers
+    counts = dict(figure.figures)
+    for name in ("faults", "bad_rows"):
+        counts[name] = counts.get(name, 0) + strangers  # each has one row at least
     said = [figure.message, f"{strangers} users belong to another shard"]
-    return Figure(PARTITION_DAY, False, {"faults": faults}, "; ".join(filter(None, said)))
+    return Figure(PARTITION_DAY, False, counts, "; ".join(filter(None, said)))
 
 
 def passed(rows: int) -> list[Figure]:
     """What `heartbeats` said of a file with so many rows before it was published."""
-    of_values = [_of_values(name, set()) for name in (SCHEMA_AND_RANGES, PARTITION_DAY)]
+    of_values = [_Faults().figure(name, rows) for name in (SCHEMA_AND_RANGES, PARTITION_DAY)]
     return [*of_values, *_Sequence(rows).figures()]
 
 
@@ -119,8 +144,10 @@ def minutes(path: Path) -> Figure:
     """Columns, types, nulls and ranges of minutes."""
     from hb_assets import contracts
 
-    faults = {fault for rows in _rows([path]) for fault in _faults(rows, contracts.minutes_model())}
-    return _of_values(MINUTES_SCHEMA, faults)
+    faults = _Faults()
+    for rows in _rows([path]):
+        faults.add(rows, contracts.minutes_model())
+    return faults.figure(MINUTES_SCHEMA, parquet.footer(path).num_rows)
 
 
 _AT_ONCE = 2**19
@@ -155,24 +182,34 @@ def _rows(paths: Sequence[Path]) -> Iterator[pl.DataFrame]:
         yield frame(waiting)
 
 
-def _faults(rows: pl.DataFrame, model: DataFrameSchema) -> set[str]:
-    """What a pandera model finds at full depth: columns and rules, never a value."""
-    from pandera.config import ValidationDepth, config_context
-    from pandera.errors import SchemaErrors
+@dataclass(slots=True)
+class _Faults:
+    """What a pandera model found at full depth: columns and rules, never a value."""
 
-    with config_context(validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA):
-        try:
-            model.validate(rows, lazy=True)
-        except SchemaErrors as errors:
-            return {
-                f"{fault.schema.name}: {fault.check or fault.reason_code}"
-                for fault in errors.schema_errors
-            }
-    return set()
+    rules: set[str] = field(default_factory=set)
+    bad_rows: int = 0
 
+    def add(self, rows: pl.DataFrame, model: DataFrameSchema) -> None:
+        """Hold further rows to the model."""
+        from pandera.config import ValidationDepth, config_context
+        from pandera.errors import SchemaErrors
 
-def _of_values(name: str, faults: set[str]) -> Figure:
-    return Figure(name, not faults, {"faults": len(faults)}, "; ".join(sorted(faults)[:5]))
+        depth = ValidationDepth.SCHEMA_AND_DATA
+        with config_context(validation_enabled=True, validation_depth=depth):
+            try:
+                model.validate(rows, lazy=True)
+            except SchemaErrors as errors:
+                self.rules |= {
+                    f"{fault.schema.name}: {fault.check or fault.reason_code}"
+                    for fault in errors.schema_errors
+                }
+                failed = errors.failure_cases["index"]  # null: what is wrong with a whole column
+                self.bad_rows += rows.height if failed.null_count() else failed.n_unique()
+
+    def figure(self, name: str, rows: int) -> Figure:
+        """The result of the check, of a file with so many rows."""
+        counts = {"rows": rows, "bad_rows": self.bad_rows, "faults": len(self.rules)}
+        return Figure(name, not self.rules, counts, "; ".join(sorted(self.rules)[:5]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +226,13 @@ class _Sequence:
             Figure(
                 KEY_UNIQUE,
                 twins == 0,
-                {"rows": self.rows, "duplicates": twins},
+                {"rows": self.rows, "bad_rows": twins},
                 f"{twins} rows repeat a key" if twins else "",
             ),
             Figure(
                 SORTED,
                 disorder == 0,
-                {"rows": self.rows, "out_of_order": disorder},
+                {"rows": self.rows, "bad_rows": disorder},
                 f"{disorder} rows stand before a row they should follow" if disorder else "",
             ),
         ]
@@ -253,6 +290,7 @@ def counts_add_up(
         "superseded": superseded,
         "erased": erased,
         "rows_in_file": rows_in_file,
+        "bad_rows": abs(rows_in - unique - superseded - erased) + abs(rows_in_file - unique),
     }
     return Figure(COUNTS_ADD_UP, not faults, counted, "; ".join(faults))
 
@@ -269,6 +307,7 @@ def minutes_add_up(*, readings: int, counted: int, kept: int, rows: int) -> Figu
     passed = readings == counted and kept <= counted and rows <= counted
     message = "" if passed else f"{readings} readings, {counted} counted, {kept} kept"
     counts = {"readings": readings, "counted": counted, "kept": kept, "minutes": rows}
+    counts["bad_rows"] = abs(readings - counted) + max(0, kept - counted)
     return Figure(MINUTES_ADD_UP, passed, counts, message)
 
 

@@ -91,6 +91,7 @@ def test_nulls_lengths_and_ranges(
 def assert_refused(figure: Figure, column: str) -> None:
     assert not figure.passed
     assert figure.figures["faults"] >= 1
+    assert figure.figures["bad_rows"] >= 1
     assert column in figure.message
     for value in (SECRET, "177", "221", "29"):
         assert value not in figure.message
@@ -174,8 +175,8 @@ def test_order_and_key(
     in_order, unique = (
         figure_of(name, path, settings) for name in (checks.SORTED, checks.KEY_UNIQUE)
     )
-    assert in_order.figures == {"rows": len(rows), "out_of_order": disorder}
-    assert unique.figures == {"rows": len(rows), "duplicates": duplicates}
+    assert in_order.figures == {"rows": len(rows), "bad_rows": disorder}
+    assert unique.figures == {"rows": len(rows), "bad_rows": duplicates}
     assert (in_order.passed, unique.passed) == (not disorder, not duplicates)
 
 

@@ -1,7 +1,7 @@
 """heartbeats: the consolidated files of a day.
 
 A graph of three ops: `plan` deals the day's shards out into groups, `consolidate_shards` does one
-group, `check_day` reports what all of them did. In process the groups follow each other, and the
+group, `check_day` judges what all of them did. In process the groups follow each other, and the
 shards of a group share the cores (`lake.consolidation`); another executor (HB_EXECUTOR) does the
 groups side by side, wherever it runs its steps. What one op hands to the next is a handful of
 counts.
@@ -23,8 +23,8 @@ from hb_assets.defs import metadata, outcomes
 from hb_assets.defs.assets import HEARTBEATS, OWNERS, RAW_HEARTBEATS, TAGS
 from hb_assets.defs.installation import Installation
 from hb_assets.defs.sensors import now_ms
-from hb_assets.lake import checks
-from hb_assets.lake.checks import HEARTBEAT_CHECKS
+from hb_assets.lake import checks, standing
+from hb_assets.lake.checks import HEARTBEAT_CHECKS, Figure
 from hb_assets.lake.consolidation import Consolidated
 
 SHARDS_A_STEP = 4
@@ -41,10 +41,13 @@ checked before it replaces the published one, so that a bad one is never visible
 Rows of the day = unique + superseded; a superseded row is a repeat (same value) or a correction. Run
 config `rebuild` starts from raw fragments alone.
 
-A step does a group of shards. One that fails doesn't keep the others from being done; "Re-execution
-from failure" does it again without them.
+A step does a group of shards. A shard that fails keeps no other from being published; the last step
+judges the day from all of them, and fails then. To try again, materialize the day again: what is
+published already is only verified. A day without data is not materialized.
 """
-_CHECKS = outcomes.check_specs(HEARTBEATS, HEARTBEAT_CHECKS)
+_CHECKS = (*HEARTBEAT_CHECKS, outcomes.COMPLETE)
+_MAY_PASS = ("fenced", "storage")
+"""Kinds of failures that another try may not meet."""
 
 
 class Consolidation(dg.Config):
@@ -71,26 +74,33 @@ class Group:
 
 def heartbeats(daily: dg.PartitionsDefinition[str]) -> dg.AssetsDefinition:
     """The asset, with these partitions."""
-    asset = dg.graph_asset(
-        key=HEARTBEATS,
+    return dg.graph_multi_asset(
+        name="heartbeats",
         ins={"raw": dg.AssetIn(RAW_HEARTBEATS, dagster_type=dg.Nothing)},
+        outs={
+            "heartbeats": dg.AssetOut(
+                key=HEARTBEATS,
+                dagster_type=dg.Nothing,
+                is_required=False,  # a day without data is not materialized
+                kinds={"parquet", "duckdb"},
+                owners=OWNERS,
+                tags=TAGS,
+                metadata={"dagster/column_schema": metadata.columns(schema.HEARTBEATS)},
+                description=_DESCRIPTION,
+            )
+        },
         config=_config,
         partitions_def=daily,
         group_name="heart_rate",
-        kinds={"parquet", "duckdb"},
-        owners=OWNERS,
-        tags=TAGS,
-        check_specs=_CHECKS,
-        metadata={"dagster/column_schema": metadata.columns(schema.HEARTBEATS)},
-        description=_DESCRIPTION,
+        check_specs=outcomes.check_specs(HEARTBEATS, _CHECKS, daily),
+        can_subset=True,  # jobs leave the checks out
     )(_graph)
-    assert isinstance(asset, dg.AssetsDefinition)
-    return asset
 
 
 def _graph(raw: Any) -> dict[str, Any]:
     reported = check_day(plan(raw).map(consolidate_shards).collect())
-    return {name: getattr(reported, name) for name in check_day.output_dict}
+    made = {name: getattr(reported, name) for name in check_day.output_dict}
+    return {"heartbeats": made.pop("result"), **made}
 
 
 @dg.config_mapping
@@ -129,8 +139,8 @@ def dealt(shards: int) -> list[tuple[int, ...]]:
 )
 def consolidate_shards(
     context: dg.OpExecutionContext, group: Group, installation: dg.ResourceParam[Installation]
-) -> Iterator[dg.AssetCheckEvaluation | dg.Output[Consolidated]]:
-    """What was done; when a check fails, its evaluation and nothing else."""
+) -> dg.Output[Consolidated]:
+    """What was done and what failed: the other shards are published all the same."""
     day, settings = days.parse_day(context.partition_key), installation.settings
     with outcomes.failures():
         lake = installation.lake()
@@ -144,33 +154,48 @@ def consolidate_shards(
                 progress=outcomes.progress(context.log),
             )
         alarms.tell([_damage(day, said) for said in done.set_aside], settings)
-        yield from outcomes.failed_checks(HEARTBEATS, done.figures)
-        done.require()
+        passing = [one for one in done.failed if one.kind in _MAY_PASS]
+        if passing and context.retry_number < outcomes.RETRIES.max_retries:
+            raise passing[0].error()
     context.log.info(outcomes.consolidated(done))
-    yield dg.Output(done, metadata=metadata.of_consolidated(done))
+    return dg.Output(done, metadata=metadata.of_consolidated(done))
 
 
 @dg.op(
-    out={
-        "result": dg.Out(dg.Nothing),
-        **{spec.get_python_identifier(): dg.Out(dg.Nothing) for spec in _CHECKS},
-    },
+    out=outcomes.step_outs(HEARTBEATS, _CHECKS),
     retry_policy=outcomes.RETRIES,
-    description="Reports the day: what was done, and the results of its checks.",
+    description="Judges the day: evaluates its checks, and reports what was done or fails.",
 )
 def check_day(
     context: dg.OpExecutionContext,
     groups: list[Consolidated],
     installation: dg.ResourceParam[Installation],
-) -> Iterator[dg.MaterializeResult[None]]:
-    """The materialization with its check results; it runs when all groups were done."""
-    done = together(days.parse_day(context.partition_key), groups)
+) -> Iterator[dg.Output[None] | dg.AssetCheckEvaluation]:
+    """The materialization, unless a shard failed or there is no data; each check, once."""
+    day = days.parse_day(context.partition_key)
+    done = together(day, groups)
     with outcomes.failures():
-        figures = metadata.of_heartbeats(installation.lake(), done)
-    yield dg.MaterializeResult(
-        metadata=figures,
-        check_results=outcomes.check_results(HEARTBEATS, HEARTBEAT_CHECKS, done.figures),
-    )
+        lake = installation.lake()
+        if done.rows and not done.failed:
+            yield dg.Output(None, "result", metadata=metadata.of_heartbeats(lake, done))
+        yield from outcomes.evaluations(context, HEARTBEATS, judged(done))
+        faults = standing.faults(lake, [day])
+        if done.rows or done.failed or faults:
+            yield outcomes.completeness(context.instance, context.partition_key, faults)
+        else:
+            context.log.warning(f"the lake holds nothing of {day}: nothing was materialized")
+    if done.failed:
+        said = [outcomes.line(one.error()) for one in done.failed]
+        raise dg.Failure(outcomes.summary(said), allow_retries=False)
+
+
+def judged(done: Consolidated) -> list[Figure]:
+    """Figures that say something of the whole day.
+
+    Where a shard failed before its file was checked, these are only those that failed.
+    """
+    unknown = any(not one.figures for one in done.failed)
+    return [one for one in done.figures if not (unknown and one.passed)]
 
 
 def together(day: dt.date, groups: Sequence[Consolidated]) -> Consolidated:
@@ -184,6 +209,7 @@ def together(day: dt.date, groups: Sequence[Consolidated]) -> Consolidated:
         day=day,
         figures=checks.summed(list(chain.from_iterable(group.figures for group in groups))),
         set_aside=list(chain.from_iterable(group.set_aside for group in groups)),
+        failed=list(chain.from_iterable(group.failed for group in groups)),
         **counts,
     )
 

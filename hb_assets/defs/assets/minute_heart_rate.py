@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: Dagster compares the annotation of `context` itself.
 
 from collections.abc import Iterator
+from typing import Any
 
 import dagster as dg
 
@@ -24,33 +25,54 @@ and counts.
 
 def minute_heart_rate(daily: dg.PartitionsDefinition[str]) -> dg.AssetsDefinition:
     """The asset, with these partitions."""
-    return dg.asset(
-        key=MINUTE_HEART_RATE,
-        deps=[HEARTBEATS],
+    return dg.graph_multi_asset(
+        name="minute_heart_rate",
+        ins={"heartbeats": dg.AssetIn(HEARTBEATS, dagster_type=dg.Nothing)},
+        outs={
+            "minute_heart_rate": dg.AssetOut(
+                key=MINUTE_HEART_RATE,
+                dagster_type=dg.Nothing,
+                is_required=False,  # a day without data is not materialized
+                kinds={"parquet", "duckdb"},
+                owners=OWNERS,
+                tags=TAGS,
+                metadata={"dagster/column_schema": metadata.columns(schema.MINUTES)},
+                description=_DESCRIPTION,
+            )
+        },
         partitions_def=daily,
         group_name="heart_rate",
-        kinds={"parquet", "duckdb"},
-        owners=OWNERS,
-        tags=TAGS,
-        retry_policy=outcomes.RETRIES,
-        check_specs=outcomes.check_specs(MINUTE_HEART_RATE, MINUTE_CHECKS),
-        metadata={"dagster/column_schema": metadata.columns(schema.MINUTES)},
-        description=_DESCRIPTION,
-    )(_minute_heart_rate)
+        check_specs=outcomes.check_specs(MINUTE_HEART_RATE, MINUTE_CHECKS, daily),
+        can_subset=True,  # jobs leave the checks out
+    )(_graph)
 
 
-def _minute_heart_rate(
-    context: dg.AssetExecutionContext, installation: dg.ResourceParam[Installation]
-) -> Iterator[dg.AssetCheckResult | dg.MaterializeResult[None]]:
+def _graph(heartbeats: Any) -> dict[str, Any]:
+    built = build_minutes(heartbeats)
+    made = {name: getattr(built, name) for name in build_minutes.output_dict}
+    return {"minute_heart_rate": made.pop("result"), **made}
+
+
+@dg.op(
+    ins={"heartbeats": dg.In(dg.Nothing)},
+    out=outcomes.step_outs(MINUTE_HEART_RATE, MINUTE_CHECKS),
+    retry_policy=outcomes.RETRIES,
+    description="Builds the minutes that are stale, and checks them.",
+)
+def build_minutes(
+    context: dg.OpExecutionContext, installation: dg.ResourceParam[Installation]
+) -> Iterator[dg.Output[None] | dg.AssetCheckEvaluation]:
+    """The materialization, unless a check failed or there is no data; each check, once."""
     day, settings = days.parse_day(context.partition_key), installation.settings
     with outcomes.failures():
         lake = installation.lake()
         try:
             done = minutes.build(lake, day, settings, progress=outcomes.progress(context.log))
         except CheckFailedError as error:
-            yield from outcomes.check_results(MINUTE_HEART_RATE, MINUTE_CHECKS, error.figures)
+            yield from outcomes.evaluations(context, MINUTE_HEART_RATE, error.figures)
             raise
-        yield dg.MaterializeResult(
-            metadata=metadata.of_minutes(lake, done, settings),
-            check_results=outcomes.check_results(MINUTE_HEART_RATE, MINUTE_CHECKS, done.figures),
-        )
+        if not done.figures:
+            context.log.warning(f"the lake holds nothing of {day}: nothing was materialized")
+            return
+        yield dg.Output(None, "result", metadata=metadata.of_minutes(lake, done, settings))
+        yield from outcomes.evaluations(context, MINUTE_HEART_RATE, done.figures)

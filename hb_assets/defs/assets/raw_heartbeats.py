@@ -2,6 +2,8 @@
 
 # No `from __future__ import annotations`: Dagster compares the annotation of `context` itself.
 
+from collections.abc import Iterator
+
 import dagster as dg
 
 from hb_assets import days, schema
@@ -30,6 +32,7 @@ def raw_heartbeats(daily: dg.PartitionsDefinition[str]) -> dg.AssetsDefinition:
     return dg.asset(
         key=RAW_HEARTBEATS,
         partitions_def=daily,
+        output_required=False,  # a day without data is not materialized
         group_name="ingest",
         kinds={"redis", "parquet"},
         owners=OWNERS,
@@ -42,7 +45,7 @@ def raw_heartbeats(daily: dg.PartitionsDefinition[str]) -> dg.AssetsDefinition:
 
 def _raw_heartbeats(
     context: dg.AssetExecutionContext, installation: dg.ResourceParam[Installation]
-) -> dg.MaterializeResult[None]:
+) -> Iterator[dg.MaterializeResult[None]]:
     day, settings = days.parse_day(context.partition_key), installation.settings
     with outcomes.failures():
         lake = installation.lake()
@@ -60,4 +63,7 @@ def _raw_heartbeats(
         state = inventory.day_state(lake, day, settings)
         for fault in state.faults:
             context.log.warning(fault)
-        return dg.MaterializeResult(metadata=metadata.of_raw(lake, state))
+        if state.fragments or state.rows:
+            yield dg.MaterializeResult(metadata=metadata.of_raw(lake, state))
+        else:
+            context.log.warning(f"the lake holds nothing of {day}: nothing was materialized")

@@ -61,8 +61,9 @@ def test_a_day_is_consolidated_and_checked(drained, run) -> None:
     result = run(DAY)
     assert result.success
     assert evaluations(result) == dict.fromkeys(
-        (*checks.HEARTBEAT_CHECKS, *checks.MINUTE_CHECKS), True
+        (*checks.HEARTBEAT_CHECKS, *checks.MINUTE_CHECKS, "complete"), True
     )
+    assert {one.partition for one in result.get_asset_check_evaluations()} == {DAY}
     figures = materialization(result, HEARTBEATS).metadata
     counts = {name: value.value for name, value in figures.items() if hasattr(value, "value")}
     expected = {
@@ -103,11 +104,14 @@ def test_nothing_about_users_reaches_the_event_log(drained, run, instance) -> No
     assert "heart_rate" not in preview.records[0].data
 
 
-def test_a_day_without_data_materializes(run) -> None:
-    result = run("2025-01-20")
+@pytest.mark.parametrize("job", ["consolidate_day", "drain_and_report"])
+def test_a_day_without_data_is_not_materialized(job, run, instance) -> None:
+    result = run("2025-01-20", job)
     assert result.success
-    assert materialization(result, HEARTBEATS).metadata["dagster/row_count"].value == 0
-    assert all(evaluations(result).values())
+    assert not result.get_asset_materialization_events()
+    assert not evaluations(result)
+    said = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    assert "the lake holds nothing of 2025-01-20: nothing was materialized" in said
 
 
 def test_a_range_gives_the_same_rows_when_it_runs_again(drained, run, installation) -> None:
@@ -168,7 +172,7 @@ def test_a_shard_that_fails_keeps_no_other_from_being_done(drained, run, install
     result = run(DAY)
     assert not result.success
     assert failure(result).startswith(f"{bad} is damaged")
-    assert not evaluations(result)
+    assert evaluations(result) == {"complete": False}
     bad.write_bytes(kept)
     state = inventory.day_state(lake, parse_day(DAY), installation.settings)
     assert state.pending_fragments == 1
@@ -187,7 +191,12 @@ def test_a_failed_check_fails_the_run_and_publishes_nothing(
         spoil(patch, name)
         result = run(DAY)
     assert not result.success
-    assert evaluations(result) == {name: False}
+    expected = dict.fromkeys((*checks.HEARTBEAT_CHECKS, "complete"), True)
+    assert evaluations(result) == {**expected, name: False, "complete": False}
+    found = {one.check_name: one for one in result.get_asset_check_evaluations()}
+    assert found[name].description.startswith("expected: ")
+    assert "spoilt by a test" in found[name].description
+    assert found[name].metadata["bad_rows"].value == 6  # three a shard
     assert "2025-01-15, shard" in failure(result)
     assert "spoilt by a test" in failure(result)
     assert MINUTE_HEART_RATE not in {
@@ -196,14 +205,104 @@ def test_a_failed_check_fails_the_run_and_publishes_nothing(
     assert rows(installation) == before
 
 
-def spoil(patch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.usefixtures("a_step_a_shard")
+def test_groups_that_fail_different_checks_make_both_red(
+    drained, run, installation, monkeypatch
+) -> None:
+    """Of one check the last evaluation of a run counts: a group that passes must not follow."""
+    drained(users=4, readings=5)
+    with monkeypatch.context() as patch:
+        spoil(patch, checks.SORTED, shard=0)
+        spoil(patch, checks.COUNTS_ADD_UP, shard=1)
+        result = run(DAY)
+    assert not result.success
+    red = {checks.SORTED, checks.COUNTS_ADD_UP, "complete"}
+    assert evaluations(result) == {
+        name: name not in red for name in (*checks.HEARTBEAT_CHECKS, "complete")
+    }
+    assert len(result.get_asset_check_evaluations()) == len(checks.HEARTBEAT_CHECKS) + 1
+    assert "shard 00" in failure(result)
+    assert "shard 01" in failure(result)
+
+
+@pytest.mark.usefixtures("a_step_a_shard")
+def test_a_shard_that_fails_a_check_keeps_no_other_from_being_published(
+    drained, run, installation, monkeypatch
+) -> None:
+    drained(users=4, readings=5)
+    with monkeypatch.context() as patch:
+        spoil(patch, checks.SORTED, shard=1)
+        assert not run(DAY).success
+    published = (installation.lake().root / layout.HEARTBEATS).rglob("*.parquet")
+    assert [path.parent.name for path in published] == ["shard=00"]
+
+
+def test_a_run_that_dies_before_its_checks_writes_none(drained, run, instance, monkeypatch) -> None:
+    drained()
+    with monkeypatch.context() as patch:
+        patch.setattr(heartbeats, "together", lambda *_: 1 / 0)
+        result = run(DAY)
+    assert not result.success
+    for name in (*checks.HEARTBEAT_CHECKS, "complete"):
+        assert history(instance, name) == []
+
+
+def history(instance: dg.DagsterInstance, name: str) -> list[tuple[str | None, str]]:
+    """Partition and status of what was planned or evaluated of a check, the latest first."""
+    key = dg.AssetCheckKey(HEARTBEATS, name)
+    found = instance.event_log_storage.get_asset_check_execution_history(key, limit=99)
+    return [(one.partition, one.status.value) for one in found]
+
+
+def test_a_known_loss_stays_red_for_its_day_whatever_later_runs_do(
+    drained, run, installation, instance
+) -> None:
+    drained(users=4, readings=5)
+    lake = installation.lake()
+    lost = next((lake.root / layout.RAW).rglob("*.parquet"))
+    whole = lost.read_bytes()
+    lost.write_bytes(whole[: len(whole) // 2])
+    drained("2025-01-16", users=4, readings=5)
+    for day in (DAY, DAY, "2025-01-16"):
+        assert run(day).success
+    assert history(instance, "complete") == [
+        ("2025-01-16", "SUCCEEDED"),
+        (DAY, "FAILED"),
+        (DAY, "FAILED"),
+    ]
+    [shown] = [state for state in states(instance) if state.startswith("FAILED")]
+    assert shown == f"FAILED {DAY}"
+    drained(users=4, readings=9)
+    assert run(DAY).success
+    assert history(instance, "complete")[0] == (DAY, "FAILED")
+    aside = next((lake.root / layout.DAMAGED).rglob("*.parquet"))
+    aside.unlink()
+    lost.write_bytes(whole)
+    assert run(DAY).success
+    assert history(instance, "complete")[0] == (DAY, "SUCCEEDED")
+
+
+def states(instance: dg.DagsterInstance) -> list[str]:
+    """The check `complete` as the UI shows it: status and partitions."""
+    key = dg.AssetCheckKey(HEARTBEATS, "complete")
+    daily = dg.DailyPartitionsDefinition("2025-01-01")
+    found = instance.event_log_storage.get_asset_check_state([(key, daily)])[key]
+    return [
+        f"{status.value} {', '.join(sorted(subset.value.get_partition_keys()))}"
+        for status, subset in found.subsets.items()
+        if not subset.is_empty
+    ]
+
+
+def spoil(patch: pytest.MonkeyPatch, name: str, shard: int | None = None) -> None:
     """Make one check fail; that bad files make them fail is shown in lake/test_checks.py."""
     original = consolidation._figures
 
-    def figures(*arguments: object) -> list[Figure]:
+    def figures(task, *arguments: object) -> list[Figure]:
+        spoilt = Figure(name, False, {"bad_rows": 3}, "spoilt by a test")
         return [
-            Figure(one.name, False, {"faults": 1}, "spoilt by a test") if one.name == name else one
-            for one in original(*arguments)
+            spoilt if one.name == name and shard in (None, task.shard) else one
+            for one in original(task, *arguments)
         ]
 
     patch.setattr(consolidation, "_figures", figures)
