@@ -51,7 +51,7 @@ def failing(call: Call, number: int, where: str) -> Iterator[Fault]:
     real_open = io.open
 
     def opened(path: Any, flags: int, *more: Any, **named: Any) -> int:
-        if flags & os.O_CREAT:
+        if flags & os.O_CREAT or flags & os.O_TMPFILE == os.O_TMPFILE:
             fault.strike("create", path)
         return int(real["open"](path, flags, *more, **named))
 

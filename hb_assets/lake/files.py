@@ -45,9 +45,12 @@ def look(path: Path) -> Look:
 
 def barred(path: Path) -> Path:
     """The uppermost folder on the way to `path` that is closed to us; itself where none is."""
-    parents = reversed(path.parents)
-    closed = (one for one in parents if os.access(one, os.F_OK) and not os.access(one, os.X_OK))
-    return next(closed, path)
+    for one in reversed(path.parents):
+        if os.access(one, os.F_OK, effective_ids=True) and not os.access(
+            one, os.X_OK, effective_ids=True
+        ):
+            return one
+    return path
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
@@ -24,6 +20,7 @@ from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 from hb_assets_tests.cli.commands import told
 from hb_assets_tests.conftest import on_valkey
+from hb_assets_tests.damage import nobody
 from hb_assets_tests.gateway.conftest import PATH, heartbeat, running
 from hb_assets_tests.lake.deliveries import DAY, NOON, deliver, entry, line
 from hb_assets_tests.servers import wait_for
@@ -32,8 +29,6 @@ redis_url = on_valkey
 
 OTHER_DAY = NOON + 86_400_000
 SHARD = shard_of("u1", 4)
-NOBODY = 65534
-"""The user id of `nobody`."""
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +166,9 @@ def for_others(server_urls: Callable[[str], str]) -> Iterator[Settings]:
 
 
 @pytest.mark.parametrize("where", ["raw", "raw/day", "raw/day/shard", "heartbeats/day/shard"])
-def test_a_folder_that_cannot_be_read_is_one_line(for_others: Settings, where: str) -> None:
+def test_a_folder_that_cannot_be_read_is_one_line(
+    for_others: Settings, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     lake = Lake.open(for_others)
     for number, at in enumerate((NOON, OTHER_DAY)):
         deliver(lake, for_others, entry([line(at=at)], number))
@@ -179,8 +176,11 @@ def test_a_folder_that_cannot_be_read_is_one_line(for_others: Settings, where: s
     for path in (lake.root.parent, *lake.root.parent.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     folder = lake.root / where.replace("day", f"day={DAY}").replace("shard", f"shard={SHARD:02d}")
+    monkeypatch.setenv("HB_HOME", str(for_others.home))
+    told("status")  # loads all of our own code, which may be closed to nobody as well
     folder.chmod(0)
-    found = as_nobody(for_others)
+    with nobody():
+        found = told("status", code=1)
     folder.chmod(0o755)
     (alarm,) = found["alarms"]
     assert alarm.startswith(f"{folder} can't be read (Permission denied)")
@@ -189,35 +189,3 @@ def test_a_folder_that_cannot_be_read_is_one_line(for_others: Settings, where: s
     assert days[str(OTHER)]["unique"] == 1
     assert days[str(DAY)]["unique"] == (0 if "heartbeats" in where else 1)
     assert len(found["buffer"]) == 4
-
-
-_LOOK = """
-import os, sys
-from hb_assets.cli import output, status
-from hb_assets.settings import Settings
-
-settings = Settings()
-status.look(settings)  # imports all it needs: nobody may be kept from reading our own code
-if os.geteuid() == 0:
-    os.setgroups([])
-    os.setgid(int(sys.argv[1]))
-    os.setuid(int(sys.argv[1]))
-output.print_json(status.look(settings))
-"""
-
-
-def as_nobody(settings: Settings) -> Any:
-    """What `hb status --json` says to somebody who isn't root, whom nothing is closed to."""
-    environment = os.environ | {
-        "HB_HOME": str(settings.home),
-        "HB_REDIS_URL": settings.redis_url.get_secret_value() if settings.redis_url else "",
-        "HB_SHARDS": str(settings.shards),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", _LOOK, str(NOBODY)],
-        env=environment,
-        capture_output=True,
-        check=True,
-        timeout=60,
-    )
-    return json.loads(done.stdout)

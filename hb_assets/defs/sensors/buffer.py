@@ -62,6 +62,8 @@ def _tick(
     else:
         found |= faults(buffer, signs, settings)
         said = f"{sum(state.heartbeats for state in buffer.states):,} heartbeats are buffered: all well"
+        if buffer.faults:  # the drain sensor raises the alarm
+            said = "; ".join(buffer.faults.values())
     notices, standing = alarms.changes(before, found, now_ms())
     alarms.tell(notices, settings)
     said = "; ".join(found.values()) or said
@@ -79,7 +81,7 @@ def _spool_faults(settings: Settings) -> dict[str, str]:
 
 def faults(buffer: Depths, signs: Signs, settings: Settings) -> dict[str, str]:
     """Messages of what is wrong, by the name of the alarm."""
-    found = {f"shard_unreadable:{shard:02d}": line for shard, line in buffer.faults.items()}
+    found = {}
     states = buffer.states
     full = depth.high_water(states, settings)
     if full:
