@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import sys
 
+from hb_assets import private
+
 _INTERRUPTED = 130
 
 
 def main() -> None:
     """Run `hb`. Ctrl-C leaves no trace, even while the commands are being imported."""
+    private.umask()
     try:
         from hb_assets.cli.app import load_commands
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dagster as dg
 
+from hb_assets import private
 from hb_assets import settings as configuration
 from hb_assets.defs import executors, jobs, partitions
 from hb_assets.defs.assets.heartbeats import heartbeats
@@ -24,7 +25,11 @@ from hb_assets.settings import Settings
 
 @dg.definitions
 def definitions() -> dg.Definitions:
-    """The definitions for the settings in the environment. Raises SettingsError."""
+    """The definitions for the settings in the environment. Raises SettingsError.
+
+    Code servers and runs load them before they write anything: what they write is closed to others.
+    """
+    private.umask()
     return of(configuration.load())
 
 

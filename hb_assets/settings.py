@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import difflib
+import grp
 import ipaddress
 import os
 import re
@@ -158,6 +159,18 @@ class Settings(BaseSettings):
     lake: str = Field(
         default="",
         description="The lake: a folder, or a file:// URL. Default: `lake` under HB_HOME.",
+    )
+
+    lake_group: str | None = Field(
+        default=None,
+        description="A group of this machine that may read the lake: its folders are made with mode "
+        "2750 and its files with 0640. Default: for the user of hb alone (0700, 0600). It counts "
+        "when the lake is made; docs/security.md says how to share one that is there.",
+    )
+    lake_group_writes: bool = Field(
+        default=False,
+        description="Members of HB_LAKE_GROUP may write, too (folders with mode 2770): for several "
+        "users who run hb on one lake.",
     )
 
     # -- the record
@@ -505,6 +518,16 @@ class Settings(BaseSettings):
             raise ValueError("object stores can't be used yet; name a folder or a file:// URL")
         return lake
 
+    @field_validator("lake_group")
+    @classmethod
+    def _known_group(cls, name: str | None) -> str | None:
+        try:
+            if name is not None:
+                grp.getgrnam(name)
+        except KeyError:
+            raise ValueError(f"there is no group of this name on this machine: {name}") from None
+        return name
+
     @field_validator("trusted_proxies")
     @classmethod
     def _networks(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
@@ -548,6 +571,8 @@ class Settings(BaseSettings):
             )
         if (self.redis_cert is None) != (self.redis_key is None):
             raise ValueError("HB_REDIS_CERT and HB_REDIS_KEY go together: set both or neither")
+        if self.lake_group_writes and self.lake_group is None:
+            raise ValueError("HB_LAKE_GROUP_WRITES needs a HB_LAKE_GROUP")
         if (self.gateway_cert is None) != (self.gateway_key is None):
             raise ValueError("HB_GATEWAY_CERT and HB_GATEWAY_KEY go together: set both or neither")
         return self

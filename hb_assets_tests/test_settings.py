@@ -160,6 +160,8 @@ FREE_TEXT = {"lake", "gateway_host", "alert_webhook", "device_priority", "redis_
 BAD = {
     "home": ["~no-such-user/hb"],
     "lake": ["s3://bucket/prefix", "http://[/"],
+    "lake_group": ["no-such-group", "no such group"],
+    "lake_group_writes": ["perhaps", "1"],
     "start_date": ["2025-02-30", "soon", "1969-12-31"],
     "max_future": ["tomorrow", "-1h", "1y", "9" * 400],
     "redis_url": ["localhost:6379", "http://localhost", "redis://[", "redis://host:port"],

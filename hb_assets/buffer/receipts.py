@@ -26,6 +26,7 @@ import weakref
 from collections.abc import Mapping
 from itertools import zip_longest
 
+from hb_assets import private
 from hb_assets.errors import SettingsError
 from hb_assets.settings import Settings
 
@@ -47,7 +48,7 @@ class Receipts:
     def __init__(self, settings: Settings) -> None:
         self._path = settings.home_dir / "receipts"
         try:
-            settings.home_dir.mkdir(parents=True, exist_ok=True)
+            private.make_folder(settings.home_dir)
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
             weakref.finalize(self, os.close, self._file)
             os.pread(self._file, 1, 0)

@@ -36,6 +36,7 @@ from filelock import FileLock, ReadWriteLock, Timeout
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from hb_assets import private
 from hb_assets.buffer import launch
 from hb_assets.errors import AlreadyRunningError, BufferUnavailableError, SettingsError
 from hb_assets.settings import SOCKET_PATH_BYTES, Settings
@@ -235,12 +236,13 @@ def _ensure_running(settings: Settings) -> subprocess.Popen[bytes] | None:
 
 def _start(settings: Settings) -> subprocess.Popen[bytes]:
     files = prepare(settings)
-    with files.log.open("ab") as log:
+    with open(files.log, "ab", opener=private.opener) as log:
         child = subprocess.Popen(
             files.argv,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            umask=0o077,
             # The terminal's Ctrl-C is for the command, which isn't done with the server then.
             start_new_session=True,
         )
@@ -297,11 +299,11 @@ def _users(settings: Settings) -> ReadWriteLock:
 
 
 def _up_lock(settings: Settings) -> FileLock:
-    return FileLock(settings.run_dir / "up.lock")
+    return FileLock(settings.run_dir / "up.lock", mode=private.FILE)
 
 
 def _start_lock(settings: Settings) -> FileLock:
-    return FileLock(settings.run_dir / "start.lock")
+    return FileLock(settings.run_dir / "start.lock", mode=private.FILE)
 
 
 def _lock_path(settings: Settings) -> Path:
@@ -337,16 +339,11 @@ def _binary() -> Path:
 
 
 def _make_folders(settings: Settings) -> None:
-    for folder, mode in (
-        (settings.home_dir, 0o755),
-        (settings.run_dir, 0o700),
-        (settings.redis_dir, 0o700),
-        (settings.log_dir, 0o755),
-    ):
+    for folder in (settings.home_dir, settings.run_dir, settings.redis_dir, settings.log_dir):
         try:
-            folder.mkdir(mode=mode, parents=True, exist_ok=True)
+            private.make_folder(folder)
             if folder == settings.run_dir:
-                folder.chmod(mode)
+                folder.chmod(private.FOLDER)
             probe = folder / f".probe-{secrets.token_hex(4)}"
             probe.touch(0o600)
             probe.unlink()

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
+from hb_assets import private
 from hb_assets.buffer import connection, durability, server
 from hb_assets.cli import state, supervision
 from hb_assets.errors import AlreadyRunningError, SettingsError
@@ -35,7 +36,7 @@ def make_home(settings: Settings) -> None:
     folders = (settings.run_dir, settings.log_dir, settings.dagster_home)
     try:
         for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
+            private.make_folder(folder)
             with tempfile.TemporaryFile(dir=folder) as probe:
                 probe.write(b"hb")
         settings.run_dir.chmod(0o700)  # sockets: whoever connects can run code as us

@@ -25,7 +25,7 @@ from hb_assets.cli.members import gateway_url
 from hb_assets.cli.state import MemberState, UpState
 from hb_assets.errors import HbError, SettingsError, SpoolUnavailableError
 from hb_assets.gateway import keyring, tls
-from hb_assets.lake import layout
+from hb_assets.lake import layout, modes
 from hb_assets.lake.layout import HEARTBEATS, RAW
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
@@ -89,6 +89,7 @@ def look(settings: Settings, *, latest: int = 14) -> Status:
     _look_at_buffer(found, settings, up)
     _look_at_spool(found, settings)
     _look_at_keys(found, settings)
+    found.warnings += modes.warnings(settings)
     _look_at_lake(found, settings, latest)
     return found
 

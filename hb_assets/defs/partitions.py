@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import dagster as dg
 
-from hb_assets import days
+from hb_assets import days, private
 from hb_assets.lake import layout
 from hb_assets.lake.layout import HEARTBEATS, RAW
 from hb_assets.settings import Settings
@@ -46,9 +46,9 @@ def keep_first_day(settings: Settings, first: dt.date) -> None:
     except (FileNotFoundError, ValueError):
         kept = None
     if kept is None or first < kept:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private.make_folder(path.parent)
         temp = path.with_suffix(".tmp")
-        temp.write_text(f"{first}\n", encoding="ascii")
+        private.write(temp, f"{first}\n".encode("ascii"))
         temp.replace(path)
 
 

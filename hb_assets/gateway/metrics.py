@@ -27,7 +27,7 @@ from prometheus_client.core import (
     HistogramMetricFamily,
     Metric,
 )
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
@@ -498,7 +498,7 @@ class Exposition:
         await self._show_buffer(families)
         await self._show_lake(families)
         await self._show_spool(families)
-        return Response(families.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(families.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     async def _show_workers(self, families: Families) -> None:
         try:

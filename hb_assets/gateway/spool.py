@@ -32,6 +32,7 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
+from hb_assets import private
 from hb_assets.buffer.producer import Bound, Lines, Outcomes
 from hb_assets.errors import SpoolFullError, SpoolUnavailableError
 from hb_assets.gateway import records
@@ -216,7 +217,7 @@ class Spool:
         """
         lock = _lock(self._folder / "replay.lock")  # a new one: threads exclude each other too
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private.make_folder(self._folder)
             lock.acquire(timeout=timeout)
         except Timeout:
             yield False
@@ -234,7 +235,7 @@ class Spool:
         """Work on the live database; a database that SQLite can't read is replaced first."""
         with self._mutex:
             try:
-                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                private.make_folder(self._folder)
                 with self._access:
                     try:
                         return self._attempt(work, transaction=transaction)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import msgspec
 
+from hb_assets import private
 from hb_assets.settings import Settings
 
 SAVE_SECONDS = 1.0
@@ -95,7 +96,7 @@ class Tallies:
     def others(self) -> tuple[Counts, int]:
         """The counts of all other workers, ended ones too, and how many others are alive."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            private.make_folder(self._folder)
             with _locked(self._folder / "lock"):
                 return self._gathered()
         except OSError as error:
@@ -128,7 +129,7 @@ class Tallies:
                 kept.counts.add(counts)
         kept.taken = sorted(ended)
         temp = self._folder / "kept.new"
-        temp.write_bytes(msgspec.json.encode(kept))
+        private.write(temp, msgspec.json.encode(kept))
         temp.replace(self._folder / "kept")
         for name in ended:
             (self._folder / name).unlink()
@@ -159,7 +160,7 @@ class Tallies:
 
     def _begin(self) -> int:
         """A new file of this worker, locked; under the lock that keeps others from taking it."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        private.make_folder(self._folder)
         with _locked(self._folder / "lock"):
             name = f"{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
             file = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)

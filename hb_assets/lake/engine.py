@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hb_assets import private
 from hb_assets.settings import Settings
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def spill_folder(settings: Settings) -> Iterator[Path]:
     if root not in _swept:
         sweep(settings)
         _swept.add(root)
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private.make_folder(root)
     folder, held = _new_folder(root)
     try:
         yield folder

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from hb_assets import private
 from hb_assets.errors import FencedError
-from hb_assets.lake import layout
+from hb_assets.lake import layout, modes
 
 
 class Look(NamedTuple):
@@ -78,6 +79,7 @@ _durable: set[Path] = set()
 def make_folder(folder: Path, root: Path | None = None) -> None:
     """Make a folder and its missing parents, each one durable in its own parent.
 
+    They are as open as the lake at `root` is (`modes`); without one, for their owner alone.
     Below `root`, a folder that somebody else made isn't taken for durable before this process has
     synced its parent: its maker may not have got so far.
     """
@@ -86,9 +88,18 @@ def make_folder(folder: Path, root: Path | None = None) -> None:
         doubtful.append(folder)
         folder = folder.parent
     for one in reversed(doubtful):
-        one.mkdir(exist_ok=True)
+        _make(one, root)
         sync_folder(one.parent)
         _durable.add(one)
+
+
+def _make(folder: Path, root: Path | None) -> None:
+    try:
+        folder.mkdir(private.FOLDER)
+    except FileExistsError:
+        return
+    if root is not None and (mode := modes.of_folders(root)) != private.FOLDER:
+        folder.chmod(mode)
 
 
 class TempFile:
@@ -105,9 +116,13 @@ class TempFile:
     def __init__(self, root: Path, folder: Path) -> None:
         make_folder(folder, root)
         self.path = layout.temp_file(root, folder)
-        self.path.parent.mkdir(exist_ok=True)
+        _make(self.path.parent, root)
         self._named = False
-        os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, private.FILE)
+        try:
+            os.fchmod(handle, modes.of_files(root))  # whatever the umask
+        finally:
+            os.close(handle)
 
     def __enter__(self) -> Self:
         return self

@@ -31,6 +31,7 @@ from typing import IO, TypeVar
 import msgspec
 import pyarrow as pa
 
+from hb_assets import private
 from hb_assets import settings as settings_module
 from hb_assets.errors import HbError
 from hb_assets.lake import decode, engine
@@ -256,7 +257,7 @@ def _serve(folder: Path, settings: Settings) -> None:
         if number and monotonic() - began > settings.poison_seconds:
             return
         results = folder / str(number)
-        results.mkdir()
+        results.mkdir(private.FOLDER)
         _limit_memory(settings)
         about = msgspec.json.decode(header, type=_Header)
         data = None if about.size is None else sys.stdin.buffer.read(about.size)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import filelock
 
+from hb_assets.lake import modes
 from hb_assets.lake.files import make_folder
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
@@ -26,6 +27,7 @@ class FileLocks:
         self._folder = lake.root / FOLDER
         self._wait = settings.lock_wait.total_seconds()
         make_folder(self._folder, lake.root)
+        self._mode = modes.of_locks(lake.root)
 
     @contextmanager
     def __call__(self, day: dt.date, shard: int) -> Iterator[bool]:
@@ -34,7 +36,7 @@ class FileLocks:
         After HB_LOCK_WAIT the work goes on without: whoever has it may be asleep for good.
         """
         path = self._folder / f"day={day.isoformat()}-shard={shard:02d}.lock"
-        lock = filelock.FileLock(path, timeout=self._wait)
+        lock = filelock.FileLock(path, timeout=self._wait, mode=self._mode)
         try:
             lock.acquire()
         except (filelock.Timeout, OSError, NotImplementedError):

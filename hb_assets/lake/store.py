@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from hb_assets.errors import DamagedFileError, LakeMismatchError, SettingsError
-from hb_assets.lake import sealed_json
+from hb_assets.lake import modes, sealed_json
 from hb_assets.lake.files import TempFile, make_folder
 from hb_assets.settings import Settings
 
@@ -58,7 +58,7 @@ class Lake:
                         f"there is no lake at {root}: check HB_HOME and HB_LAKE; `hb up`, "
                         "`hb serve`, `hb import` and `hb drain` make one"
                     )
-                _create(path, settings.shards)
+                _create(path, settings)
             identity = sealed_json.read(path, _Identity)
         except OSError as error:
             raise SettingsError(
@@ -87,9 +87,10 @@ class Lake:
         return "~" + digest.hexdigest()
 
 
-def _create(path: Path, shards: int) -> None:
+def _create(path: Path, settings: Settings) -> None:
     make_folder(path.parent)
-    identity = _Identity(FORMAT, shards, secrets.token_hex(16))
+    modes.share(path.parent, settings)
+    identity = _Identity(FORMAT, settings.shards, secrets.token_hex(16))
     with TempFile(path.parent, path.parent) as temp:
         sealed_json.write(temp.path, identity)
         try:

@@ -60,6 +60,7 @@ class Installation:
                 env=self.environment(),
                 stdout=out,
                 stderr=err,
+                umask=0,  # which leaves nothing open
             )
         self.started.append(process)
         return process
@@ -186,6 +187,8 @@ def test_from_the_sample_to_the_end(installation: Installation) -> None:
     assert process.wait(60) == 0
     installation.await_nothing_left()
     assert installation.hb("down").returncode == 0
+    every = (installation.home, *installation.home.rglob("*"))
+    assert [path for path in every if path.lstat().st_mode & 0o077] == []
 
 
 def test_interrupted_while_it_starts(installation: Installation) -> None:

@@ -1,0 +1,42 @@
+"""Files and folders that other users of the machine can't open, whatever the umask says.
+
+What we keep is health data. A process sets its umask once (`umask`), for what its libraries and
+children write; what may also be made in somebody else's process says so itself.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+FOLDER, FILE = 0o700, 0o600
+
+
+def umask() -> None:
+    """Close what this process and its children make from here on."""
+    os.umask(0o077)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and its missing parents; one that is there stays as it is.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for one in reversed(missing):
+        one.mkdir(FOLDER, exist_ok=True)
+
+
+def opener(path: str, flags: int) -> int:
+    """For `open(..., opener=private.opener)`."""
+    return os.open(path, flags, FILE)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file, made or made anew."""
+    with open(path, "wb", opener=opener) as file:
+        file.write(data)
