@@ -1,10 +1,10 @@
 """The audit: does every heartbeat that was appended lie in exactly one place?
 
-Belongs here: holding the buffer's ledger against the lake's, and the verdict. Doesn't belong here:
-how either side counts (`buffer.depth`, `lake.ledger`).
+It holds the buffer's ledger (`buffer.depth`) against the lake's (`lake.ledger`). What can't be read
+is one line among the differences, and everything else is counted all the same.
 
     Redis, per shard:  appended = acknowledged + buffered
-    lake:              distinct rows in raw + quarantined + erased = acknowledged
+    lake:              distinct rows in raw + quarantined + erased + written off = acknowledged
     per day:           rows = unique + superseded + erased + pending
 """
 
@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from hb_assets.buffer import depth
 from hb_assets.buffer.connection import Client
 from hb_assets.buffer.receipts import Receipts
-from hb_assets.lake import damage, ledger
+from hb_assets.lake import ledger, standing
 from hb_assets.lake.ledger import DayLedger
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 
 _ATTEMPTS = 5
+_OF_THE_LEDGER = ("set_aside", "damaged", "missing", "not_adding_up", "unreadable")
+"""Faults by which heartbeats may be missing; a consolidation that failed lost nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,9 @@ class Audit:
     """The verdict. `differences` says, in one line each, what doesn't add up.
 
     `erased` were forgotten before they came into raw; those that were forgotten later are counted
-    by their day.
+    by their day. `written_off` were lost with files whose loss a person has accepted; of some of
+    these nobody can tell how many they held: then it is what is missing, up to a bound. `missing`
+    lie in no place, `missing_at_most` so many if what is in flight lies in the lake already.
     """
 
     buffer: BufferLedger
@@ -53,6 +57,9 @@ class Audit:
     quarantined: int
     released: int
     erased: int = 0
+    written_off: int = 0
+    missing: int = 0
+    missing_at_most: int = 0
     differences: list[str] = field(default_factory=list)
 
     @property
@@ -79,9 +86,11 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
     confirmed = dict(enumerate(Receipts(settings).known()))
     for attempt in range(_ATTEMPTS):
         before = depth.depths(client, settings)
-        days = ledger.of_days(lake, settings, deep=deep)
+        unread: list[str] = []
+        days = ledger.of_days(lake, settings, deep=deep, faults=unread)
         quarantine = ledger.of_quarantine(lake, settings)
-        erased = ledger.of_erased(lake, settings)
+        erased, erased_faults = ledger.of_erased_found(lake, settings)
+        accepted = ledger.of_accepted(lake)
         buffered, buffer_faults = _buffered(client, settings)
         # before `after`: what is acknowledged meanwhile may count on both sides, never on neither
         foreign = depth.foreign_lines(client, settings)
@@ -98,23 +107,33 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
     unknown = {**before.faults, **after.faults}
     differences = [*unknown.values(), *depth.losses(after.states), *buffer_faults]
     differences += [fault for day in days for fault in day.faults]
-    differences += damage.listed(lake)
-    differences += quarantine.faults
+    differences += [*unread, *quarantine.faults, *erased_faults, *accepted.faults]
     if deep:
-        known = set(differences)
-        differences += [one for one in ledger.damage_beside_days(lake) if one not in known]
-    if in_lake < low:
+        differences += ledger.damage_beside_days(lake)
+    differences = list(dict.fromkeys(differences))
+    differences += [
+        fault.message
+        for fault in standing.faults(lake)
+        if fault.kind in _OF_THE_LEDGER and not any(str(fault.path) in line for line in differences)
+    ]
+    written_off = accepted.rows
+    written_off += min(accepted.at_most, max(0, low - in_lake - accepted.rows))
+    missing = max(0, low - in_lake - written_off)
+    counted = (
+        f"{rows:,} rows in raw, {quarantine.records:,} quarantined, {erased:,} erased before, "
+        f"{written_off:,} written off"
+    )
+    if missing:
         differences.append(
-            f"{low - in_lake:,} heartbeats are missing: {low:,} were acknowledged, the lake holds "
-            f"{in_lake:,} ({rows:,} rows in raw, {quarantine.records:,} quarantined, {erased:,} "
-            "erased before)"
+            f"{missing:,} heartbeats are missing: {low:,} were acknowledged, the lake holds "
+            f"{in_lake:,} ({counted})"
             + (f"; Redis was set back by {set_back:,} that it had confirmed" if set_back else "")
         )
-    elif in_lake > high + in_flight and not unknown:
+    elif in_lake + accepted.rows > high + in_flight and not unknown:
         differences.append(
-            f"the lake holds {in_lake - high - in_flight:,} heartbeats more than this buffer ever "
-            f"acknowledged ({rows:,} rows in raw, {quarantine.records:,} quarantined, {high:,} "
-            "acknowledged): the buffer's ledger was lost or set back, or the lake has another source"
+            f"the lake holds {in_lake + accepted.rows - high - in_flight:,} heartbeats more than "
+            f"this buffer ever acknowledged ({counted}; {high:,} acknowledged): the buffer's "
+            "ledger was lost or set back, or the lake has another source"
         )
     return Audit(
         buffer=BufferLedger(
@@ -129,6 +148,9 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
         quarantined=quarantine.records - quarantine.in_fragments,
         released=quarantine.released,
         erased=erased,
+        written_off=written_off,
+        missing=missing,
+        missing_at_most=max(0, high + in_flight - in_lake - written_off),
         differences=differences,
     )
 

@@ -44,6 +44,7 @@ COMMANDS = (
     "draining",
     "lake",
     "quarantine",
+    "damaged",
     "maintenance",
     "status",
     "backfill",

@@ -269,7 +269,8 @@ def _show_audit(verdict: Audit, seconds: float) -> None:
     output.results.print(
         f"lake: {verdict.rows:,} rows in raw + {verdict.quarantined:,} quarantined"
         + (f" + {verdict.erased:,} erased" if verdict.erased else "")
-        + f" = {verdict.rows + verdict.quarantined + verdict.erased:,}"
+        + (f" + {verdict.written_off:,} written off" if verdict.written_off else "")
+        + f" = {verdict.rows + verdict.quarantined + verdict.erased + verdict.written_off:,}"
         + (f" ({side.in_flight:,} in flight)" if side.in_flight else "")
     )
     for difference in verdict.differences:

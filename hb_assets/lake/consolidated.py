@@ -32,6 +32,10 @@ class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
     an identity that was there already. `uncounted` rows of the fragments count elsewhere: they came
     again after theirs were pruned, or were erased before they came here. `edition` is new with
     every publication; `rows_written` counts all rows that publications of this file wrote.
+
+    Of the fragments in `excepted` rows are included only up to the entry id that stands there:
+    their loss was accepted before the watermark passed them. `losses` names the accepted losses of
+    earlier files of this place, which this file was made without.
     """
 
     format: int
@@ -50,6 +54,8 @@ class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
     uncounted: int = 0
     pruned: int = 0
     watermark: dict[int, tuple[int, int]] = {}
+    excepted: dict[str, tuple[int, int]] = {}
+    losses: tuple[str, ...] = ()
 
     @classmethod
     def nothing(cls) -> ConsolidatedNote:
@@ -73,9 +79,13 @@ class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
         """The watermark of a source shard; below every entry id where there is none."""
         return self.watermark.get(source, (0, 0))
 
+    def mark_of(self, name: FragmentName) -> tuple[int, int]:
+        """The entry id up to which the fragment's rows are included, listed or not."""
+        return self.excepted.get(str(name), self.mark(name.source))
+
     def includes(self, name: FragmentName) -> bool:
         """Whether the fragment's rows are in the file, by its list or as one that was pruned."""
-        return str(name) in self.fragments or name.last <= self.mark(name.source)
+        return str(name) in self.fragments or name.last <= self.mark_of(name)
 
     def contradictions(self, day: dt.date, shard: int, rows_in_file: int) -> list[str]:
         """What a file at this place with so many rows can't be, in a few words each."""
@@ -98,7 +108,7 @@ class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
 
     def reaches(self, name: FragmentName) -> bool:
         """Whether the fragment may hold rows at or below the watermark."""
-        return name.first <= self.mark(name.source)
+        return name.first <= self.mark_of(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +140,8 @@ def current(lake: Lake, day: dt.date, shard: int) -> Current | None:
         if path.exists():  # published and pruned meanwhile
             return current(lake, day, shard)
         raise DamagedFileError(
-            f"{path} is gone, and raw fragments that it included were pruned: put a copy in its "
-            f"place; to go on with what raw still holds, remove {mark}"
+            f"{path} is gone, and raw fragments that it included were pruned: hb damaged restore "
+            f"puts a copy in its place, hb damaged accept goes on with what raw still holds"
         ) from None
 
 
@@ -149,6 +159,26 @@ def mark_incomplete(lake: Lake, day: dt.date, shard: int) -> None:
     with TempFile(lake.root, path.parent) as temp:
         sealed_json.write(temp.path, _Mark(FORMAT, int(time.time() * 1000)))
         temp.publish_replacing(path)
+
+
+def incomplete_since(lake: Lake, day: dt.date, shard: int) -> int | None:
+    """When it was noted that raw alone has no longer all of a (day, shard), epoch milliseconds.
+
+    None where it wasn't; 0 where the note can't be read.
+    """
+    try:
+        return sealed_json.read(layout.pruned_mark(lake.root, day, shard), _Mark).since_ms
+    except FileNotFoundError:
+        return None
+    except DamagedFileError:
+        return 0
+
+
+def mark_complete(lake: Lake, day: dt.date, shard: int) -> None:
+    """Take that note back: what raw lacks was given up. Durable on return."""
+    path = layout.pruned_mark(lake.root, day, shard)
+    path.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def is_published(lake: Lake, seen: Current | None, day: dt.date, shard: int) -> bool:

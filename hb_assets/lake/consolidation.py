@@ -12,7 +12,7 @@ import datetime as dt
 import os
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,14 +22,24 @@ from typing import Literal, TypeAlias
 import pyarrow as pa
 
 from hb_assets.errors import CheckFailedError, DamagedFileError, FencedError, HbError
-from hb_assets.lake import checks, damage, fragments, layout, parquet, standing, tombstones
+from hb_assets.lake import (
+    accepted,
+    checks,
+    damage,
+    fragments,
+    layout,
+    parquet,
+    standing,
+    tombstones,
+)
 from hb_assets.lake.checks import Figure
 from hb_assets.lake.columns import BYTES_PER_ROW, ENCODED
 from hb_assets.lake.consolidated import ConsolidatedNote, Current, current, is_published, pending
+from hb_assets.lake.damage import Gaps
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.inputs import Inputs
-from hb_assets.lake.layout import FragmentName
+from hb_assets.lake.layout import HEARTBEATS, FragmentName
 from hb_assets.lake.memory import Memory
 from hb_assets.lake.merge import Tally, merged
 from hb_assets.lake.store import FORMAT, Lake
@@ -238,6 +248,9 @@ class _Task:
     def raw(self) -> list[Fragment]:
         return fragments.listed(self.lake, self.day, self.shard)
 
+    def gaps(self) -> Gaps:
+        return Gaps.of(self.lake, self.day, self.shard)
+
     def published(self) -> Current | None:
         return current(self.lake, self.day, self.shard)
 
@@ -252,6 +265,10 @@ class _ShardResult:
     pending: int
     bytes: int
     figures: list[Figure]
+
+
+_PENDING = _ShardResult(ConsolidatedNote.nothing(), 0, 0, 0, [])
+"""Stands for a shard that isn't done yet."""
 
 
 def _summary(
@@ -328,30 +345,27 @@ def _culprit(task: _Task) -> DamagedFileError | None:
 def _consolidate_shard(task: _Task) -> _ShardResult | None:
     if not (task.rebuild or task.rewrite):
         # A look without a temp file: most shards of most runs have nothing to do.
-        raw = task.raw()
-        published = task.published()
-        if not pending(published, raw):
-            try:
-                result = _unchanged(task, published, raw)
-            except parquet.engine_errors():
-                # A file that is replaced between two reads fits no engine's idea of one file.
-                if task.is_published(published):
-                    raise
-            else:
-                if task.is_published(published):
-                    return result
+        result = _if_nothing_is_pending(task)
+        if result is not _PENDING:
+            return result
     with TempFile(task.lake.root, task.final.parent) as temp:
         # The order of these three is invariant 4: a pruner that deletes what the file of another
         # consolidator lists has unlinked this temp file first.
         published = task.published()
+        gaps = task.gaps()
         raw = task.raw()
+        gaps = gaps.plus(task.gaps())  # a fragment may have been set aside, or put back, meanwhile
         base = None if task.rebuild else published
         if task.rebuild:
             _require_all(task, published, raw)
         new = pending(base, raw)
+        restored = [one for one in new if base and str(one.name) in base.note.excepted]
+        left = len(new) - 1 if restored else 0
+        # Below the watermark and new all the same: each by itself, no other is taken for new.
+        new = restored[:1] or new
         if not new and base is None:
             return None if task.is_published(published) else _consolidate_shard(task)
-        note = _merge(task, temp.path, base, new, raw, published)
+        note = _merge(task, temp.path, base, new, raw, published, gaps)
         if not task.is_published(published):
             # Overtaken: the rows that were read needn't be those that the note speaks of.
             return _consolidate_shard(task)
@@ -359,7 +373,25 @@ def _consolidate_shard(task: _Task) -> _ShardResult | None:
         checks.require(figures, task.where)
         size = temp.path.stat().st_size
         temp.publish_replacing(task.final)
+    if left and (rest := _consolidate_shard(task)) is not None:
+        return replace(rest, written=rest.written + note.unique, pending=rest.pending + len(new))
     return _ShardResult(note, note.unique, len(new), size, figures)
+
+
+def _if_nothing_is_pending(task: _Task) -> _ShardResult | None:
+    """How the shard stands; _PENDING where there is something to do."""
+    raw = task.raw()
+    published = task.published()
+    if pending(published, raw):
+        return _PENDING
+    try:
+        result = _unchanged(task, published, raw)
+    except parquet.engine_errors():
+        # A file that is replaced between two reads fits no engine's idea of one file.
+        if task.is_published(published):
+            raise
+        return _PENDING
+    return result if task.is_published(published) else _PENDING
 
 
 def _require_all(task: _Task, published: Current | None, raw: Sequence[Fragment]) -> None:
@@ -422,6 +454,7 @@ def _merge(
     new: Sequence[Fragment],
     raw: Sequence[Fragment],
     published: Current | None,
+    gaps: Gaps,
 ) -> ConsolidatedNote:
     """Write the merged file to `path`; return its note, which stands in its footer as well."""
     before = base.note if base else _NOTHING
@@ -436,8 +469,13 @@ def _merge(
                 raise _Stopped
             out.write(rows)
         replayed = arrived + before.unique - tally.survivors - tally.superseded - tally.erased
-        watermark = _later(published.note.watermark if published else {}, _sound(task))
+        stood = published.note if published else _NOTHING
+        included = frozenset(before.fragments).union(str(one.name) for one in new)
+        lost = {name for name in gaps.lacking(stood) if str(name) not in included}
+        watermark = _later(stood.watermark, _sound(task, lost - gaps.accepted))
         names, pruned = _still_listed(before, new, raw, watermark)
+        excepted = {str(name): stood.mark(name.source) for name in lost & gaps.accepted}
+        excepted |= {name: at for name, at in stood.excepted.items() if name not in included}
         note = ConsolidatedNote(
             format=FORMAT,
             day=task.day.isoformat(),
@@ -454,7 +492,9 @@ def _merge(
             erased=before.erased + tally.erased,
             uncounted=before.uncounted + tally.uncounted,
             replayed=before.replayed + replayed,
-            rows_written=(published.note.rows_written if published else 0) + tally.survivors,
+            rows_written=stood.rows_written + tally.survivors,
+            excepted=excepted,
+            losses=tuple(accepted.stems(task.lake, HEARTBEATS, task.day, task.shard)),
         )
         out.close_with(note)
     return note
@@ -482,10 +522,10 @@ def _inputs(
     return replace(found, erased=erased)
 
 
-def _sound(task: _Task) -> Watermarks:
-    """Watermarks but for sources of which a fragment was set aside: its rows aren't included."""
-    missed = damage.sources(task.lake, task.day, task.shard)
-    return {source: mark for source, mark in task.watermarks.items() if source not in missed}
+def _sound(task: _Task, missed: Collection[FragmentName]) -> Watermarks:
+    """Watermarks but for sources of which a fragment is missed: its rows aren't included."""
+    sources = {name.source for name in missed}
+    return {source: mark for source, mark in task.watermarks.items() if source not in sources}
 
 
 def _later(before: Watermarks, now: Watermarks) -> dict[int, tuple[int, int]]:

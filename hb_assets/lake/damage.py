@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from hb_assets import days
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import checks, fragments, layout, parquet, verified
+from hb_assets.lake import accepted, checks, fragments, layout, parquet, verified
 from hb_assets.lake.columns import TEXTS
 from hb_assets.lake.consolidated import ConsolidatedNote, current, mark_incomplete
 from hb_assets.lake.files import make_folder, sync_folder
@@ -85,7 +85,7 @@ def examine_at(lake: Lake, path: Path, place: Place, settings: Settings) -> None
             raise parquet.damaged(path, "; ".join(wrong))
     parquet.verify_footer(path, SCHEMA)
     for rows in _row_groups(path):
-        why = _unfit(rows, place, lake.shards, name)
+        why = unfit(rows, place, lake.shards, name)
         if why is not None:
             raise parquet.damaged(path, why)
     if name is None:
@@ -100,7 +100,7 @@ def _row_groups(path: Path) -> Iterator[pa.Table]:
             yield file.read_row_group(number, use_threads=False)
 
 
-def _unfit(rows: pa.Table, place: Place, shards: int, name: FragmentName | None) -> str | None:
+def unfit(rows: pa.Table, place: Place, shards: int, name: FragmentName | None) -> str | None:
     """Why rows can't lie in this place, in a few words that hold no value of theirs."""
     if any(rows[column].null_count for column in rows.schema.names):
         return "a value is missing"
@@ -153,17 +153,25 @@ def set_aside(lake: Lake, error: DamagedFileError, settings: Settings) -> str | 
         rescue = "its rows are in the consolidated file, which can't be made anew from raw any more"
     else:
         rescue = "its rows are missing until hb damaged restore puts a whole copy in its place"
+    target = move_aside(lake, path)
+    if target is None:
+        return f"{path} was damaged; another process has moved it away"
+    said = f"{path} was damaged and is now {target}: {rescue}"
+    _log.error("%s", said)
+    return said
+
+
+def move_aside(lake: Lake, path: Path) -> Path | None:
+    """Move a file away, durably; where it is now, None where somebody else has moved it."""
     target = layout.set_aside(lake.root, path.relative_to(lake.root))
     make_folder(target.parent, lake.root)
     try:
         path.rename(target)
     except FileNotFoundError:
-        return f"{path} was damaged; another process has moved it away"
+        return None
     sync_folder(target.parent)
     sync_folder(path.parent)
-    said = f"{path} was damaged and is now {target}: {rescue}"
-    _log.error("%s", said)
-    return said
+    return target
 
 
 def _is_sound(lake: Lake, path: Path, settings: Settings) -> bool:
@@ -195,35 +203,30 @@ def _is_included(lake: Lake, path: Path, day: dt.date, shard: int) -> bool:
     return published is not None and name is not None and str(name) in published.names
 
 
-def sources(lake: Lake, day: dt.date, shard: int) -> set[int]:
-    """Source shards of a (day, shard)'s fragments that were set aside."""
-    folder = layout.shard_folder(lake.root / DAMAGED, RAW, day, shard)
-    names = (FragmentName.parse(path.name) for path in folder.glob("*.parquet"))
-    return {name.source for name in names if name is not None}
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """Fragments of a (day, shard) that were set aside, and those whose loss was accepted."""
 
+    set_aside: frozenset[FragmentName]
+    accepted: frozenset[FragmentName]
 
-def listed(lake: Lake) -> list[str]:
-    """One line for each fragment that was set aside and whose rows are missed, and what to do.
+    @classmethod
+    def of(cls, lake: Lake, day: dt.date, shard: int) -> Gaps:
+        """Those of now."""
+        folder = layout.shard_folder(lake.root / DAMAGED, RAW, day, shard)
+        names = (FragmentName.parse(path.name) for path in folder.glob("*.parquet"))
+        set_aside = frozenset(name for name in names if name is not None)
+        return cls(set_aside, accepted.fragments(lake, day, shard))
 
-    A consolidated file is missed by nobody once it was made anew.
-    """
-    folder = lake.root / DAMAGED / RAW
-    return [
-        f"{path} is a damaged fragment that was set aside: put a whole copy of it in "
-        f"{lake.root / RAW / path.parent.relative_to(folder)}, or remove it if its rows are "
-        "given up"
-        for path in sorted(folder.rglob("*.parquet"))
-        if _is_missed(lake, path)
-    ]
+    def plus(self, other: Gaps) -> Gaps:
+        """Both together: what was moved between two looks is in one of them."""
+        return Gaps(self.set_aside | other.set_aside, self.accepted | other.accepted)
 
+    def lacking(self, note: ConsolidatedNote | None) -> frozenset[FragmentName]:
+        """Those whose rows the file with this note doesn't include."""
+        names = self.set_aside | self.accepted
+        return names if note is None else frozenset(n for n in names if not note.includes(n))
 
-def _is_missed(lake: Lake, path: Path) -> bool:
-    name, day = FragmentName.parse(path.name), layout.day_of_folder(path.parent.parent.name)
-    shard = path.parent.name.removeprefix("shard=")
-    if name is None or day is None or not shard.isdigit():
-        return False
-    try:
-        published = current(lake, day, int(shard))
-    except DamagedFileError:
-        return True
-    return published is None or not published.note.includes(name)
+    def unresolved(self, note: ConsolidatedNote | None) -> frozenset[FragmentName]:
+        """Those of them whose loss nobody has accepted."""
+        return self.lacking(note) - self.accepted

@@ -251,7 +251,7 @@ def forget_day(
             connection,
             lambda one: one.path in doomed,
             acknowledged=whose.cutoffs,
-            quarantine_aside=False,
+            forgetting=True,
         )
     minutes.build(lake, day, settings)
     return Gone(1, _erased_rows(lake, day) - before, pruned.fragments)

@@ -66,6 +66,6 @@ class Inputs:
             for one in raw
             if str(one.name) in listed and any(one.name.overlaps(other.name) for other in new)
         ]
-        again = {one.name.source for one in new if base.note.reaches(one.name)}
-        watermark = {source: base.note.watermark[source] for source in again}
+        again = (one.name for one in new if base.note.reaches(one.name))
+        watermark = {name.source: base.note.mark_of(name) for name in again}
         return cls(base.path, paths, included, known, watermark)

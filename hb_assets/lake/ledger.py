@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from hb_assets.errors import DamagedFileError
 from hb_assets.lake import (
+    accepted,
     consolidated,
     erased,
     fragments,
@@ -70,25 +71,29 @@ SELECT count(*) FROM (
 """
 
 
-def of_days(lake: Lake, settings: Settings, *, deep: bool = False) -> list[DayLedger]:
-    """The ledger of every day that the lake holds.
+def of_days(
+    lake: Lake, settings: Settings, *, deep: bool = False, faults: list[str] | None = None
+) -> list[DayLedger]:
+    """The ledger of every day that the lake holds, as far as each can be read.
 
     Args:
         lake: which lake.
         settings: for memory and threads.
         deep: verify every file, and count distinct keys from raw as well, to be held against the
             unique rows.
+        faults: gets a line for each folder of days that can't be read.
     """
-    return [_day(lake, day, settings, deep) for day in inventory.days(lake)]
+    found = inventory.days_found(lake, [] if faults is None else faults)
+    return [_day(lake, day, settings, deep) for day in found]
 
 
 def _day(lake: Lake, day: dt.date, settings: Settings, deep: bool) -> DayLedger:
     ledger = DayLedger(day)
     for shard in range(lake.shards):
         where = f"day {day.isoformat()}, shard {shard:02d}"
-        paths = [one.path for one in fragments.listed(lake, day, shard)]
-        paths.append(layout.consolidated_file(lake.root, day, shard))
+        paths = [layout.consolidated_file(lake.root, day, shard)]
         try:
+            paths += [one.path for one in fragments.listed(lake, day, shard)]
             if deep:
                 ledger.faults += _damage(lake, day, shard)
             _add(ledger, _shard(lake, day, shard, where, settings, deep))
@@ -98,6 +103,9 @@ def _day(lake: Lake, day: dt.date, settings: Settings, deep: bool) -> DayLedger:
             ledger.faults.append(f"{where}: files went while it was counted; count again")
         except duckdb.Error as error:
             ledger.faults.append(f"{where}: {parquet.explained(error, paths)}")
+        except OSError as error:
+            said = f"{error.filename or where} can't be read ({error.strerror})"
+            ledger.faults.append(f"{said}: see to its permissions and its disk")
     ledger.faults = list(dict.fromkeys(ledger.faults))
     return ledger
 
@@ -159,7 +167,13 @@ def _shard(
     """A shard's part, counted again when its file was replaced or a fragment went meanwhile."""
     for attempt in range(_ATTEMPTS):
         part = DayLedger(day)
-        seen = consolidated.current(lake, day, shard)
+        try:
+            seen = consolidated.current(lake, day, shard)
+        except DamagedFileError as error:
+            part.faults.append(str(error))
+            part.pending = _rows_of(part, fragments.listed(lake, day, shard), settings)
+            part.rows = part.pending
+            return part
         try:
             _count_shard(part, lake, shard, where, settings, deep)
         except (FileNotFoundError, duckdb.IOException):
@@ -182,7 +196,7 @@ def _count_shard(
     raw = fragments.listed(lake, ledger.day, shard)
     published = consolidated.current(lake, ledger.day, shard)
     waiting = consolidated.pending(published, raw)
-    pending = _pending_rows(lake, published, waiting, raw, settings)
+    pending = _pending_rows(ledger, lake, published, waiting, raw, settings)
     ledger.rows += pending
     ledger.pending += pending
     if published is None:
@@ -192,8 +206,10 @@ def _count_shard(
     listed = [one for one in raw if one.name not in waiting_names]
     whole = len(listed) == len(note.fragments) and not note.pruned
     if whole:
-        listed_rows = fragments.distinct_rows(listed, settings)
-        if listed_rows != note.rows + note.uncounted:
+        known = len(ledger.faults)
+        listed_rows = _rows_of(ledger, listed, settings)
+        whole = known == len(ledger.faults)  # what can't be read can't be held against it
+        if whole and listed_rows != note.rows + note.uncounted:
             ledger.faults.append(
                 f"{where}: {listed_rows:,} distinct rows lie in the listed fragments, "
                 f"the consolidated file counts {note.rows:,}"
@@ -220,6 +236,7 @@ def _count_shard(
 
 
 def _pending_rows(
+    ledger: DayLedger,
     lake: Lake,
     published: Current | None,
     waiting: Sequence[Fragment],
@@ -227,11 +244,38 @@ def _pending_rows(
     settings: Settings,
 ) -> int:
     """Distinct rows that wait for their consolidation; a row that comes again is none."""
-    inputs = Inputs.of(lake, published, waiting, raw)
-    if inputs.included or inputs.watermark or inputs.erased_before:
-        with engine(settings) as connection:
-            return fresh_rows(inputs, connection)
-    return fragments.distinct_rows(waiting, settings)
+
+    def count(some: Sequence[Fragment]) -> int:
+        inputs = Inputs.of(lake, published, some, raw)
+        if inputs.included or inputs.watermark or inputs.erased_before:
+            with engine(settings) as connection:
+                return fresh_rows(inputs, connection)
+        return fragments.distinct_rows(some, settings)
+
+    excepted = published.note.excepted if published else {}
+    restored = [one for one in waiting if str(one.name) in excepted]
+    others = [one for one in waiting if str(one.name) not in excepted]
+    return sum(_of_sound(ledger, some, count) for some in [others, *([one] for one in restored)])
+
+
+def _rows_of(ledger: DayLedger, some: Sequence[Fragment], settings: Settings) -> int:
+    """Distinct rows of fragments, each damaged one left out, with a fault that says so."""
+    return _of_sound(ledger, some, lambda sound: fragments.distinct_rows(sound, settings))
+
+
+def _of_sound(
+    ledger: DayLedger, some: Sequence[Fragment], count: Callable[[Sequence[Fragment]], int]
+) -> int:
+    while some:
+        try:
+            return count(some)
+        except DamagedFileError as error:
+            sound = [one for one in some if one.path != error.path]
+            if len(sound) == len(some):
+                raise
+            ledger.faults.append(str(error))
+            some = sound
+    return 0
 
 
 _ERASED = f"""
@@ -247,8 +291,15 @@ SELECT count(*) FROM (
 """
 
 
-def of_erased(lake: Lake, settings: Settings) -> int:
+def of_erased(
+    lake: Lake, settings: Settings, on_damage: Callable[[DamagedFileError], None] | None = None
+) -> int:
     """Heartbeats that were erased before any consolidation: withheld by a drain, or quarantined.
+
+    Args:
+        lake: which lake.
+        settings: for memory and threads.
+        on_damage: told of each damaged file, which is left out; by default it ends it all.
 
     Raises:
         DamagedFileError: a file can't be read.
@@ -257,15 +308,48 @@ def of_erased(lake: Lake, settings: Settings) -> int:
     if not paths:
         return 0
     records = sorted((lake.root / layout.QUARANTINE).rglob("*.parquet"))
-    query = _ERASED_BUT_NOT_IN_QUARANTINE if records else _ERASED
     with (
         engine(settings) as connection,
-        verified.relations(connection, {"erased": paths, "quarantine": records}),
+        verified.relations(
+            connection, {"erased": paths, "quarantine": records}, on_damage
+        ) as sound,
     ):
+        if "erased" not in sound:
+            return 0
+        query = _ERASED_BUT_NOT_IN_QUARANTINE if "quarantine" in sound else _ERASED
         try:
             return figures(connection, query)[0]
         except duckdb.Error as error:
             raise parquet.explained(error, [*paths, *records]) from None
+
+
+def of_erased_found(lake: Lake, settings: Settings) -> tuple[int, list[str]]:
+    """As `of_erased`, of all files that can be read, and a line for each that can't."""
+    faults: list[str] = []
+    return of_erased(lake, settings, lambda error: faults.append(str(error))), faults
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenOff:
+    """Heartbeats whose loss was accepted: `rows` of which it is known, and `at_most` so many more.
+
+    `faults` names acceptances that can't be read, in one line each.
+    """
+
+    rows: int
+    at_most: int
+    faults: list[str] = field(default_factory=list)
+
+
+def of_accepted(lake: Lake) -> WrittenOff:
+    """The accepted losses whose files aren't back."""
+    faults: list[str] = []
+    found = [one for _, one in accepted.standing(lake, lambda error: faults.append(str(error)))]
+    return WrittenOff(
+        sum(one.rows or 0 for one in found),
+        sum(one.at_most or 0 for one in found if one.rows is None),
+        faults,
+    )
 
 
 @dataclass(frozen=True, slots=True)

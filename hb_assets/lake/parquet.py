@@ -469,9 +469,10 @@ def _starved(error: Exception) -> HbError:
 
 
 _REMEDIES = {
-    layout.RAW: "the next consolidation sets it aside; put a whole copy in its place if you have one",
+    layout.RAW: "hb consolidate DAY sets it aside, so that the others go on; hb damaged restore puts "
+    "a whole copy back",
     layout.HEARTBEATS: "hb consolidate DAY makes it anew while raw fragments have all of it; else "
-    "put a whole copy in its place",
+    "hb damaged restore puts a whole copy back, hb damaged accept keeps what is sound of it",
     layout.QUARANTINE: "restore it from a copy, or move it away: its records are lost then, and hb "
     "audit says how many",
     layout.RELEASED: "restore it from a copy, or move it away: its records may be put back twice "

@@ -9,7 +9,9 @@ A fragment goes when all of this holds:
 - every entry that it came from is acknowledged (it lies below the file's watermark), so that its
   rows can only come again from a drainer that slept meanwhile, and would be known as replays;
 - it was written longer ago than the grace period, for readers and for rebuilds;
-- none of its rows lies in quarantine as well, where the audit still has to tell them apart.
+- none of its rows lies in quarantine as well, where the audit still has to tell them apart;
+- no fragment that may hold the same rows was set aside, and no loss of a consolidated file of its
+  day and shard was accepted: a restore needs it then, to tell what came before.
 
 The order of steps: read the published file; unlink the temp files of consolidators, who can't
 publish any more and start again; read the published file a second time; delete what both of its
@@ -28,9 +30,10 @@ from dataclasses import dataclass
 import duckdb
 
 from hb_assets.errors import HbError
-from hb_assets.lake import fragments, layout, parquet, verified
+from hb_assets.lake import accepted, fragments, layout, parquet, verified
 from hb_assets.lake.consolidated import Current, current, mark_incomplete
 from hb_assets.lake.consolidation import Lock, Watermarks, no_lock
+from hb_assets.lake.damage import Gaps
 from hb_assets.lake.engine import engine
 from hb_assets.lake.files import sync_file, sync_folder
 from hb_assets.lake.fragments import Fragment
@@ -120,8 +123,13 @@ def held_back(
                 published = current(lake, day, shard) if old else None
             except HbError:
                 continue  # pruning or consolidating it says so
-            if published is not None and any(
-                str(one.name) in published.names
+            if published is None:
+                continue
+            gaps = Gaps.of(lake, day, shard).unresolved(published.note)
+            stuck = {name.source for name in gaps}  # no consolidation may pass them
+            if any(
+                one.name.source not in stuck
+                and str(one.name) in published.names
                 and published.note.mark(one.name.source)
                 < one.name.last
                 <= watermarks.get(one.name.source, (0, 0))
@@ -155,7 +163,7 @@ def prune_shard(
     allowed: Allowed,
     *,
     acknowledged: Watermarks | None = None,
-    quarantine_aside: bool = True,
+    forgetting: bool = False,
     dry_run: bool = False,
 ) -> Pruned:
     """Delete fragments of one (day, shard), those of them that `allowed` lets go.
@@ -167,14 +175,14 @@ def prune_shard(
         connection: an engine.
         allowed: asked for each fragment that may go.
         acknowledged: what is known to be acknowledged beyond the file's watermark.
-        quarantine_aside: keep fragments with a row that lies in quarantine as well.
+        forgetting: delete also what the audit or a restore still needs.
         dry_run: only count.
     """
     where = f"day {day.isoformat()}, shard {shard:02d}"
     try:
         first = current(lake, day, shard)
         old = _included(lake, first, day, shard, allowed, acknowledged or {})
-        old = _apart(lake, old, connection) if quarantine_aside else old
+        old = old if forgetting else _needless(lake, first, day, shard, old, connection)
         if not old or first is None:
             return Pruned()
         size = sum(one.bytes for one in old)
@@ -249,6 +257,22 @@ def _included(
         <= max(published.note.mark(one.name.source), acknowledged.get(one.name.source, (0, 0)))
         and allowed(one)
     ]
+
+
+def _needless(
+    lake: Lake,
+    published: Current | None,
+    day: dt.date,
+    shard: int,
+    listed: Sequence[Fragment],
+    connection: duckdb.DuckDBPyConnection,
+) -> list[Fragment]:
+    """Fragments that neither the audit nor a restore of a damaged file needs."""
+    if not listed or accepted.stems(lake, HEARTBEATS, day, shard):
+        return []
+    lost = Gaps.of(lake, day, shard).lacking(published.note if published else None)
+    free = [one for one in listed if not any(one.name.overlaps(name) for name in lost)]
+    return _apart(lake, free, connection)
 
 
 _IDENTITY = ", ".join(ARRIVAL)

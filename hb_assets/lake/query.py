@@ -9,10 +9,8 @@ business, the rule behind a point is that of `buckets`.
 from __future__ import annotations
 
 import datetime as dt
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
@@ -23,7 +21,7 @@ from hb_assets.errors import DamagedFileError, HbError
 from hb_assets.lake import buckets, damage, inventory, layout, rows, standing, tombstones
 from hb_assets.lake.buckets import GRANULARITIES, POINTS, Readings, joined
 from hb_assets.lake.damage import Place
-from hb_assets.lake.layout import DAMAGED, FAULTS, HEARTBEATS, RAW
+from hb_assets.lake.layout import HEARTBEATS
 from hb_assets.lake.rows import Wanted
 from hb_assets.lake.standing import Fault
 from hb_assets.lake.store import Lake
@@ -206,25 +204,9 @@ class _Day:
             standing.notice(lake, error, day=day, shard=shard)
             message = f"raw fragments stood in for the consolidated file: {error}"
             stood_in = Fault("damaged", day, shard, None, path, message)
-            return found, [stood_in, *_losses(lake, day, shard, but=path)]
-        return found, _losses(lake, day, shard)
-
-
-_TOUCHING = ("set_aside", "missing", "damaged")
-
-
-def _losses(lake: Lake, day: dt.date, shard: int, but: Path | None = None) -> list[Fault]:
-    """What stands of a day's shard that touches answers; most have nothing, and cost two stats."""
-    folder = f"day={day.isoformat()}/shard={shard:02d}"
-    kinds = (f"{DAMAGED}/{RAW}", FAULTS)
-    # as text: making a Path takes longer than the rest of it
-    if not any(os.path.exists(f"{lake.root}/{kind}/{folder}") for kind in kinds):  # noqa: PTH110
-        return []
-    return [
-        fault
-        for fault in standing.faults(lake, [day])
-        if fault.shard == shard and fault.kind in _TOUCHING and fault.path != but
-    ]
+            losses = standing.losses(lake, day, shard)
+            return found, [stood_in, *(one for one in losses if one.path != path)]
+        return found, standing.losses(lake, day, shard)
 
 
 def _days(lake: Lake, start_ms: int, end_ms: int, buffered: pa.Table | None) -> list[dt.date]:

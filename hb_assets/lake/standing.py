@@ -24,11 +24,24 @@ from typing import Literal
 import msgspec
 
 from hb_assets.errors import CheckFailedError, DamagedFileError, FencedError, HbError
-from hb_assets.lake import fragments, layout, parquet, sealed_json
+from hb_assets.lake import accepted, fragments, layout, parquet, sealed_json
+from hb_assets.lake.accepted import Acceptance
 from hb_assets.lake.consolidated import ConsolidatedNote
+from hb_assets.lake.damage import Place
 from hb_assets.lake.files import Look, TempFile, barred, look, sync_folder
 from hb_assets.lake.fragments import Fragment
-from hb_assets.lake.layout import DAMAGED, FAULTS, HEARTBEATS, PRUNED, RAW, FragmentName
+from hb_assets.lake.layout import (
+    ACCEPTED,
+    DAMAGED,
+    ERASED,
+    FAULTS,
+    HEARTBEATS,
+    PRUNED,
+    QUARANTINE,
+    RAW,
+    RELEASED,
+    FragmentName,
+)
 from hb_assets.lake.store import FORMAT, Lake
 
 _log = logging.getLogger(__name__)
@@ -41,6 +54,7 @@ Kind = Literal[
     "check_failed",
     "consolidation_failed",
     "unreadable",
+    "accepted",
 ]
 _WORDS: dict[str, str] = {
     "set_aside": "a damaged fragment was set aside, its heartbeats are missing",
@@ -50,6 +64,7 @@ _WORDS: dict[str, str] = {
     "check_failed": "a consolidated file failed its checks",
     "consolidation_failed": "the last consolidation failed",
     "unreadable": "a folder or file can't be read",
+    "accepted": "heartbeats were lost with a damaged file, and given up",
 }
 _SET_ASIDE = f"{DAMAGED}/{RAW}"
 
@@ -58,7 +73,8 @@ _SET_ASIDE = f"{DAMAGED}/{RAW}"
 class Fault:
     """Something that is wrong with the lake until it is resolved.
 
-    `rows` is how many heartbeats it touches, None where nobody can tell. `message` says in one line
+    `rows` is how many heartbeats it touches, None where nobody can tell. A loss that was accepted
+    is no fault any more; answers that it touches tell of it (`losses`). `message` says in one line
     what is wrong, where, and what to do; it may name the file. `summary` says it without a path.
     """
 
@@ -72,7 +88,7 @@ class Fault:
     @property
     def summary(self) -> str:
         """One line without any path, for those who must not see the server's folders."""
-        where = _where(self.day, self.shard) if self.day else "the lake"
+        where = _where(self.day, self.shard) if self.day else "beside the days"
         many = f" ({self.rows:,} heartbeats)" if self.rows is not None else ""
         return f"{where}: {_WORDS[self.kind]}{many}; `hb damaged list` on the server says more"
 
@@ -107,6 +123,7 @@ def faults(lake: Lake, days: Collection[dt.date] | None = None) -> list[Fault]:
     if days is None:
         days = frozenset[dt.date]().union(*held.values())
         found += _noticed(lake, None, None, None)
+        found += _beside_days(lake)
     # Most days have neither: not to look into their folders saves half of the time.
     set_aside, noticed = held.get(_SET_ASIDE, frozenset()), held.get(FAULTS, frozenset())
     for day in sorted(days):
@@ -123,6 +140,32 @@ def faults(lake: Lake, days: Collection[dt.date] | None = None) -> list[Fault]:
         if day in noticed:
             found += _noticed(lake, day, None, None)
     return list(dict.fromkeys(found))
+
+
+_TOUCHING = ("set_aside", "missing", "damaged")
+_OF_LOSSES = (_SET_ASIDE, FAULTS, f"{ACCEPTED}/{RAW}", f"{ACCEPTED}/{HEARTBEATS}")
+
+
+def losses(lake: Lake, day: dt.date, shard: int) -> list[Fault]:
+    """What is, or may be, missing from answers about a (day, shard), accepted losses included.
+
+    Most have nothing, and cost a few stats.
+    """
+    place = f"day={day.isoformat()}/shard={shard:02d}"
+    if not any(os.path.exists(f"{lake.root}/{kind}/{place}") for kind in _OF_LOSSES):  # noqa: PTH110
+        return []
+    found = [one for one in faults(lake, [day]) if one.shard == shard and one.kind in _TOUCHING]
+    return [*found, *(_accepted(lake, one) for one in accepted.of_shard(lake, day, shard))]
+
+
+def _accepted(lake: Lake, loss: Acceptance) -> Fault:
+    day, path = dt.date.fromisoformat(loss.day), lake.root / loss.file
+    many = f"{loss.rows:,}" if loss.rows is not None else f"at most {loss.at_most or 0:,}"
+    message = (
+        f"{path} was damaged or lost, and its heartbeats were given up ({many}): hb damaged restore "
+        "puts a whole copy back"
+    )
+    return Fault("accepted", day, loss.shard, loss.rows, path, message)
 
 
 def _where(day: dt.date | None, shard: int | None) -> str:
@@ -196,8 +239,9 @@ def _set_aside(
     except OSError as error:
         yield _unreadable(Path(folder), error, day, shard)
         return
+    given_up = accepted.fragments(lake, day, shard)
     for name, path, seen in entries:
-        if published is not None and published.includes(name):
+        if name in given_up or (published is not None and published.includes(name)):
             continue
         if layout.shard_folder(lake.root, RAW, day, shard).joinpath(str(name)).exists():
             continue
@@ -255,6 +299,41 @@ def _rows(path: str, seen: Look) -> int | None:  # noqa: ARG001  # part of the c
         return int(parquet.footer(Path(path)).num_rows)
     except (DamagedFileError, OSError):
         return None
+
+
+def _beside_days(lake: Lake) -> Iterator[Fault]:
+    """Files of quarantine, and of marks beside it, whose footers aren't what was written."""
+    for kind in (QUARANTINE, RELEASED, ERASED):
+        try:
+            folders = [
+                layout.day_folder(lake.root, kind, day) for day in layout.days_of(lake.root, kind)
+            ]
+        except OSError as error:
+            yield _unreadable(lake.root / kind, error, None, None)
+            continue
+        for folder in folders:
+            try:
+                entries = list(_entries(str(folder)))
+            except OSError as error:
+                yield _unreadable(folder, error, None, None)
+                continue
+            for _, path, seen in entries:
+                fault = _fault_of_footer(path, seen)
+                if fault is not None:
+                    yield fault
+
+
+@lru_cache(maxsize=50_000)
+def _fault_of_footer(path: str, seen: Look) -> Fault | None:  # noqa: ARG001  # part of the cache's key
+    try:
+        parquet.footer(Path(path))
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as error:
+        return Fault("damaged", None, None, None, Path(path), str(error))
+    except OSError as error:
+        return _unreadable(Path(path), error, None, None)
+    return None
 
 
 def _entries(folder: str) -> Iterator[tuple[FragmentName, str, Look]]:
@@ -431,7 +510,9 @@ def _stands(lake: Lake, noticed: _Noticed, published: ConsolidatedNote | None) -
         if not noticed.path.startswith(f"{RAW}/"):
             return False  # names tell whether it is missed
         name = FragmentName.parse(path.name)
-        known = (lake.root / DAMAGED / noticed.path).exists()
+        place = Place.of(lake, path)
+        given_up = place and name in accepted.fragments(lake, place.day, place.shard)
+        known = given_up or (lake.root / DAMAGED / noticed.path).exists()
         included = name is not None and published is not None and published.includes(name)
         return not (known or included)
     return seen == noticed.seen or not _verifies(str(path), seen)

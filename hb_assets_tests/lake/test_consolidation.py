@@ -27,13 +27,13 @@ from hb_assets.errors import CheckFailedError, DamagedFileError, FencedError
 from hb_assets.lake import (
     checks,
     consolidation,
-    damage,
     fragments,
     inventory,
     layout,
     ledger,
     parquet,
     pruning,
+    standing,
 )
 from hb_assets.lake.checks import Figure
 from hb_assets.lake.consolidated import ConsolidatedNote, Current, current
@@ -516,7 +516,7 @@ def test_damaged_consolidated_file(lake: Lake, settings: Settings, how: str) -> 
     assert told.endswith("it is made anew from raw fragments")
     assert_consolidated(lake, raw(lake))
     assert len(list((lake.root / layout.DAMAGED).rglob("*.parquet"))) == 1
-    assert damage.listed(lake) == []
+    assert standing.faults(lake) == []
     assert consolidate(lake, DAY, settings).set_aside == []
 
 
@@ -539,15 +539,16 @@ def test_damaged_fragment(lake: Lake, settings: Settings, how: str) -> None:
     assert told.startswith(f"{bad.path} was damaged and is now ")
     assert "\n" not in told
     assert_consolidated(lake, raw(lake))
-    [said] = damage.listed(lake)
-    assert str(bad.path.parent) in said
+    [fault] = standing.faults(lake)
+    assert fault.path is not None
+    assert fault.path.name == bad.path.name
     [aside] = (lake.root / layout.DAMAGED).rglob("*.parquet")
     aside.unlink()
     bad.path.write_bytes(whole)
     consolidate(lake, DAY, settings)
     assert set(rows) <= set(raw(lake))
     assert_consolidated(lake, raw(lake))
-    assert damage.listed(lake) == []
+    assert standing.faults(lake) == []
 
 
 def test_disk_that_fails_to_read_damages_nothing(

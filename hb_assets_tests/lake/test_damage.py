@@ -50,10 +50,10 @@ def test_a_fragment_that_is_included_already_is_missed_by_nobody_but_a_rebuild(
     said = damage.set_aside(lake, error, settings)
     assert said is not None
     assert "its rows are in the consolidated file" in said
-    assert damage.listed(lake) == []
+    assert standing.faults(lake) == []
     assert [found.faults for found in ledger.of_days(lake, settings, deep=True)] == [[]]
     published(lake).write_bytes(b"PAR1")
-    with pytest.raises(DamagedFileError, match="put a whole copy in its place"):
+    with pytest.raises(DamagedFileError, match="puts a whole copy back"):
         consolidate(lake, DAY, settings).require()
 
 
@@ -70,13 +70,13 @@ def test_no_watermark_is_claimed_for_rows_that_were_set_aside(
     found = consolidated.current(lake, DAY, shard_of("u1", lake.shards))
     assert found is not None
     assert found.note.watermark == {}
-    assert len(damage.listed(lake)) == 1
+    assert len(standing.faults(lake)) == 1
     [aside] = (lake.root / layout.DAMAGED).rglob("*.parquet")
     aside.unlink()
     bad.path.write_bytes(whole)
     done = consolidate(lake, DAY, settings, watermarks={0: (2**60, 0)})
     assert (done.rows, done.unique, done.corrections, done.replayed) == (3, 2, 1, 0)
-    assert damage.listed(lake) == []
+    assert standing.faults(lake) == []
 
 
 @pytest.mark.parametrize("kind", [pa.ArrowMemoryError, MemoryError])
@@ -117,7 +117,7 @@ def test_a_disk_that_fails_while_a_file_is_set_aside(
     assert one.path.exists() == (not aside)
     deliver(lake, settings, entry([line(at=NOON + 1)], 1))
     assert consolidate(lake, DAY, settings).unique == 1
-    assert len(damage.listed(lake)) == 1
+    assert len(standing.faults(lake)) == 1
 
 
 def test_a_sound_file_stays_whatever_an_engine_says(lake: Lake, settings: Settings) -> None:

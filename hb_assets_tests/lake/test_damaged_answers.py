@@ -12,7 +12,7 @@ import pytest
 
 from hb_assets import days
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import damage, fragments, layout, parquet, query
+from hb_assets.lake import fragments, layout, parquet, query, standing
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.fragments import Fragment, FragmentNote
 from hb_assets.lake.layout import FragmentName
@@ -169,4 +169,4 @@ def test_nothing_is_said_of_what_a_person_put_right(two_days: Lake, settings: Se
     assert len(ask(two_days, settings).warnings) == 1
     path.write_bytes(whole)
     assert ask(two_days, settings).warnings == ()
-    assert damage.listed(two_days) == []
+    assert standing.faults(two_days) == []

@@ -445,7 +445,7 @@ def test_a_damaged_file_whose_raw_was_pruned_stays(lake: Lake, settings: Setting
     deliver(lake, settings, entry([line(at=NOON + 1)], 1))
     path.write_bytes(whole[:-20])
     for rebuild in (False, True):
-        with pytest.raises(DamagedFileError, match="put a whole copy in its place"):
+        with pytest.raises(DamagedFileError, match="puts a whole copy back"):
             consolidate(lake, DAY, settings, rebuild=rebuild).require()
     with pytest.raises(DamagedFileError):
         minute_points(lake, "u1", NOON, NOON + 60_000, None, settings)
