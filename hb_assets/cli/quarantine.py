@@ -6,6 +6,7 @@ Doesn't belong here: the files (`lake.quarantine`).
 
 from __future__ import annotations
 
+import codecs
 import datetime as dt
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -290,7 +291,8 @@ def _repaired(
             wanted: dict[Arrival, tuple[int, bytes]] = {}
             for number, line in lines:
                 try:
-                    read = msgspec.json.decode(line, type=_Repaired)
+                    # an editor may have put a byte order mark before the first one
+                    read = msgspec.json.decode(line.removeprefix(codecs.BOM_UTF8), type=_Repaired)
                 except (msgspec.DecodeError, UnicodeDecodeError):
                     done.refuse("not a line as `show --raw` writes it", line=str(number))
                     continue

@@ -182,6 +182,10 @@ def _look_at_lake(found: Status, settings: Settings, latest: int) -> None:
                 found.alarms.append(
                     f"{root / 'lake.json'} is gone, but the lake holds files: put a copy in its place"
                 )
+            else:
+                home = settings.home_dir
+                missing = f"lake at {root}" if home.is_dir() else f"HB_HOME at {home}"
+                found.warnings.append(f"there is no {missing}: check HB_HOME and HB_LAKE")
             return
         lake = Lake.open(settings)
     except (HbError, OSError) as error:
@@ -254,7 +258,7 @@ def _show(found: Status, settings: Settings) -> None:
     if found.days:
         console.print(_lake_table(found))
     else:
-        console.print("the lake is empty")
+        console.print(f"the lake {settings.lake_dir} holds no days", soft_wrap=True)
     if found.last_drain is not None:
         console.print(f"last drain: {output.duration(now - found.last_drain)} ago")
     for alarm in found.alarms:

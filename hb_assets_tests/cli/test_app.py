@@ -91,12 +91,14 @@ def test_looking_at_a_lake_makes_neither_lake_nor_home(
     assert text.startswith(f"hb: there is no lake at {home / 'lake'}: check HB_HOME and HB_LAKE")
     assert text.count("\n") == 1
     assert list(home.iterdir()) == []
+    assert f"there is no lake at {home / 'lake'}" in hb("status").stderr
+    assert list(home.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("command", "code", "says"),
     [
-        ("status", 0, "doesn't run"),
+        ("status", 0, "there is no HB_HOME at"),
         ("keys list", 0, "no keys"),
         ("keys revoke abc", 2, "there are no keys"),
         ("down", 0, "no `hb up` runs"),

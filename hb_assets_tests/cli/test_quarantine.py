@@ -164,6 +164,7 @@ def test_mended_records(
         one["raw"] = one["raw"].replace("2015", "2025")
     lines[3] = {"id": lines[3]["id"], "raw": line("u2").decode()}
     rewrite(path, lines)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as some editors do
     done = told("quarantine", "replay", "--from", path, code=1)
     assert (done["replayed"], done["still_refused"], done["already_back"]) == (3, 1, 0)
     done = told("quarantine", "replay", "--from", path, code=1)
