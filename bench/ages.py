@@ -36,7 +36,13 @@ TODAY = days.day_of(time.time_ns() // 1_000_000)
 KINDS = (layout.RAW, layout.HEARTBEATS, layout.MINUTES)
 EVENTS_A_DAY = 86_400 // PAUSE_SECONDS
 """A day that changes at every tick of the drain sensor."""
-TICKS_KEPT = {"drain": 86_400 // 5, "consolidation": 5_760, "buffer": 5_760, "failed_runs": 5_760}
+TICKS_KEPT = {
+    "drain": 86_400 // 5,
+    "consolidation": 5_760,
+    "buffer": 5_760,
+    "failed_runs": 5_760,
+    "damage": 1_440,
+}
 """Ticks without a run are kept for a day (dagster.yaml)."""
 RUNS_A_DAY = 40
 _USERS = 64

@@ -13,11 +13,13 @@ from hb_assets.defs import executors, jobs, partitions
 from hb_assets.defs.assets.heartbeats import heartbeats
 from hb_assets.defs.assets.minute_heart_rate import minute_heart_rate
 from hb_assets.defs.assets.raw_heartbeats import raw_heartbeats
+from hb_assets.defs.damage import known_damage
 from hb_assets.defs.installation import Installation
 from hb_assets.defs.maintenance import hourly_maintenance, maintenance
 from hb_assets.defs.sensors import now_ms
 from hb_assets.defs.sensors.buffer import buffer_sensor
 from hb_assets.defs.sensors.consolidation import consolidation_sensor
+from hb_assets.defs.sensors.damage import damage_sensor
 from hb_assets.defs.sensors.drain import drain_sensor
 from hb_assets.defs.sensors.failed_runs import failed_runs_sensor
 from hb_assets.settings import Settings
@@ -39,11 +41,12 @@ def of(settings: Settings) -> dg.Definitions:
     daily = partitions.daily(first, settings)
     return dg.Definitions(
         assets=[raw_heartbeats(daily), heartbeats(daily), minute_heart_rate(daily)],
-        jobs=[jobs.consolidate_day, jobs.drain_and_report, maintenance],
+        jobs=[jobs.consolidate_day, jobs.drain_and_report, known_damage, maintenance],
         schedules=[hourly_maintenance],
         sensors=[
             drain_sensor(settings, first),
             consolidation_sensor(first),
+            damage_sensor(first),
             buffer_sensor(),
             failed_runs_sensor(),
         ],

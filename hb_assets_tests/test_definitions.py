@@ -80,6 +80,7 @@ def test_sensors_run_by_default() -> None:
         "drain",
         "consolidation",
         "buffer",
+        "damage",
         "failed_runs",
     }
     assert all(one.default_status == dg.DefaultSensorStatus.RUNNING for one in sensors)

@@ -5,23 +5,17 @@ Belongs here: opening and closing them. Doesn't belong here: work.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from hb_assets.buffer import connection, server
 from hb_assets.buffer.connection import Client
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.errors import BufferUnavailableError
-from hb_assets.lake import standing
 from hb_assets.lake.folders import Folders
-from hb_assets.lake.standing import Fault
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
-
-_FAULTS_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +24,10 @@ class Installation:
 
     settings: Settings
     folders: Folders = field(default_factory=Folders)
-    _faults: dict[Path, tuple[float, list[Fault]]] = field(default_factory=dict)
 
     def lake(self) -> Lake:
         """The lake. Raises as `Lake.open`."""
         return Lake.open(self.settings)
-
-    def faults(self, lake: Lake) -> list[Fault]:
-        """What stands against the lake, at most a minute old: it costs a stat of each file."""
-        until, found = self._faults.get(lake.root, (0.0, []))
-        if time.monotonic() >= until:
-            found = standing.faults(lake)
-            self._faults[lake.root] = time.monotonic() + _FAULTS_SECONDS, found
-        return found
 
     @contextmanager
     def client(self) -> Iterator[Client]:

@@ -92,7 +92,7 @@ def _tick(
         requests.append(dg.RunRequest(run_key=run_key, partition_key=day, tags={REASON: reason}))
         if len(requests) == MOST_REQUESTS:
             break
-    found = alarms.of_lake(installation.faults(lake))
+    found: dict[str, str] = {}  # files that can't be read are the damage sensor's
     oldest = ((state.day, state.oldest_pending_ms) for state in states)
     late = vitals.consolidation(*policy.most_overdue(oldest, now, settings), settings)
     if late is not None:
