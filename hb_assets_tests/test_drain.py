@@ -276,7 +276,6 @@ def acting_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Suspects are decoded by a child that does what an entry says."""
     command = (sys.executable, "-m", "hb_assets_tests.dying_decoder")
     monkeypatch.setattr(isolation, "COMMAND", command)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 @pytest.mark.parametrize("harmless", [True, False])

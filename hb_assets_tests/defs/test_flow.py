@@ -37,7 +37,7 @@ def daemon(settings: Settings) -> Iterator[dg.DagsterInstance]:
     with (home / "daemon.log").open("wb") as log:
         process = subprocess.Popen(
             [command, "run", "-m", "hb_assets.definitions"],
-            env={**environment(settings), "DAGSTER_HOME": str(home), "PYTHONPATH": str(ROOT)},
+            env={**environment(settings), "DAGSTER_HOME": str(home)},
             stdout=log,
             stderr=log,
         )

@@ -17,8 +17,6 @@ from hb_assets.lake.decode import Decoded, decode
 from hb_assets.settings import Settings
 from hb_assets_tests.lake.deliveries import Delivered, line
 
-ROOT = Path(__file__).parent.parent.parent
-
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(settings: Settings) -> Iterator[None]:
@@ -34,7 +32,6 @@ def acting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         isolation, "COMMAND", (sys.executable, "-m", "hb_assets_tests.dying_decoder")
     )
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def suspect(data: bytes | None, seq: int = 0) -> Delivered:
