@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from hb_assets.errors import SettingsError
@@ -113,6 +114,20 @@ def test_tokens_that_are_nearly_right(keyed: tuple[httpx.Client, dict[str, str]]
             http.post(PATH, json=heartbeat(), headers={"Authorization": header}).status_code == 401
         )
     assert http.post(PATH, json=heartbeat(), headers=bearer(token, "bearer")).status_code == 200
+
+
+def test_every_byte_of_a_digest_counts(settings_alone: Settings) -> None:
+    _, token = keyring.create(settings_alone, "a", ["ingest"])
+    [key] = keyring.read(keyring.path(settings_alone)) or ()
+    check(opened(settings_alone), token)
+    digest = bytes.fromhex(key.digest)
+    for place in range(len(digest)):
+        other = digest[:place] + bytes([digest[place] ^ 1]) + digest[place + 1 :]
+        stored = msgspec.structs.replace(key, digest=other.hex())
+        keyring._write(keyring.path(settings_alone), (stored,))
+        with pytest.raises(ProblemError) as caught:
+            check(opened(settings_alone), token)
+        assert caught.value.status == 401
 
 
 def test_an_expired_key_says_so(settings_alone: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from hb_assets.buffer.producer import Lines
 from hb_assets.errors import SettingsError, SpoolFullError, SpoolUnavailableError
+from hb_assets.gateway import records
 from hb_assets.gateway.records import Record
 from hb_assets.gateway.spool import CLOSING, FREE, QUEUED, Holdings, Spool, look
 from hb_assets.settings import Settings
@@ -110,6 +112,24 @@ def test_every_shard_keeps_its_order(batches: list[list[Lines]], most: int, reop
         assert spool.holdings().heartbeats == spool.holdings().bytes == 0
         assert spool.holdings().replayed == held.heartbeats
         spool.close()
+
+
+def test_what_is_stored_is_on_the_disk_before_it_is_answered(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the transaction that stores it runs: SQLite fsyncs its log before it says committed."""
+    found: list[object] = []
+    add = records.add
+
+    def stored(db: sqlite3.Connection, *arguments: Any) -> None:
+        add(db, *arguments)
+        found.extend(db.execute("PRAGMA synchronous").fetchone())
+        found.extend(db.execute("PRAGMA journal_mode").fetchone())
+
+    monkeypatch.setattr(records, "add", stored)
+    spool.put([{0: [b"line"]}])
+    full = 2
+    assert found == [full, "wal"]
 
 
 def test_marks_are_seen_by_other_processes_and_survive_a_restart(

@@ -448,6 +448,28 @@ def test_first_publication_overtaken_and_pruned(
     assert consolidate(lake, DAY, settings).rows == 1
 
 
+def test_rebuild_overtaken_between_the_published_file_and_raw(
+    lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it doesn't know of came later: nothing was pruned, and nothing is missing."""
+    deliver(lake, settings, entry([line(bpm=60)], 0))
+    consolidate(lake, DAY, settings)
+    shard = one_user(lake)
+    original = fragments.listed
+
+    def listed(where: Lake, day: dt.date, shard: int) -> list[Fragment]:
+        found = original(where, day, shard)
+        monkeypatch.setattr(fragments, "listed", original)
+        deliver(lake, settings, entry([line(bpm=70)], 1))
+        consolidate(lake, DAY, settings, shards=[shard])
+        return found
+
+    monkeypatch.setattr(fragments, "listed", listed)
+    consolidate(lake, DAY, settings, rebuild=True, shards=[shard]).require()
+    assert_consolidated(lake, raw(lake))
+    assert [one.faults for one in ledger.of_days(lake, settings, deep=True)] == [[]]
+
+
 # -- what goes wrong
 
 

@@ -135,14 +135,17 @@ def test_place_after(name: str) -> None:
     assert sorted_rows.place_after(key | {name: more}) == (2 if name == "user_id" else 1)
 
 
-def test_arrival_decides_whatever_the_order_of_files(folder: Path, bounds: Settings) -> None:
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_arrival_decides_whatever_the_order_of_files(
+    folder: Path, bounds: Settings, in_memory: bool
+) -> None:
     arrivals = [(2, 0, 0, 0), (1, 9, 0, 0), (2, 0, 0, 1), (1, 9, 1, 0), (2, 0, 1, 0), (10, 0, 0, 0)]
     files = [
         written(folder / f"{n}.parquet", table([("u", "d", 0, 60 + n, *arrival)]))
         for n, arrival in enumerate(arrivals)
     ]
     for order in (files, files[::-1]):
-        found, tally = merge(None, order, bounds, in_memory=True)
+        found, tally = merge(None, order, bounds, in_memory=in_memory)
         assert [tuple(row[name] for name in ARRIVAL) for row in found.to_pylist()] == [
             max(arrivals)
         ]

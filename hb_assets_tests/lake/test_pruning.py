@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from hb_assets import days
@@ -99,6 +100,56 @@ def test_without_a_watermark_nothing_goes(lake: Lake, settings: Settings) -> Non
     deliver(lake, settings, entry([line()], 0))
     consolidate(lake, DAY, settings)
     assert prune(lake, settings) == Pruned()
+
+
+def test_a_watermark_never_goes_back(lake: Lake, settings: Settings) -> None:
+    """Another server, or one that was set back, knows less than what was included already."""
+    deliver(lake, settings, entry([line()], 0))
+    consolidate(lake, DAY, settings, watermarks=LATEST)
+    for earlier in ({0: (1, 0)}, {}):
+        deliver(lake, settings, entry([line(bpm=76)], 1))
+        consolidate(lake, DAY, settings, watermarks=earlier)
+        published = consolidated.current(lake, DAY, shard_of("u1", lake.shards))
+        assert published is not None
+        assert published.note.watermark == LATEST
+
+
+def test_a_fragment_that_is_away_stays_listed_above_the_watermark(
+    lake: Lake, settings: Settings
+) -> None:
+    """Whoever puts it back brings nothing new: its rows are included, and known by its name."""
+    [away] = deliver(lake, settings, entry([line()], 0))
+    consolidate(lake, DAY, settings)
+    copy = away.path.read_bytes()
+    away.path.unlink()
+    deliver(lake, settings, entry([line(bpm=76)], 1))
+    consolidate(lake, DAY, settings).require()
+    away.path.write_bytes(copy)
+    assert consolidate(lake, DAY, settings, rewrite=True).replayed == 0
+    [found] = ledger.of_days(lake, settings)
+    assert (found.faults, found.rows, found.pending) == ([], 2, 0)
+
+
+def test_a_pruner_keeps_what_the_file_lists_no_more(
+    lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published file is another one by the time that its fragments would go."""
+    deliver(lake, settings, entry([line()], 0))
+    consolidate(lake, DAY, settings, watermarks=LATEST)
+    original = pruning.current
+    seen = 0
+
+    def current(*arguments: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        found = original(*arguments)
+        if found is None or seen == 1:
+            return found
+        return consolidated.Current(found.path, msgspec.structs.replace(found.note, fragments=()))
+
+    monkeypatch.setattr(pruning, "current", current)
+    assert prune(lake, settings).fragments == 0
+    assert len(there(lake)) == 1
 
 
 def test_days_that_were_not_asked_for(lake: Lake, settings: Settings) -> None:
@@ -372,6 +423,31 @@ def test_reader_overtaken_by_a_pruner(
         return original(*arguments)
 
     monkeypatch.setattr(rows, "_pending", overtaken)
+    points = minute_points(lake, "u1", NOON, NOON + 60_000, None, settings)
+    assert [point.heart_rate for point in points] == [60]
+
+
+@pytest.mark.parametrize("after", ["names", "published"])
+def test_reader_overtaken_between_raw_and_the_published_file(
+    lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """Whichever it has looked at first: what went into the other one meanwhile is answered."""
+    shard = shard_of("u1", lake.shards)
+    neighbour = next(f"n{n}" for n in range(99) if shard_of(f"n{n}", lake.shards) == shard)
+    deliver(lake, settings, entry([line(neighbour)], 0))
+    consolidate(lake, DAY, settings, watermarks=LATEST)
+    deliver(lake, settings, entry([line(bpm=60)], 1))
+    place, name = {"names": (rows._listings, "names"), "published": (rows, "_of_published")}[after]
+    original = getattr(place, name)
+
+    def overtaken(*arguments: Any) -> Any:
+        found = original(*arguments)
+        monkeypatch.setattr(place, name, original)
+        consolidate(lake, DAY, settings, watermarks=LATEST)
+        assert prune(lake, settings).fragments >= 1
+        return found
+
+    monkeypatch.setattr(place, name, overtaken)
     points = minute_points(lake, "u1", NOON, NOON + 60_000, None, settings)
     assert [point.heart_rate for point in points] == [60]
 
