@@ -14,8 +14,8 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -222,9 +222,11 @@ def records(
     with engine(settings) as connection:
         reader = _Reader(lake, connection, choice, on_damage)
         for day in reader.days():
-            for record in reader.records(day, left):
-                left = None if left is None else left - 1
-                yield record
+            # before the engine goes to somebody else, whenever our caller stops
+            with closing(reader.records(day, left)) as found:
+                for record in found:
+                    left = None if left is None else left - 1
+                    yield record
             if left == 0:
                 return
 
@@ -309,14 +311,17 @@ class _Reader:
             if readable:
                 self._connection.execute(query, parameters)
 
-    def records(self, day: dt.date, most: int | None) -> Iterator[Quarantined]:
+    def records(self, day: dt.date, most: int | None) -> Generator[Quarantined]:
         """A day's chosen records."""
         self._connection.execute("DELETE FROM quarantined")
         self.choose(day, most)
 
         before = None
-        with self._reading(self._files(day)) as readable:
-            found = self._connection.sql(_FETCH).to_arrow_reader(_BATCH) if readable else ()
+        with self._reading(self._files(day)) as readable, ExitStack() as stack:
+            found: Iterable[pa.RecordBatch] = ()
+            if readable:
+                rows = self._connection.sql(_FETCH)
+                found = stack.enter_context(rows.to_arrow_reader(_BATCH))
             for batch in found:
                 for fields in batch.to_pylist():
                     arrival = Arrival(*(fields.pop(name) for name in ARRIVAL))

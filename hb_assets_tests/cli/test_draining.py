@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -320,6 +322,11 @@ def piped(home: Path, script: str, *arguments: str) -> subprocess.CompletedProce
     )
 
 
+def waiting_in(pipe: IO[bytes]) -> int:
+    """Bytes that nobody has read yet."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 def test_ctrl_c_says_what_was_taken(
     outside: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,7 +342,9 @@ def test_ctrl_c_says_what_was_taken(
         text=True,
     )
     try:
-        with pipe.open("wb"):  # it was opened at the other end
+        with pipe.open("wb", buffering=0) as end:  # it was opened at the other end
+            end.write(b"\n")
+            wait_for(lambda: waiting_in(end) == 0, "the import to read it")
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=60)
     finally:

@@ -38,13 +38,14 @@ def test_reused_pid_is_another_process(tmp_path: Path) -> None:
 
 
 def test_process_that_ended() -> None:
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    (identity,) = state.identify([psutil.Process(child.pid)])
-    assert identity.process() is not None
-    child.kill()
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert identity.process() is None  # a zombie still has its pid
-    child.wait()
+    program = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(program, stdin=subprocess.PIPE) as child:
+        (identity,) = state.identify([psutil.Process(child.pid)])
+        assert identity.process() is not None
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert identity.process() is None  # a zombie still has its pid
+        child.wait()
     assert identity.process() is None
 
 

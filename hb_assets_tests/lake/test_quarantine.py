@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import time
+from collections.abc import Generator
 
 import pytest
 
@@ -72,6 +73,20 @@ def test_each_identity_once(lake: Lake, settings: Settings) -> None:
         one.raw for one in quarantine.records(lake, settings, Choice(reason="record_not_json"))
     ] == [b"bad"]
     assert list(quarantine.records(lake, settings, Choice(reason="other"))) == []
+
+
+@pytest.mark.parametrize("batch", [1, 100])
+def test_whoever_wants_no_more_leaves_the_engine_as_it_was(
+    lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setattr(quarantine, "_BATCH", batch)
+    deliver(lake, settings, entry([b"bad"] * 5000))
+    for _ in range(3):
+        found = quarantine.records(lake, settings)
+        assert isinstance(found, Generator)
+        next(found)
+        found.close()
+    assert len(list(quarantine.records(lake, settings, limit=7))) == 7
 
 
 def test_released(lake: Lake, settings: Settings) -> None:
