@@ -24,6 +24,7 @@ from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
 from hb_assets.coordination import coordinated
+from hb_assets.definitions import of
 from hb_assets.defs import partitions
 from hb_assets.defs.reports import Cursor
 from hb_assets.drain import drain
@@ -251,11 +252,20 @@ def _get(http: Any, day: dt.date) -> Seen:
 
 
 def _dagster(settings: Settings) -> Seen:
-    """Names of the alarms that the sensors raise, and messages."""
-    found: dict[str, str] = {}
+    """Names of the alarms that the sensors raise, and days whose check `complete` is red."""
+    found: set[str] = set()
+    red: list[str] = []
     with dg.DagsterInstance.ephemeral() as instance:
-        for sensor in ("drain", "buffer", "consolidation"):
-            cursor = Ticks(settings, instance, sensor).tick().cursor
-            standing = Cursor.parse(cursor).alarms if sensor == "drain" else alarms.load(cursor)
-            found |= {name: one.message for name, one in standing.items()}
-    return {"alarms": found}
+        for sensor in ("drain", "buffer", "consolidation", "damage"):
+            data = Ticks(settings, instance, sensor).tick()
+            raised = (
+                Cursor.parse(data.cursor).alarms if sensor == "drain" else alarms.load(data.cursor)
+            )
+            found |= raised.keys()
+            if sensor == "damage" and data.run_requests:
+                [request] = data.run_requests
+                job = of(settings).resolve_job_def("known_damage")
+                done = job.execute_in_process(instance=instance, run_config=request.run_config)
+                told = done.get_asset_check_evaluations()
+                red += [str(one.partition) for one in told if not one.passed]
+    return {"alarms": sorted(found), "red": red}

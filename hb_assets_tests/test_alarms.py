@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 
 import pytest
 
 from hb_assets import alarms
 from hb_assets.alarms import REPEAT_MS
+from hb_assets.lake.standing import Fault
 from hb_assets.settings import Settings
 from hb_assets_tests.receiver import receiving
 
@@ -76,3 +78,22 @@ def test_a_webhook_that_fails_raises_nothing_and_its_url_is_not_logged(
     alarms.tell([alarms.alarm("full", "the buffer is full", 0)], Settings(alert_webhook=url))
     assert "HB_ALERT_WEBHOOK can't be told" in caplog.text
     assert "token" not in caplog.text
+
+
+def test_of_the_lake_there_is_one_of_each_kind_and_day() -> None:
+    day, next_day = dt.date(2025, 1, 15), dt.date(2025, 1, 16)
+    found = alarms.of_lake(
+        [
+            Fault("damaged", day, 0, None, None, "a"),
+            Fault("damaged", day, 1, 7, None, "b"),
+            Fault("missing", day, 1, 7, None, "c"),
+            Fault("damaged", next_day, 1, 7, None, "d"),
+            Fault("unreadable", None, None, None, None, "e"),
+        ]
+    )
+    assert found == {
+        "lake_damaged:2025-01-15": "a; 1 more of this day",
+        "lake_missing:2025-01-15": "c",
+        "lake_damaged:2025-01-16": "d",
+        "lake_unreadable": "e",
+    }

@@ -25,8 +25,8 @@ from hb_assets.cli.members import gateway_url
 from hb_assets.cli.state import MemberState, UpState
 from hb_assets.errors import HbError, SettingsError, SpoolUnavailableError
 from hb_assets.gateway import keyring, tls
-from hb_assets.lake import layout, modes
-from hb_assets.lake.layout import HEARTBEATS, RAW
+from hb_assets.lake import layout, modes, store
+from hb_assets.lake.layout import RAW
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 
@@ -176,18 +176,12 @@ def _alarms_of_gateway(settings: Settings) -> list[str]:
 def _look_at_lake(found: Status, settings: Settings, latest: int) -> None:
     root = settings.lake_dir
     try:
-        if not (root / "lake.json").exists():
-            # nothing was ever stored, and a look doesn't make a lake; or else that file is lost
-            if any((root / kind).exists() for kind in (RAW, HEARTBEATS)):
-                found.alarms.append(
-                    f"{root / 'lake.json'} is gone, but the lake holds files: put a copy in its place"
-                )
-            else:
-                home = settings.home_dir
-                missing = f"lake at {root}" if home.is_dir() else f"HB_HOME at {home}"
-                found.warnings.append(f"there is no {missing}: check HB_HOME and HB_LAKE")
+        if not (root / "lake.json").exists() and not store.holds_data(root):
+            home = settings.home_dir
+            missing = f"lake at {root}" if home.is_dir() else f"HB_HOME at {home}"
+            found.warnings.append(f"there is no {missing}: check HB_HOME and HB_LAKE")
             return
-        lake = Lake.open(settings)
+        lake = Lake.open(settings, create=False)
     except (HbError, OSError) as error:
         found.alarms.append(output.line(error))
         return

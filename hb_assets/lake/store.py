@@ -16,6 +16,7 @@ import msgspec
 from hb_assets.errors import DamagedFileError, LakeMismatchError, SettingsError
 from hb_assets.lake import modes, sealed_json
 from hb_assets.lake.files import TempFile, make_folder
+from hb_assets.lake.layout import HEARTBEATS, RAW
 from hb_assets.settings import Settings
 
 FORMAT = 1
@@ -47,12 +48,13 @@ class Lake:
         Raises:
             LakeMismatchError: made with another shard count or format.
             SettingsError: the folder can't be made or written, or there is no lake in it.
-            DamagedFileError: lake.json can't be read.
+            DamagedFileError: lake.json can't be read, or is gone from a lake that holds data.
         """
         root = settings.lake_dir
         path = root / "lake.json"
         try:
             if not path.exists():
+                _require_new(root, path)
                 if not create:
                     raise SettingsError(
                         f"there is no lake at {root}: check HB_HOME and HB_LAKE; `hb up`, "
@@ -85,6 +87,17 @@ class Lake:
         """An id for people's eyes that doesn't give away the user; the same within this lake."""
         digest = hashlib.blake2b(identifier.encode(), key=self.mask_key[:64], digest_size=4)
         return "~" + digest.hexdigest()
+
+
+def holds_data(root: Path) -> bool:
+    """Whether anything was ever stored under this folder. Raises OSError."""
+    return any((root / kind).exists() for kind in (RAW, HEARTBEATS))
+
+
+def _require_new(root: Path, path: Path) -> None:
+    # an identity that somebody has made meanwhile is no lost one
+    if holds_data(root) and not path.exists():
+        raise DamagedFileError(f"{path} is gone")
 
 
 def _create(path: Path, settings: Settings) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import redis
 
 from hb_assets.buffer import keys
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
 from hb_assets.buffer.watermark import latest, passed, watermarks
+from hb_assets.errors import BufferUnavailableError
 from hb_assets.settings import Settings
 
 LINE = b'{"user_id":"u1","device_id":"d","timestamp_ms":1736942400000,"heart_rate":75}'
@@ -67,3 +69,14 @@ def test_below_the_first_sequence_number_of_a_millisecond(
     found = watermarks(client, settings)
     assert found[1] == (999, 2**64 - 1)
     assert found[2] == (1000, 6)
+
+
+def test_of_a_shard_that_cannot_be_read_nothing_is_known(
+    client: redis.Redis, settings: Settings
+) -> None:
+    """Its raw is kept, and nobody is told that all of its entries are acknowledged."""
+    client.set(keys.stream(1), "something else")
+    assert watermarks(client, settings).keys() == {0, 2, 3}
+    for ask in (lambda: latest(client, settings), lambda: passed(client, settings, {})):
+        with pytest.raises(BufferUnavailableError, match=r"hb:\{01\}:stream"):
+            ask()

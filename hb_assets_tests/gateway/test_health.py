@@ -299,20 +299,31 @@ def test_a_damaged_day_and_a_stopped_sensor_keep_no_gateway_from_its_work(
         wait_for(lambda: told(http) == ([], []), "health")
         assert http.get("/health").json()["alarms"] == []
         assert samples(http)[damaged] == samples(http)["hb_lake_damaged_partitions", ()] == 0
-        client.hset(keys.BEATS, beats.DAGSTER, 1)
+        beats.beat(client, [beats.DAGSTER, beats.stopped("drain")], {})
+        assert points(http) == 1
         fragment.path.write_bytes(whole[:-1] + b"X")  # in place: its folder doesn't change
         wait_for(lambda: len(http.get("/health").json()["alarms"]) == 2, "both alarms")
         assert unwell(http) == ["dagster"]
+        assert "hb sensors start drain" in http.get("/health").json()["parts"]["dagster"]
         assert http.get("/health/ready").status_code == 200
+        assert points(http) is None, "no answer is made of it, although it was read before"
         [of_day] = [one for one in http.get("/health").json()["alarms"] if str(DAY) in one]
         assert str(settings.home_dir) not in of_day, "who asks needs no key, and gets no path"
         assert samples(http)[damaged] == samples(http)["hb_lake_damaged_partitions", ()] == 1
         fragment.path.write_bytes(whole)
         wait_for(lambda: len(http.get("/health").json()["alarms"]) == 1, "the file to be whole")
+        assert points(http) == 1
         assert samples(http)[damaged] == 0
     lines = [one.getMessage() for one in caplog.records if "alarm lake_damaged" in one.message]
     assert [line.split()[2] for line in lines] == ["(error):", "(resolved):"]
     assert all(str(fragment.path) in line for line in lines)
+
+
+def points(http: httpx.Client) -> int | None:
+    """How many of that day's there are; None where that can't be answered."""
+    span = {"start": f"{DAY}T00:00:00Z", "end": f"{DAY}T23:00:00Z"}
+    answer = http.get(PATH, params={"user_id": "u1", **span})
+    return answer.json()["count"] if answer.status_code == 200 else None
 
 
 def test_many_faults_are_told_shortly(

@@ -93,3 +93,15 @@ def test_masks(settings: Settings, lake: Lake, tmp_path: Path) -> None:
     assert "u1" not in lake.mask("u1")
     elsewhere = Lake.open(settings.model_copy(update={"lake": str(tmp_path / "other")}))
     assert elsewhere.mask("u1") != lake.mask("u1")
+
+
+def test_a_lake_that_holds_data_is_not_made_anew(settings: Settings, lake: Lake) -> None:
+    """Its mask_key is what those who were forgotten are known by."""
+    (lake.root / "lake.json").unlink()
+    Lake.open(settings)  # it was empty
+    (lake.root / "lake.json").unlink()
+    (lake.root / "raw").mkdir()
+    for create in (True, False):
+        with pytest.raises(DamagedFileError, match=r"lake\.json can't be read; restore it"):
+            Lake.open(settings, create=create)
+    assert not (lake.root / "lake.json").exists()
