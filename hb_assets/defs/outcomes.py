@@ -41,7 +41,8 @@ def check_specs(
 ) -> list[dg.AssetCheckSpec]:
     """Checks of an asset, evaluated for each partition by the step that makes it.
 
-    All but `complete` say of a file whether it may be published: the step fails with them.
+    All but `complete` say of a file whether it may be published: the step fails with them, and what
+    it feeds isn't made.
     """
     with warnings.catch_warnings():
         # Without partitions the latest day's result would stand for all days; what may change in a
@@ -50,7 +51,11 @@ def check_specs(
         warnings.filterwarnings("ignore", text, dg.PreviewWarning)
         return [
             dg.AssetCheckSpec(
-                name, asset=asset, partitions_def=daily, description=DESCRIPTIONS[name]
+                name,
+                asset=asset,
+                partitions_def=daily,
+                blocking=name != COMPLETE,
+                description=DESCRIPTIONS[name],
             )
             for name in names
         ]
