@@ -140,15 +140,15 @@ def _environment() -> dict[str, str]:
 
 
 def a_run(new: Room, repeats: int) -> list[Row]:
-    """What a run of a day without data costs, and how many events it writes."""
+    """What a run of a day that is consolidated already costs, and how many events it writes."""
     seconds, events = [], []
-    for back in range(1, repeats + 1):
+    for _ in range(repeats):
         began = time.process_time()
-        done = new.run(ages.TODAY - dt.timedelta(days=back))
+        done = new.run(ages.TODAY)
         seconds.append(time.process_time() - began)
         events.append(float(len(new.instance.all_logs(done.run_id))))
     return [
-        Row("run of a day without data, in process, CPU", "s", seconds),
+        Row("run of a day that is done, in process, CPU", "s", seconds),
         Row("its events", "events", events, target=300, at_most=True),
     ]
 
@@ -245,15 +245,15 @@ def _members(
 
 
 def launched(at: Up, repeats: int) -> list[Row]:
-    """Seconds from launching a run of a day without data to its first step, and to its end."""
+    """Seconds from launching a run of a day that is done to its first step, and to its end."""
     first, whole = [], []
     with (
         ControlRoom(f"http://127.0.0.1:{at.settings.dagster_port}") as dagster,
         dg.DagsterInstance.from_config(str(at.settings.dagster_home)) as instance,
     ):
-        for back in range(1, repeats + 1):
+        for _ in range(repeats):
             began = time.time()
-            run_id = dagster.launch(ages.TODAY - dt.timedelta(days=YEAR + back))
+            run_id = dagster.launch(ages.TODAY)
             while not all(run.ended for run in dagster.runs([run_id])):
                 time.sleep(0.2)
             whole.append(time.time() - began)
@@ -261,7 +261,7 @@ def launched(at: Up, repeats: int) -> list[Row]:
             first.append(starts[0].timestamp - began)
     return [
         Row("a run, launched to first step", "s", first),
-        Row("a run of a day without data, launched to end", "s", whole),
+        Row("a run of a day that is done, launched to end", "s", whole),
     ]
 
 
