@@ -185,13 +185,33 @@ MUTANTS: tuple[Mutant, ...] = (
         "        self._named = True\n        self.path.unlink(missing_ok=True)",
         f"{_TESTS}/lake/test_files.py::test_order_of_system_calls",
     ),
+    Mutant(
+        "a fraction behind a minute is taken for a second",
+        "ingest",
+        "hb_assets/record.py",
+        "if not _ISO_8601.fullmatch(text):",
+        "if not text:",
+        f"{_TESTS}/test_record.py::test_the_documented_forms_of_a_time",
+    ),
+    Mutant(
+        "the last of two values of one field counts",
+        "ingest",
+        "hb_assets/record.py",
+        'if text.count(b",") != names - 1:',
+        "if not names:",
+        f"{_TESTS}/test_record.py::test_a_field_that_is_named_twice_is_refused",
+    ),
     # -- consolidation and pruning
     Mutant(
         "raw is listed before the current file is read",
         "consolidation and pruning",
         f"{_LAKE}/consolidation.py",
-        "        published = task.published()\n        raw = task.raw()\n        base = ",
-        "        raw = task.raw()\n        published = task.published()\n        base = ",
+        "        published = task.published()\n"
+        "        gaps = task.gaps()\n"
+        "        raw = task.raw()\n",
+        "        raw = task.raw()\n"
+        "        published = task.published()\n"
+        "        gaps = task.gaps()\n",
         f"{_TESTS}/lake/test_consolidation.py::"
         "test_rebuild_overtaken_between_the_published_file_and_raw",
     ),
@@ -223,7 +243,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "rows that were set aside lie below the watermark",
         "consolidation and pruning",
         f"{_LAKE}/consolidation.py",
-        "for source, mark in task.watermarks.items() if source not in missed}",
+        "for source, mark in task.watermarks.items() if source not in sources}",
         "for source, mark in task.watermarks.items()}",
         f"{_TESTS}/lake/test_damage.py::test_no_watermark_is_claimed_for_rows_that_were_set_aside",
     ),
@@ -332,6 +352,31 @@ MUTANTS: tuple[Mutant, ...] = (
         "if path.stat().st_mtime < oldest:",
         "if path.exists():",
         f"{_TESTS}/lake/test_pruning.py::test_leftovers_of_crashes_go_after_a_safe_age",
+    ),
+    Mutant(
+        "what a restored file needs is pruned",
+        "consolidation and pruning",
+        f"{_LAKE}/pruning.py",
+        "if not listed or accepted.stems(lake, HEARTBEATS, day, shard):",
+        "if not listed:",
+        f"{_TESTS}/lake/test_recovery.py::test_sound_row_groups_are_kept",
+    ),
+    Mutant(
+        "what a restored fragment needs is pruned",
+        "consolidation and pruning",
+        f"{_LAKE}/pruning.py",
+        "free = [one for one in listed if not any(one.name.overlaps(name) for name in lost)]",
+        "free = listed",
+        f"{_TESTS}/lake/test_recovery.py::"
+        "test_how_many_rows_is_a_bound_where_they_may_have_come_twice",
+    ),
+    Mutant(
+        "a fragment that was given up and put back is taken for a replay",
+        "consolidation and pruning",
+        f"{_LAKE}/consolidated.py",
+        "return self.excepted.get(str(name), self.mark(name.source))",
+        "return self.mark(name.source)",
+        f"{_TESTS}/lake/test_recovery.py::test_a_fragment_given_up_and_put_back",
     ),
     # -- reads
     Mutant(
@@ -490,8 +535,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "missing heartbeats are no difference",
         "ledger",
         "hb_assets/audit.py",
-        "    if in_lake < low:\n",
-        "    if in_lake < 0:\n",
+        "    if missing:\n",
+        "    if missing < 0:\n",
         f"{_TESTS}/test_audit.py::"
         "test_finds[valkey-delete_fragment-1 heartbeats are missing: 10 were acknowledged]",
     ),
@@ -499,7 +544,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "heartbeats too many are no difference",
         "ledger",
         "hb_assets/audit.py",
-        "elif in_lake > high + in_flight and not unknown:",
+        "elif in_lake + accepted.rows > high + in_flight and not unknown:",
         "elif unknown:",
         f"{_TESTS}/test_audit.py::test_finds[valkey-flush-more than this buffer ever acknowledged]",
     ),
@@ -546,10 +591,18 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_TESTS}/test_audit.py::test_a_foreign_entry_that_lies_about_its_lines[valkey]",
     ),
     Mutant(
+        "an accepted loss counts although its file is back",
+        "ledger",
+        f"{_LAKE}/accepted.py",
+        "if not _is_back(lake, path, found):",
+        "if found:",
+        f"{_TESTS}/lake/test_recovery.py::test_a_crash_between_two_steps_of_a_restore",
+    ),
+    Mutant(
         "a footer's rows aren't held against raw",
         "ledger",
         f"{_LAKE}/ledger.py",
-        "if listed_rows != note.rows + note.uncounted:",
+        "if whole and listed_rows != note.rows + note.uncounted:",
         "if listed_rows < 0:",
         f"{_TESTS}/lake/test_ledger.py::test_tampered_counts",
     ),
