@@ -22,7 +22,7 @@ BIN := .venv/bin
 READY := .venv/ready
 COMPARED := .venv/compared
 
-.PHONY: help setup run test test-long lint types check api-check bench bench-gateway chaos docs constraints clean
+.PHONY: help setup run test test-long lint types check api-check bench bench-gateway chaos mutants docs constraints clean
 
 help: ## these lines
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -33,7 +33,7 @@ setup: $(READY) ## .venv with everything, from constraints.txt
 run: $(READY) ## the whole system with a sample, until Ctrl-C (ARGS=--once: ends after the sample)
 	@exec $(BIN)/hb up $(ARGS)
 
-test: $(READY) ## all tests (ARGS="-k name" and the like go to pytest)
+test: $(READY) ## all tests (ARGS="-k name" and the like go to pytest; --fast leaves out the slow ones)
 	@exec $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-long: $(READY) ## all tests, costly properties with ten times the examples, others each time
@@ -59,6 +59,9 @@ bench-gateway: $(READY) ## the gateway against FastAPI and its own targets, half
 
 chaos: $(READY) ## kill everything for a quarter of an hour, lose nothing (ARGS=--short: under 2 minutes)
 	@exec $(BIN)/python -m chaos $(ARGS)
+
+mutants: $(READY) ## change lines one at a time: a test must notice each, ten minutes (ARGS=--short: a quarter)
+	@exec $(BIN)/python -m mutants $(ARGS)
 
 docs: $(READY) ## the generated pages
 	@$(BIN)/python -m hb_assets.settings_page > docs/settings.md

@@ -53,9 +53,28 @@ def pytest_configure() -> None:
             tempfile.tempdir = None  # it may have been asked for already
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="leave out what another Python can't change"
+    )
+
+
 @pytest.hookimpl(trylast=True)  # after they were shuffled
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    if config.getoption("--fast"):
+        config.hook.pytest_deselected(items=[item for item in items if _is_slow(item)])
+        items[:] = [item for item in items if not _is_slow(item)]
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    """Whether a test is long, starts a whole system, or does again what it does on Valkey."""
+    again = getattr(item, "callspec", None)
+    return (
+        item.get_closest_marker("long") is not None
+        or item.get_closest_marker("system") is not None
+        or (again is not None and again.params.get("redis_url") == "redis")
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")

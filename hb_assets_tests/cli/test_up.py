@@ -23,6 +23,8 @@ import pytest
 from hb_assets.gateway.spool import Spool
 from hb_assets.settings import Settings
 
+pytestmark = pytest.mark.system
+
 START_SECONDS = 120
 
 
