@@ -106,13 +106,16 @@ def _read(given: QueryParams, settings: Settings) -> tuple[Question, bool]:
     read.refuse(422, "invalid-parameter", "The query's parameters can't be used")
     start_ms, end_ms = read.instant("start", start), read.instant("end", end)
     longest = settings.query_max_range
+    longest_ms = longest // dt.timedelta(milliseconds=1)
     if not read.faults and start_ms >= end_ms:
         read.fault("start", "start must be before end")
-    elif not read.faults and end_ms - start_ms > longest // dt.timedelta(milliseconds=1):
+    elif not read.faults and end_ms - start_ms > longest_ms:
+        most_ms = start_ms + longest_ms
         read.fault(
             "end",
-            f"the range from start to end may be at most {longest} (HB_QUERY_MAX_RANGE); "
-            "ask for it in parts",
+            f"the range from start to end may be at most {longest.total_seconds() / 86_400:g} days "
+            f"(HB_QUERY_MAX_RANGE): ask for it in parts, first with end={_text(most_ms)}, then "
+            "with that as start, and so on; or raise that setting",
         )
     read.refuse(400, "invalid-time", "The query's times can't be used")
     return Question(user_id, start_ms, end_ms, device_id, granularity, limit), fresh

@@ -287,6 +287,7 @@ CANNOT_BE_ANSWERED: list[tuple[dict[str, str | None], int, list[str], str]] = [
     ({"end": "2025-01-15T10:00:00Z"}, 400, ["start"], "before"),
     ({"end": "2025-01-15T09:00:00Z"}, 400, ["start"], "before"),
     ({"end": "2026-01-15T09:00:00Z"}, 400, ["end"], "HB_QUERY_MAX_RANGE"),
+    ({"end": "2027-01-15T09:00:00Z"}, 400, ["end"], "first with end=2025-02-15T10:00:00Z"),
 ]
 
 
