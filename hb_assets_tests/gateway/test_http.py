@@ -83,7 +83,7 @@ class Gateway:
             yield made
 
     def stored(self) -> int:
-        return sum(one.heartbeats for one in depth.depths(self.client, self.settings))
+        return sum(one.heartbeats for one in depth.depths(self.client, self.settings).states)
 
 
 @contextlib.contextmanager
