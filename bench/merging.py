@@ -69,7 +69,7 @@ def _parts(
 
     def verify() -> None:
         for fragment in found:
-            fragments.verify(fragment)
+            parquet.verify(fragment.path)
 
     def merged(*, in_memory: bool) -> pa.Table:
         parts = merge.merged(inputs, rows, Tally(), settings, in_memory=in_memory)

@@ -10,6 +10,8 @@ is one line among the differences, and everything else is counted all the same.
 
 from __future__ import annotations
 
+import datetime as dt
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from hb_assets.buffer import depth
@@ -68,7 +70,13 @@ class Audit:
         return not self.differences
 
 
-def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False) -> Audit:
+def audit(
+    client: Client,
+    lake: Lake,
+    settings: Settings,
+    *,
+    deep: bool | Collection[dt.date] = False,
+) -> Audit:
     """Reconcile the buffer and every day of the lake.
 
     While drains go on, the lake may only be known to lie between what was acknowledged before it
@@ -78,7 +86,8 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
         client: of the buffer.
         lake: which lake.
         settings: shards, memory, threads.
-        deep: verify every file, bit for bit, and count distinct keys from raw (reads it all).
+        deep: verify every file, bit for bit, and count distinct keys from raw (reads it all); of
+            these days alone where it names some.
 
     Raises:
         BufferUnavailableError: Redis doesn't answer.
@@ -109,7 +118,7 @@ def audit(client: Client, lake: Lake, settings: Settings, *, deep: bool = False)
     differences += [fault for day in days for fault in day.faults]
     differences += [*unread, *quarantine.faults, *erased_faults, *accepted.faults]
     if deep:
-        differences += ledger.damage_beside_days(lake)
+        differences += ledger.damage_beside_days(lake, None if deep is True else deep)
     differences = list(dict.fromkeys(differences))
     differences += [
         fault.message

@@ -219,6 +219,10 @@ def _iso(moment: dt.datetime) -> str:
 @app.command("audit")
 def audit_all(
     context: typer.Context,
+    wanted: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[DAY]...", help="With --deep: verify the files of these days."),
+    ] = None,
     deep: Annotated[
         bool,
         typer.Option("--deep", help="Verify every file, bit for bit, and count keys from raw."),
@@ -227,6 +231,9 @@ def audit_all(
 ) -> None:
     """Reconcile the buffer and every day of the lake; exit code 1 when it doesn't add up."""
     settings = settings_of(context)
+    if wanted and not deep:
+        raise typer.BadParameter("days are named with --deep: without it all days are counted")
+    named = {day_of(text) for text in wanted or ()}
     lake = existing_lake(settings)
     began = time.monotonic()
     with server.borrowed(settings):
@@ -234,7 +241,7 @@ def audit_all(
         connection.ping(client)
         with output.progress() as progress:
             progress.add_task("audit", total=None)
-            verdict = audit(client, lake, settings, deep=deep)
+            verdict = audit(client, lake, settings, deep=named or deep)
     if as_json:
         output.print_json({"adds_up": verdict.adds_up, "audit": verdict})
     else:

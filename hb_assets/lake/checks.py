@@ -13,6 +13,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -157,29 +158,14 @@ _turn = threading.Lock()
 
 
 def _rows(paths: Sequence[Path]) -> Iterator[pl.DataFrame]:
-    """Rows of these files, piece by piece; at least one piece, which may be empty.
-
-    pyarrow reads them, which checks their pages: Polars doesn't.
-    """
-    import polars as pl
-
-    def frame(tables: Sequence[pa.Table]) -> pl.DataFrame:
-        return pl.DataFrame(pa.concat_tables(tables))
-
-    waiting: list[pa.Table] = []
-    for path in paths:
-        with verified.opened(path) as file:
-            if waiting and not waiting[0].schema.equals(file.schema_arrow):
-                yield frame(waiting)
-                waiting = []
-            waiting.append(file.schema_arrow.empty_table())
-            for number in range(file.num_row_groups):
-                waiting.append(file.read_row_group(number))
-                if sum(one.num_rows for one in waiting) >= _AT_ONCE:
-                    yield frame(waiting)
-                    waiting = []
-    if waiting:
-        yield frame(waiting)
+    """Rows of these files, piece by piece; at least one piece, which may be empty."""
+    if not paths:
+        return
+    with verified.scanned(paths) as (scan, rows):
+        pieces = max(1, -(-rows // _AT_ONCE))
+        bounds = [rows * piece // pieces for piece in range(pieces + 1)]
+        for start, end in pairwise(bounds):
+            yield scan.slice(start, end - start).collect()
 
 
 @dataclass(slots=True)

@@ -136,15 +136,10 @@ def _publish_one(lake: Lake, where: np.ndarray, rows: pa.Table) -> Fragment:
     return Fragment(name, folder / str(name))
 
 
-def verify(fragment: Fragment) -> None:
-    """Make sure that it is, bit for bit, what was published. Raises as `parquet.verify`."""
-    parquet.verify(fragment.path)
-
-
 def verify_place(fragment: Fragment, day: dt.date, shard: int) -> None:
     """Make sure that the fragment says itself that it belongs here, and came under its name.
 
-    Raises: as `verify`.
+    Raises: as `parquet.verify`.
     """
     path, name = fragment.path, fragment.name
     claims = _claims(path, look(path))

@@ -7,7 +7,7 @@ say. Doesn't belong here: the buffer's side, and the verdict (`audit`).
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from hb_assets.errors import DamagedFileError
 from hb_assets.lake import (
     accepted,
     consolidated,
+    damage,
     erased,
     fragments,
     inventory,
@@ -32,9 +33,9 @@ from hb_assets.lake.engine import engine, figures
 from hb_assets.lake.external_sort import fresh_rows
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.inputs import Inputs
-from hb_assets.lake.layout import RAW, FragmentName
+from hb_assets.lake.layout import RAW
 from hb_assets.lake.store import Lake
-from hb_assets.schema import ARRIVAL, HEARTBEATS, KEY, MINUTES
+from hb_assets.schema import ARRIVAL, KEY, MINUTES
 from hb_assets.settings import Settings
 
 
@@ -72,7 +73,11 @@ SELECT count(*) FROM (
 
 
 def of_days(
-    lake: Lake, settings: Settings, *, deep: bool = False, faults: list[str] | None = None
+    lake: Lake,
+    settings: Settings,
+    *,
+    deep: bool | Collection[dt.date] = False,
+    faults: list[str] | None = None,
 ) -> list[DayLedger]:
     """The ledger of every day that the lake holds, as far as each can be read.
 
@@ -80,11 +85,13 @@ def of_days(
         lake: which lake.
         settings: for memory and threads.
         deep: verify every file, and count distinct keys from raw as well, to be held against the
-            unique rows.
+            unique rows; of these days alone where it names some.
         faults: gets a line for each folder of days that can't be read.
     """
     found = inventory.days_found(lake, [] if faults is None else faults)
-    return [_day(lake, day, settings, deep) for day in found]
+    return [
+        _day(lake, day, settings, deep if isinstance(deep, bool) else day in deep) for day in found
+    ]
 
 
 def _day(lake: Lake, day: dt.date, settings: Settings, deep: bool) -> DayLedger:
@@ -95,7 +102,7 @@ def _day(lake: Lake, day: dt.date, settings: Settings, deep: bool) -> DayLedger:
         try:
             paths += [one.path for one in fragments.listed(lake, day, shard)]
             if deep:
-                ledger.faults += _damage(lake, day, shard)
+                ledger.faults += _damage(lake, day, shard, settings)
             _add(ledger, _shard(lake, day, shard, where, settings, deep))
         except DamagedFileError as error:
             ledger.faults.append(str(error))
@@ -110,25 +117,34 @@ def _day(lake: Lake, day: dt.date, settings: Settings, deep: bool) -> DayLedger:
     return ledger
 
 
-def _damage(lake: Lake, day: dt.date, shard: int) -> list[str]:
-    """One line for each file of a (day, shard) that isn't what was written."""
-    listed = fragments.listed(lake, day, shard)
-    looks: list[Callable[[], None]] = [partial(fragments.verify, one) for one in listed]
-    for path, schema in (
-        (layout.consolidated_file(lake.root, day, shard), HEARTBEATS),
-        (layout.minutes_file(lake.root, day, shard), MINUTES),
-    ):
-        looks += [partial(parquet.verify, path), partial(parquet.verify_footer, path, schema)]
-    return _faults(looks)
+def _damage(lake: Lake, day: dt.date, shard: int, settings: Settings) -> list[str]:
+    """One line for each file of a (day, shard) that isn't what was written, or nothing of ours."""
+    paths = [one.path for one in fragments.listed(lake, day, shard)]
+    paths.append(layout.consolidated_file(lake.root, day, shard))
+    looks: list[Callable[[], None]] = [
+        partial(damage.examine, lake, path, settings) for path in paths
+    ]
+    made = layout.minutes_file(lake.root, day, shard)
+    return _faults([*looks, partial(_examine_minutes, made)])
 
 
-def damage_beside_days(lake: Lake) -> list[str]:
-    """One line for each file of quarantine, and of marks beside it, that isn't what was written."""
+def _examine_minutes(path: Path) -> None:
+    parquet.verify(path)
+    parquet.verify_footer(path, MINUTES)
+
+
+def damage_beside_days(lake: Lake, arrived: Collection[dt.date] | None = None) -> list[str]:
+    """One line for each file of quarantine, and of marks beside it, that isn't what was written.
+
+    Args:
+        lake: which lake.
+        arrived: only those of these arrival dates.
+    """
     return _faults(
-        partial(fragments.verify, Fragment(name, path))
+        partial(parquet.verify, path)
         for kind in (layout.QUARANTINE, layout.RELEASED, layout.ERASED)
         for path in sorted((lake.root / kind).rglob("*.parquet"))
-        if (name := FragmentName.parse(path.name)) is not None
+        if arrived is None or layout.day_of_folder(path.parent.name) in arrived
     )
 
 

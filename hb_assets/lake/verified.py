@@ -2,9 +2,9 @@
 
 Every read of rows goes through here. A file is verified whole, by the CRC-32 in a fragment's name
 or in the footer, before anybody gets a row of it; pyarrow checks each page once more as it reads
-it. DuckDB checks no checksum at all: it gets the names of files that were verified just now, as
-`relations`. `Remembered` is for readers that ask for the same file again and again: the whole file
-is verified again when it looks changed, its pages each time.
+it. DuckDB and Polars check no checksum at all: they get the names of files that were verified just
+now, as `relations`, and as `scanned`. `Remembered` is for readers that ask for the same file again
+and again: the whole file is verified again when it looks changed, its pages each time.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from hb_assets.lake.files import Look, look
 
 if TYPE_CHECKING:
     import duckdb
+    import polars as pl
 
 Made = TypeVar("Made")
 
@@ -51,8 +52,8 @@ def opened(path: Path, texts: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
     """
     with _file(path) as source:
         seen = _seen(source)
-        parquet.verify_open(source, path)
-        with parquet.opened(source, path, texts) as file:
+        footer = parquet.verify_open(source, path)
+        with parquet.opened(source, path, texts, footer) as file:
             yield file
         if not _seen(source).has_bytes_of(seen):
             raise parquet.damaged(path, "it changed while it was read")
@@ -93,7 +94,7 @@ def relations(
         for path in paths:
             try:
                 if path not in seen:
-                    seen[path] = _verified(path)
+                    seen[path], _ = _verified(path)
             except DamagedFileError as error:
                 if on_damage is None:
                     raise
@@ -106,6 +107,24 @@ def relations(
             stack.callback(connection.unregister, name)
         yield sound
     for path, before in seen.items():
+        _require_unchanged(path, before)
+
+
+@contextmanager
+def scanned(paths: Sequence[Path]) -> Iterator[tuple[pl.LazyFrame, int]]:
+    """Verified files (at least one) for Polars, as long as this lasts, and how many rows they have.
+
+    Raises:
+        DamagedFileError: a file isn't what was written.
+        FileNotFoundError: one isn't there (any more), or was replaced meanwhile.
+        OSError: the disk can't be read.
+    """
+    import polars as pl
+
+    found = {path: _verified(path) for path in paths}
+    rows = sum(footer.num_rows for _, footer in found.values())
+    yield pl.scan_parquet(list(paths), hive_partitioning=False), rows
+    for path, (before, _) in found.items():
         _require_unchanged(path, before)
 
 
@@ -123,12 +142,10 @@ def _relate(connection: duckdb.DuckDBPyConnection, name: str, paths: Sequence[Pa
     connection.register(name, rows)
 
 
-def _verified(path: Path) -> Look:
-    """Verify a file whole; how it looks."""
+def _verified(path: Path) -> tuple[Look, pq.FileMetaData]:
+    """Verify a file whole; how it looks, and its footer."""
     with path.open("rb") as file:
-        seen = Look.of(os.fstat(file.fileno()))
-        parquet.verify_open(file, path)
-    return seen
+        return Look.of(os.fstat(file.fileno())), parquet.verify_open(file, path)
 
 
 def _file(path: Path) -> pa.OSFile:
@@ -170,9 +187,8 @@ class Remembered(Generic[Made]):
             before = self._known.get(path)
         if before is not None and before[0] == seen:
             return before
-        with path.open("rb") as file:
-            seen = Look.of(os.fstat(file.fileno()))
-            found = seen, self._make(parquet.verify_open(file, path), path)
+        seen, footer = _verified(path)
+        found = seen, self._make(footer, path)
         if abs(time.time_ns() - seen.ctime_ns) > self._SETTLED_NS:
             with self._lock:
                 self._known[path] = found

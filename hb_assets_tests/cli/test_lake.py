@@ -234,3 +234,20 @@ def test_a_day_that_the_lake_does_not_hold(lake: Lake) -> None:
 def test_a_query_takes_days(lake: Lake) -> None:
     found = told("query", "nobody", "--start", "2025-01-15", "--end", "2025-01-16")
     assert found["count"] == 0
+
+
+def test_audit_verifies_the_files_of_the_days_that_are_named(
+    client: redis.Redis, lake: Lake, settings: Settings
+) -> None:
+    client.hset(keys.ledger(0), mapping={"appended": 3, "acknowledged": 3})
+    hb("consolidate", "--all")
+    path = layout.minutes_file(lake.root, DAY, shard_of("u1", 4))
+    with path.open("r+b") as file:
+        file.seek(20)
+        file.write(b"\0" if file.read(1) != b"\0" else b"\1")
+    assert told("audit")["adds_up"]
+    assert told("audit", "--deep", "2025-01-14")["adds_up"]
+    for days in ([], ["2025-01-14", "2025-01-15"]):
+        found = told("audit", "--deep", *days, code=1)
+        assert [str(path) in line for line in found["audit"]["differences"]] == [True]
+    assert "--deep" in complaint("audit", "2025-01-15")

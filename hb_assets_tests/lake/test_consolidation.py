@@ -578,15 +578,14 @@ def test_disk_that_fails_to_read_damages_nothing(
 ) -> None:
     """What can't be read now may be read later: it stays where it is."""
     deliver(lake, settings, entry([line()], 0))
-    original = fragments.verify
 
-    def verify(fragment: Fragment) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(fragment.path))
+    def failing(_: Any, path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr(fragments, "verify", verify)
-    with pytest.raises(OSError, match="Input/output"):
-        consolidate(lake, DAY, settings).require()
-    monkeypatch.setattr(fragments, "verify", original)
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet, "verify_open", failing)
+        with pytest.raises(OSError, match="Input/output"):
+            consolidate(lake, DAY, settings).require()
     assert consolidate(lake, DAY, settings).set_aside == []
     assert_consolidated(lake, raw(lake))
 

@@ -12,7 +12,7 @@ import pytest
 
 from hb_assets import days
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import fragments, layout, parquet, query, standing
+from hb_assets.lake import layout, parquet, query, standing
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.fragments import Fragment, FragmentNote
 from hb_assets.lake.layout import FragmentName
@@ -142,7 +142,7 @@ def test_a_forged_heart_rate_is_no_answer(
     rows = rows.set_column(at, rows.field(at), pa.array(np.array([bpm], np.int16)))
     other.path.unlink()
     bad = forged(lake, rows, shard, honest=honest)
-    fragments.verify(bad)
+    parquet.verify(bad.path)
     with pytest.raises(DamagedFileError, match="out of bounds") as raised:
         ask(lake, settings)
     assert raised.value.path == bad.path

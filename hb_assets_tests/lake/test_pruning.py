@@ -574,7 +574,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(lake: Lake, settings: Settings, k
         path.write_bytes(content)
         try:
             if kind == "fragment":
-                fragments.verify(fragment)
+                parquet.verify(fragment.path)
             else:
                 parquet.verify(path)
                 parquet.verify_footer(path, HEARTBEATS)

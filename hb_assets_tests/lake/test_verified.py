@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 import hb_assets
@@ -49,7 +50,11 @@ def test_nobody_else_reads_parquet_files() -> None:
     """Of the lake; those that users import are none of it."""
     others = sorted({*PACKAGE.rglob("*.py")} - GATE - USERS_FILES)
     assert {str(path): found for path in others if (found := sorted(readers_in(path)))} == {}
-    assert {*readers_in(PACKAGE / "lake" / "verified.py")} == {"read_parquet", "ParquetFile"}
+    assert {*readers_in(PACKAGE / "lake" / "verified.py")} == {
+        "read_parquet",
+        "scan_parquet",
+        "ParquetFile",
+    }
 
 
 @pytest.fixture
@@ -99,6 +104,25 @@ def test_no_flipped_bit_is_read(path: Path, settings: Settings, way: Any) -> Non
             pytest.fail("it must not be read")
         assert raised.value.path == path
         path.write_bytes(whole)
+
+
+@WAYS
+def test_files_of_the_last_release_are_held_to_their_file_checksum(
+    lake: Lake, settings: Settings, way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have no page checksums."""
+    writer = pq.ParquetWriter
+
+    def plain(*arguments: Any, **named: Any) -> Any:
+        return writer(*arguments, **{**named, "write_page_checksum": False})
+
+    monkeypatch.setattr(pq, "ParquetWriter", plain)
+    [one] = deliver(lake, settings, entry([line(at=NOON + n) for n in range(500)]))
+    with way(one.path, settings) as count:
+        assert count() == 500
+    flip(one.path, one.bytes // 3)
+    with pytest.raises(DamagedFileError), way(one.path, settings):
+        pytest.fail("it must not be read")
 
 
 @WAYS
