@@ -19,8 +19,10 @@ from hb_assets import drain
 from hb_assets.buffer import beats, keys
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
-from hb_assets.gateway import backend
+from hb_assets.errors import SpoolUnavailableError
+from hb_assets.gateway import backend, health
 from hb_assets.gateway.health import MOST_FAULTS
+from hb_assets.gateway.spool import Holdings
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
@@ -107,6 +109,33 @@ def test_a_lake_that_is_gone_is_named(http: httpx.Client, settings: Settings) ->
     assert "can't be read: No such file" in parts["lake"]
     assert parts["lake"] in parts["space"]
     assert parts["redis"] == "ok"
+
+
+def test_a_lake_of_which_nothing_can_be_answered_fails(
+    http: httpx.Client, settings: Settings
+) -> None:
+    (settings.lake_dir / "raw").touch()  # where a folder belongs
+    assert failing(http) == ["lake"]
+    assert "can't be read: Not a directory" in http.get("/health").json()["parts"]["lake"]
+
+
+@pytest.mark.parametrize(
+    ("held", "alone", "failing", "healthy"),
+    [
+        (Holdings(most_bytes=10**9), True, False, True),
+        (Holdings(5, 100, 10**9), True, False, True),  # it takes more
+        (Holdings(5, 100, 100), False, False, False),  # Redis takes what isn't queued here
+        (Holdings(5, 100, 100), True, True, False),
+        (SpoolUnavailableError("no disk"), False, False, False),
+        (SpoolUnavailableError("no disk"), True, True, False),
+    ],
+)
+def test_a_spool_that_takes_nothing_fails_while_redis_is_away(
+    held: Holdings | SpoolUnavailableError, alone: bool, failing: bool, healthy: bool
+) -> None:
+    part = health._spool(held, alone=alone)
+    assert (part.failing, part.healthy) == (failing, healthy)
+    assert failing or healthy or part.text in part.alarms
 
 
 def test_a_buffer_above_its_mark_is_an_alarm(serving: Serving, settings: Settings) -> None:
