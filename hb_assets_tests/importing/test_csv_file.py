@@ -160,6 +160,12 @@ def test_a_quote_that_is_not_closed(tmp_path: Path) -> None:
     assert "line 3: a quote" in found.fault
 
 
+def test_a_quote_that_is_not_closed_in_the_last_line(tmp_path: Path) -> None:
+    found = of(tmp_path / "a.csv", HEADER + ROW + b'"secret,d')
+    assert (found.bpm, found.refused) == ([75], [])
+    assert "line 3: a quote" in found.fault
+
+
 def test_a_quote_that_another_one_closes(tmp_path: Path) -> None:
     found = of(tmp_path / "a.csv", HEADER + ROW + f'secret,"d,{AT},76\n'.encode() + ROW + b'"u2",d')
     assert (found.bpm, found.refused) == ([75], [])

@@ -85,6 +85,13 @@ def test_an_array_that_breaks_off(tmp_path: Path, behind: bytes, why: str) -> No
     assert why in found.fault
 
 
+def test_a_value_where_reading_goes_on(tmp_path: Path) -> None:
+    """No number is cut in two, wherever it stands."""
+    count = 2 * MOST // 9
+    found = of(tmp_path / "a.json", "[" + "12345678," * count + line().decode() + "]")
+    assert (found.bpm, len(found.refused), found.done.fault) == ([75], count, None)
+
+
 def test_an_indented_object_that_breaks_off(tmp_path: Path) -> None:
     found = of(tmp_path / "a.json", json.dumps(HEARTBEATS[0], indent=1) + '\n{"user_id": \n')
     assert found.bpm == [70]
