@@ -124,11 +124,21 @@ class _Stamped(Wire, frozen=True, gc=False, kw_only=True):
     timestamp_ms: int
 
 
+class _Both(_Timed, frozen=True, gc=False, kw_only=True):
+    timestamp_ms: int
+
+
 WIRE_FIELDS = tuple(field.name for field in msgspec.structs.fields(Wire))
 _wire_decoder = msgspec.json.Decoder(Wire)
 _loose_decoder = msgspec.json.Decoder()
-_array_decoders = (msgspec.json.Decoder(list[_Timed]), msgspec.json.Decoder(list[_Stamped]))
-"""Each asks for four names; so does `_is_plain`, and then no object has one less or one more."""
+_TIMED, _STAMPED, _BOTH = 14, 12, 16
+"""Quotes around the names and texts of such an object."""
+_array_decoders = (
+    (msgspec.json.Decoder(list[_Timed]), _TIMED),
+    (msgspec.json.Decoder(list[_Stamped]), _STAMPED),
+    (msgspec.json.Decoder(list[_Both]), _BOTH),
+)
+"""Each asks for all names that it counts, so that no object makes up for what another has twice."""
 _encoder = msgspec.json.Encoder()
 _REMEMBERED = 2**16
 """Users whose shards are remembered."""
@@ -164,7 +174,8 @@ def parse(
         wire = _wire_decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _read_loosely(line, now_ms, bounds)
-    if not _is_plain(line, 1):
+    quotes = _BOTH if wire.timestamp_ms is not UNSET else _TIMED
+    if not _is_plain(line, _STAMPED if wire.timestamp is UNSET else quotes):
         return _read_loosely(line, now_ms, bounds)
     found, refused = judge((wire,), now_ms, bounds)
     return (found[0] if found else refused[0][1]), ()
@@ -175,12 +186,13 @@ def read_array(text: bytes) -> list[Wire] | None:
 
     None unless all have one common shape of a heartbeat: `parse` tells what each of them is.
     """
-    for decoder in _array_decoders:
+    for decoder, quotes in _array_decoders:
         try:
             wires: list[Wire] = decoder.decode(text)  # type: ignore[assignment]  # of one of its shapes
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
-        return wires if not wires or _is_plain(text, len(wires)) else None
+        if _is_plain(text, quotes * len(wires)):
+            return wires
     return None
 
 
@@ -194,14 +206,14 @@ def read_lines(text: bytes, lines: int) -> list[Wire] | None:
     return wires if wires is not None and len(wires) == lines else None
 
 
-def _is_plain(text: bytes, objects: int) -> bool:
+def _is_plain(text: bytes, quotes: int) -> bool:
     """Whether what msgspec made of an object, or of an array of them, means one thing.
 
-    Of a name that stands in an object twice it takes the last value: then there are more commas
-    than the usual four names have between them. And it rounds a time where finer digits are to be
-    cut off.
+    Of a name that stands in an object twice it takes the last value: then there are more quotes
+    than these, which the names and texts that it found need at least. And it rounds a time where
+    finer digits are to be cut off.
     """
-    return text.count(b",") == 4 * objects - 1 and not (
+    return text.count(b'"') == quotes and not (
         (_POINT in text and _FINE.search(text)) or (_BACKSLASH in text and _ESCAPED.search(text))
     )
 

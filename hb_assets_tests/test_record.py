@@ -409,11 +409,12 @@ def test_what_looks_like_two_fields_and_is_one(line: bytes) -> None:
         {"timestamp": "2025-01-15 10:00:00.123"},
         {"timestamp": "2025-01-15T10:00:00.123456+00:00"},
         {"timestamp_ms": NOW},
+        {"timestamp_ms": NOW, "timestamp": "2025-01-15T10:00:00Z"},
     ],
 )
 def test_the_usual_lines_are_read_in_company(time: dict[str, Any]) -> None:
     """Else every batch would take several times as long."""
-    line = json.dumps({"user_id": "u.1", "device_id": "é", **time, "heart_rate": 75}).encode()
+    line = json.dumps({"user_id": "u.1, u", "device_id": "é", **time, "heart_rate": 75}).encode()
     for end in (b"\n", b"\r\n"):
         assert len(record.read_lines(end.join([line] * 3), 3) or ()) == 3
     assert len(record.read_array(b"[%b , %b]" % (line, line)) or ()) == 2

@@ -112,8 +112,9 @@ _FOUND: pa.Schema = pa.schema(
 
 # Only a line that is sound beyond doubt is taken here; what is false or null is read again, by
 # record.parse. Ids with a backslash are left to it as well: escapes are rare and easy to get wrong.
-# So is a line with more than three commas: it names an unknown field, or one twice (of which DuckDB
-# takes the first and msgspec the last), or it ends with a comma, which DuckDB forgives.
+# So is a line that names an unknown field, or one twice (DuckDB takes the first value, msgspec the
+# last), or ends with a comma, which DuckDB forgives: all of these have more than three commas. Ids
+# may have them too: then the number of quotes says that there are no other names.
 _DECODE = r"""
 WITH lines AS (
     SELECT entry, latest,
@@ -121,11 +122,13 @@ WITH lines AS (
     FROM (SELECT entry, latest, string_split(data, chr(10)) AS parts FROM entries)
 ), read AS (
     SELECT entry, latest, pos, line,
-        CASE WHEN line NOT LIKE '%,%,%,%,%' AND json_valid(line)
-        THEN from_json(line, $shape) END AS r
+        CASE WHEN json_valid(line) THEN from_json(line, $shape) END AS r,
+        CASE WHEN line LIKE '%,%,%,%,%' AND NOT regexp_matches(line, ',\s*\}\s*$')
+        THEN length(line) - length(replace(line, '"', '')) END AS quotes,
+        line NOT LIKE '%,%,%,%,%' AS plain
     FROM lines
 ), texts AS (
-    SELECT entry, latest, pos, line,
+    SELECT entry, latest, pos, line, quotes, plain,
         CAST(r.user_id AS VARCHAR) AS user_text, CAST(r.device_id AS VARCHAR) AS device_text,
         CAST(r.timestamp AS VARCHAR) AS time_text, CAST(r.timestamp_ms AS VARCHAR) AS ms_text,
         CAST(r.heart_rate AS VARCHAR) AS bpm_text
@@ -146,7 +149,8 @@ WITH lines AS (
             AND length(device_text) - 2 BETWEEN $shortest AND $longest
             AND bpm BETWEEN $lowest AND $highest AND CAST(bpm AS VARCHAR) = bpm_text
             AND (ms_text IS NULL OR CAST(instant AS VARCHAR) = ms_text)
-            AND instant BETWEEN $start AND latest,
+            AND instant BETWEEN $start AND latest
+            AND (plain OR quotes = CASE WHEN ms_text IS NULL THEN 14 ELSE 12 END),
         false) AS sound
     FROM typed
 )

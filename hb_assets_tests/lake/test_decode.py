@@ -301,6 +301,8 @@ def test_a_byte_order_mark_is_skipped(own: int | None) -> None:
         (b'{"user_id": "u2", ' + line()[1:], "record_duplicate_field"),
         (line(at=None)[:-1] + b', "heart_rate": 75}', "record_duplicate_field"),
         (line()[:-1] + b",}", "record_not_json"),
+        (line("u,1")[:-1] + b", } ", "record_not_json"),
+        (line("u,1")[:-1] + b', "heart_rate": 171}', "record_duplicate_field"),
         (line()[:-1] + b', "x": NaN}', "record_not_json"),
         (line()[:-1] + b', "x": 1e999}', "record_not_json"),
         (line() + line(), "record_not_json"),
