@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,16 +133,22 @@ def test_a_lake_of_a_group(
     assert modes.warnings(settings) == []
 
 
+@pytest.fixture
+def reachable() -> Iterator[Path]:
+    """A folder that other users may pass through, which those of tests are not."""
+    with tempfile.TemporaryDirectory(prefix="hb-") as made:
+        Path(made).chmod(0o711)
+        yield Path(made)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 @pytest.mark.parametrize("member", [False, True])
 def test_as_another_user(
-    umask: int, settings: Settings, client: redis.Redis, *, member: bool
+    umask: int, settings: Settings, client: redis.Redis, reachable: Path, *, member: bool
 ) -> None:
-    settings = settings.model_copy(update={"lake_group": group().gr_name})
+    changes = {"home": reachable / "home", "lake_group": group().gr_name}
+    settings = settings.model_copy(update=changes)
     filled(Lake.open(settings), client, settings)
-    for parent in settings.home_dir.parents:  # of the test's own
-        if parent.stat().st_mode & 0o001 == 0:
-            parent.chmod(parent.stat().st_mode | 0o011)
     script = (
         "import pathlib, sys; print(len([p.read_bytes() for p in map(pathlib.Path, sys.argv[1:])]))"
     )
