@@ -34,6 +34,7 @@ from rich.console import Console
 
 from chaos import checker, surprises
 from chaos.buffer_server import BufferServer
+from chaos.damaging import COPIES
 from chaos.director import MIN_IDLE, Bare, Up, kills
 from chaos.load import Client
 from chaos.members import ROOT, Faults, environment
@@ -67,8 +68,8 @@ class Demand:
         return 60 * self.minutes * share
 
 
-_FULL_CREW = {"gateway": 2, "drain": 3, "consolidate": 2, "prune": 1}
-_SHORT_CREW = {"gateway": 1, "drain": 2, "consolidate": 1, "prune": 1}
+_FULL_CREW = {"gateway": 2, "drain": 3, "consolidate": 2, "prune": 1, "damaged": 1}
+_SHORT_CREW = {"gateway": 1, "drain": 2, "consolidate": 1, "prune": 1, "damaged": 1}
 FULL = Demand(minutes=14, kills=200, heartbeats=2_000_000, up=True, crew=_FULL_CREW)
 SHORT = Demand(minutes=1.7, kills=20, heartbeats=50_000, up=False, crew=_SHORT_CREW)
 
@@ -190,6 +191,8 @@ class Run:
         """Bring everything into consolidated files, as an operator would; ask for the audit."""
         self._empty_spool()
         self._hb("drain", "--until-empty")
+        for copy in sorted((self._home / COPIES).glob("*.parquet")):
+            self._hb("damaged", "restore", str(copy))
         self._hb("consolidate", "--all")
         verdict = self._hb("audit", "--deep")
         report = self._report

@@ -28,6 +28,7 @@ BARE: Mapping[str, tuple[str, ...]] = {
     "drain": ("drain", "--follow"),
     "consolidate": ("consolidate", "--pending"),
     "prune": ("prune",),
+    "damaged": ("damaging",),
 }
 """Processes of the bare phase, and the arguments of `hb`."""
 UP = ("redis", "gateway", "code", "daemon")
@@ -35,7 +36,7 @@ UP = ("redis", "gateway", "code", "daemon")
 MIN_IDLE = 2.0
 """HB_CLAIM_MIN_IDLE in seconds. Too short on purpose: entries are taken from the living, too."""
 _PAUSE = 2.5 * MIN_IDLE
-_HITS = {"gateway": 20, "drain": 3, "consolidate": 2, "prune": 2}
+_HITS = {"gateway": 20, "drain": 3, "consolidate": 2, "prune": 2, "damaged": 1}
 """How many-th hit of its point a process meets its fate at, on average, once it was met there."""
 _UP_PACE = 6.0
 _PACE = 2.5

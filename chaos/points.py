@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Process = Literal["gateway", "drain", "consolidate", "prune"]
+Process = Literal["gateway", "drain", "consolidate", "prune", "damaged"]
 When = Literal["before", "after"]
 
 
@@ -131,6 +131,56 @@ POINTS = (
     Point(
         *("before folder's fsync", "prune", "hb_assets.lake.pruning:sync_folder", "before"),
         "fragments are gone, which is not durable",
+    ),
+    Point(
+        *("before set-aside's rename", "damaged", "pathlib:Path.rename", "before"),
+        "a damaged file is still in its place",
+    ),
+    Point(
+        *("after set-aside's rename", "damaged", "pathlib:Path.rename", "after"),
+        "a damaged file was moved away, which is not durable",
+    ),
+    Point(
+        *("before acceptance", "damaged", "hb_assets.lake.accepted:put", "before"),
+        "a loss isn't accepted yet",
+    ),
+    Point(
+        *("after acceptance", "damaged", "hb_assets.lake.accepted:put", "after"),
+        "a loss is accepted; of a consolidated file nothing else is done yet",
+    ),
+    Point(
+        *("before replacing", "damaged", "pathlib:Path.replace", "before"),
+        "a whole temp file, an acceptance or a consolidated file, without its name",
+    ),
+    Point(
+        *("after replacing", "damaged", "pathlib:Path.replace", "after"),
+        "it has its name, its folder isn't synced",
+    ),
+    Point(
+        *("before restore's link", "damaged", "os:link", "before"),
+        "a copy was verified, and lies under tmp/",
+    ),
+    Point(
+        *("after restore's link", "damaged", "os:link", "after"),
+        "a fragment is back; its acceptance and the damaged file are still there",
+    ),
+    Point(
+        *(
+            "before an acceptance is taken back",
+            "damaged",
+            "hb_assets.lake.accepted:remove",
+            "before",
+        ),
+        "a file is back, its loss is still accepted",
+    ),
+    Point(
+        *(
+            "after an acceptance is taken back",
+            "damaged",
+            "hb_assets.lake.accepted:remove",
+            "after",
+        ),
+        "a file is back, the damaged one may still lie under damaged/",
     ),
 )
 

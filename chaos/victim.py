@@ -91,7 +91,7 @@ def falsify_clock(how: str) -> None:
 
 
 def main() -> None:
-    """Be `hb`, with what the environment asks for."""
+    """Be `hb`, or the operator of `chaos.damaging`, with what the environment asks for."""
     clock = os.environ.get("CHAOS_CLOCK")
     if clock:
         falsify_clock(clock)
@@ -99,6 +99,11 @@ def main() -> None:
     if key:
         sign = signal.Signals[f"SIG{os.environ.get('CHAOS_SIGNAL', 'KILL')}"]
         arm(points.named(key), int(os.environ.get("CHAOS_HIT", "1")), sign)
+    if sys.argv[1:] == ["damaging"]:
+        from chaos.damaging import main as damage
+
+        damage()
+        return
     from hb_assets.__main__ import main as hb
 
     sys.argv[0] = "hb"

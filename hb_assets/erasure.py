@@ -241,7 +241,8 @@ def _left(whose: Whose, lake: Lake, settings: Settings, *, newer: bool) -> list[
         for path in erasure.quarantined(lake, whose)
     ]
     lines += [
-        f"{path} is damaged, nobody can tell what it holds: remove it and ask again"
+        f"{path} is damaged, nobody can tell what it holds: hb damaged restore puts a whole copy back, "
+        "hb damaged accept FILE --delete deletes it; then ask again"
         for path in erasure.unreadable(lake)
     ]
     for path in _files(settings, lake):

@@ -6,8 +6,9 @@ import datetime as dt
 import http.client
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 import redis
@@ -19,9 +20,20 @@ from hb_assets.audit import audit
 from hb_assets.buffer import depth, keys
 from hb_assets.buffer.watermark import watermarks
 from hb_assets.drain import drain
-from hb_assets.lake import fragments, inventory, minutes, pruning, quarantine
+from hb_assets.errors import HbError
+from hb_assets.lake import (
+    fragments,
+    inventory,
+    layout,
+    minutes,
+    pruning,
+    quarantine,
+    recovery,
+    standing,
+)
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.store import Lake
+from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 from hb_assets_tests import victims
 from hb_assets_tests.lake.deliveries import consolidated, line, raw, survivors
@@ -115,6 +127,111 @@ def test_prune(client: redis.Redis, settings: Settings, point: Point) -> None:
     found = {one[0]: one[3] for one in consolidated(lake, day)}
     assert found == {f"u{n}": 72 for n in range(20)} | {"u1": 90}
     assert audit(client, lake, settings, deep=True).differences == []
+
+
+def of_fragment(client: redis.Redis, lake: Lake, settings: Settings, day: dt.date) -> Path:
+    """A pending fragment."""
+    with consuming(settings) as consumer:
+        append(client, settings, [beat("u1", bpm=90), beat("u1", bpm=91)])
+        drain(consumer, lake, settings)
+    return fragments.listed(lake, day, shard_of("u1", lake.shards))[-1].path
+
+
+def of_consolidated(client: redis.Redis, lake: Lake, settings: Settings, day: dt.date) -> Path:
+    """A consolidated file whose raw fragments were pruned."""
+    consolidate(lake, day, settings, rewrite=True, watermarks=watermarks(client, settings))
+    assert pruning.prune(lake, settings).fragments
+    return layout.consolidated_file(lake.root, day, shard_of("u1", lake.shards))
+
+
+RESOLVED = {
+    of_fragment: {
+        "consolidate": (("before set-aside's rename", 1), ("after set-aside's rename", 1)),
+        "accept": (("before replacing", 1), ("after replacing", 1)),
+        "restore": (
+            ("before restore's link", 1),
+            ("after restore's link", 1),
+            ("before an acceptance is taken back", 1),
+            ("after an acceptance is taken back", 1),
+        ),
+    },
+    of_consolidated: {
+        "accept": (
+            ("before acceptance", 1),
+            ("after acceptance", 1),
+            ("before replacing", 2),
+            ("after replacing", 2),
+        ),
+        "restore": (("before replacing", 1), ("after replacing", 1)),
+    },
+}
+"""How damage is resolved, step by step, and the points (with the hit that is meant) of each."""
+
+
+@pytest.mark.parametrize(
+    ("redis_url", "harmed", "killed", "point", "hit"),
+    [
+        pytest.param("valkey", harmed, command, name, hit, id=f"{command}-{name}-{harmed.__name__}")
+        for harmed, commands in RESOLVED.items()
+        for command, met in commands.items()
+        for name, hit in met
+    ],
+    indirect=["redis_url"],
+)
+def test_damaged(
+    client: redis.Redis,
+    settings: Settings,
+    tmp_path: Path,
+    harmed: Callable[[redis.Redis, Lake, Settings, dt.date], Path],
+    killed: str,
+    point: str,
+    hit: int,
+) -> None:
+    """Killed at any step, then done again: in the end nothing is lost, or counted twice."""
+    settings = settings.model_copy(update={"raw_keep": dt.timedelta(0)})
+    lake = Lake.open(settings)
+    with consuming(settings) as consumer:
+        append(client, settings, users(20))
+        drain(consumer, lake, settings)
+    [day] = inventory.days(lake)
+    consolidate(lake, day, settings)
+    path = harmed(client, lake, settings, day)
+    rows = audit(client, lake, settings).rows
+    copy = tmp_path / path.name
+    copy.write_bytes(path.read_bytes())
+    path.write_bytes(copy.read_bytes()[:10] + b"\0\0" + copy.read_bytes()[12:])
+    commands: dict[str, tuple[list[str], Callable[[], object]]] = {
+        "consolidate": (["consolidate", "--all"], lambda: consolidate(lake, day, settings)),
+        "accept": (
+            ["damaged", "accept", str(path), "--yes"],
+            lambda: recovery.accept(lake, path, settings, reason="", shortfall=lambda: 0),
+        ),
+        "restore": (
+            ["damaged", "restore", str(copy)],
+            lambda: recovery.restore(lake, copy, settings),
+        ),
+    }
+    for command in RESOLVED[harmed]:
+        arguments, again = commands[command]
+        if command == killed:
+            with victims.running(
+                settings, *arguments, point=f"damaged/{point}", hit=hit
+            ) as process:
+                assert process.wait(timeout=60) == -signal.SIGKILL, victims.said(settings)
+        with suppress(HbError):  # the killed one may have done all of it
+            again()
+        if command == "accept":
+            found = audit(client, lake, settings)
+            assert found.differences == []
+            assert found.rows + found.written_off == rows
+            assert found.written_off > 0
+    assert standing.faults(lake) == []
+    consolidate(lake, day, settings, watermarks=watermarks(client, settings)).require()
+    bpm = 91 if harmed is of_fragment else 75
+    values_found = {row[0]: row[3] for row in consolidated(lake, day)}
+    assert values_found == {f"u{n}": 75 for n in range(20)} | {"u1": bpm}
+    last = audit(client, lake, settings, deep=True)
+    assert (last.differences, last.written_off, last.rows) == ([], 0, rows)
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def accept(
     file: File,
     reason: Annotated[str, typer.Option(help="Why, in your words; kept beside it.")] = "",
     delete: Annotated[
-        bool, typer.Option("--delete", help="Delete the damaged fragment as well.")
+        bool, typer.Option("--delete", help="Delete the file under damaged/ as well.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
     as_json: AsJson = False,
@@ -192,6 +192,8 @@ def accept(
 
 
 def _accepted(lake: Lake, done: GivenUp) -> str:
+    if done.acceptance is None:
+        return "it was deleted; nothing is lost with it"
     kept = "" if done.kept is None else f"; {done.kept:,} rows of its day and shard are kept"
     file = lake.root / done.acceptance.file
     return f"{file}: {_many(done.acceptance)} are given up{kept}"

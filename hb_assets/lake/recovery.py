@@ -68,9 +68,12 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class GivenUp:
-    """A loss that was accepted, and how many rows of a consolidated file were kept."""
+    """A loss that was accepted (None: nothing is lost, the damaged file was only to be deleted).
 
-    acceptance: Acceptance
+    `kept` rows of a consolidated file were sound.
+    """
+
+    acceptance: Acceptance | None
     kept: int | None = None
 
 
@@ -241,7 +244,13 @@ def accept(
                 lake, lake.root / where, name, place, settings, reason, shortfall, delete=delete
             )
         if lake.root / where != path:
-            raise HbError(f"{path} was made anew when it was set aside: nothing is lost with it")
+            if not delete:
+                raise HbError(
+                    f"{path} was made anew, or given up, when it was moved there: nothing more is "
+                    "lost with it; --delete deletes it"
+                )
+            _delete(path, delete=True)
+            return GivenUp(None)
         return _accept_consolidated(lake, place, settings, reason, shortfall)
 
 
@@ -266,8 +275,13 @@ def _accept_fragment(
         published = None
     note = published.note if published else None
     if note is not None and note.includes(name):
-        _delete(aside, delete=delete)
-        raise HbError(f"the rows of {name} are in the consolidated file: nothing is lost with it")
+        if not delete:
+            raise HbError(
+                f"the rows of {name} are in the consolidated file: nothing is lost with it; --delete "
+                "deletes it"
+            )
+        _delete(aside, delete=True)
+        return GivenUp(None)
     target = accepted.file_of(lake, RAW, place.day, place.shard, path.stem)
     before = next((one for at, one in accepted.standing(lake, _ignore) if at == target), None)
     if before is None and not aside.exists() and not _is_noticed(lake, path, place):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,6 @@ from hb_assets.lake import (
 from hb_assets.lake.accepted import Acceptance
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.fragments import Fragment
-from hb_assets.lake.recovery import GivenUp
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
@@ -77,9 +77,17 @@ def no_ledger() -> int:
     raise AssertionError("the footer tells")
 
 
-def accept(lake: Lake, path: Path, settings: Settings, missing: int | None = None) -> GivenUp:
+@dataclass(frozen=True)
+class Accepted:
+    acceptance: Acceptance
+    kept: int | None
+
+
+def accept(lake: Lake, path: Path, settings: Settings, missing: int | None = None) -> Accepted:
     shortfall = no_ledger if missing is None else lambda: missing
-    return recovery.accept(lake, path, settings, reason="disk 3", shortfall=shortfall)
+    done = recovery.accept(lake, path, settings, reason="disk 3", shortfall=shortfall)
+    assert done.acceptance is not None
+    return Accepted(done.acceptance, done.kept)
 
 
 def losses(lake: Lake) -> list[Acceptance]:
