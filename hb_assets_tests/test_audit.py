@@ -20,7 +20,7 @@ from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
 from hb_assets.drain import drain, drain_cycle
-from hb_assets.lake import fragments, layout, parquet, quarantine
+from hb_assets.lake import fragments, layout, parquet, quarantine, recovery
 from hb_assets.lake.consolidated import ConsolidatedNote
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.store import Lake
@@ -94,6 +94,28 @@ def test_claimed_and_durable_but_not_acknowledged(
     verdict = audit(client, lake, settings)
     assert verdict.differences == []
     assert (verdict.rows, verdict.quarantined, verdict.buffer.in_flight) == (7, 5, 0)
+
+
+def test_a_loss_that_a_person_accepted(
+    client: redis.Redis, lake: Lake, settings: Settings, mixed: None
+) -> None:
+    """It is missing until then, and no more than that is written off."""
+    [fragment] = fragments.listed(lake, DAY, SHARD)[-1:]  # the pending one
+    content = bytearray(fragment.path.read_bytes())
+    content[10] ^= 1
+    fragment.path.write_bytes(content)
+    consolidate(lake, DAY, settings)
+    verdict = audit(client, lake, settings)
+    assert (verdict.missing, verdict.written_off, verdict.adds_up) == (1, 0, False)
+    recovery.accept(
+        lake, fragment.path, settings, reason="disk 3", shortfall=lambda: pytest.fail("it tells")
+    )
+    verdict = audit(client, lake, settings)
+    assert (verdict.missing, verdict.written_off, verdict.differences) == (0, 1, [])
+    next((lake.root / layout.QUARANTINE).rglob("*.parquet")).unlink()
+    verdict = audit(client, lake, settings)
+    assert verdict.missing > 0
+    assert verdict.written_off == 1
 
 
 def delete_fragment(lake: Lake, client: redis.Redis, settings: Settings) -> None:

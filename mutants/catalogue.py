@@ -397,7 +397,7 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_LAKE}/rows.py",
         "for name in sorted(raw - included) if FragmentName.parse(name))",
         "for name in sorted(raw & included) if FragmentName.parse(name))",
-        f"{_TESTS}/lake/test_pruning.py::test_reader_overtaken_between_raw_and_the_published_file",
+        f"{_TESTS}/lake/test_query.py::test_only_what_is_asked_for_is_read",
     ),
     Mutant(
         "a list of fragments is remembered too early",
@@ -589,6 +589,22 @@ MUTANTS: tuple[Mutant, ...] = (
         "    if n == heartbeats then",
         "    if n >= 0 then",
         f"{_TESTS}/test_audit.py::test_a_foreign_entry_that_lies_about_its_lines[valkey]",
+    ),
+    Mutant(
+        "an accepted loss is still missed",
+        "ledger",
+        "hb_assets/audit.py",
+        "    written_off = accepted.rows\n",
+        "    written_off = 0\n",
+        f"{_TESTS}/test_audit.py::test_a_loss_that_a_person_accepted[valkey]",
+    ),
+    Mutant(
+        "an accepted loss covers all that is missing",
+        "ledger",
+        "hb_assets/audit.py",
+        "written_off += min(accepted.at_most, max(0, low - in_lake - accepted.rows))",
+        "written_off += max(0, low - in_lake - accepted.rows)",
+        f"{_TESTS}/test_audit.py::test_a_loss_that_a_person_accepted[valkey]",
     ),
     Mutant(
         "an accepted loss counts although its file is back",
