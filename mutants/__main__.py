@@ -12,7 +12,6 @@ import argparse
 import datetime as dt
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+from mutants import running
 from mutants.catalogue import GROUPS, MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,6 @@ _LEFT_OUT = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "images", 
 _PARTS = 4
 """With --short a run takes one of so many parts, another one each day."""
 _AT_ONCE = 2
-_TEST_SECONDS = 100
 _FAILED = 1
 """pytest's exit code where tests ran and some failed."""
 
@@ -64,10 +63,10 @@ class Copies:
         """What pytest says of the tests on the code as it is; nothing where all of them pass."""
         copy = self._free.get()
         try:
-            done = _pytest(copy, tests)
+            code, said = running.run(copy, tests)
         finally:
             self._free.put(copy)
-        return done.stdout if done.returncode else ""
+        return said if code else ""
 
     def try_mutant(self, mutant: Mutant) -> Outcome:
         """Make the change, run its test, and take the change back."""
@@ -82,37 +81,19 @@ class Copies:
             try:
                 path.write_text(original.replace(mutant.line, mutant.instead), encoding="utf-8")
                 self._outdate(path)
-                done = _pytest(copy, [mutant.test], "-x")
+                code, said = running.run(copy, [mutant.test], "-x")
             finally:
                 path.write_text(original, encoding="utf-8")
                 self._outdate(path)
         finally:
             self._free.put(copy)
-        verdict = {0: "survived", _FAILED: "killed"}.get(
-            done.returncode, f"pytest ended with {done.returncode}"
-        )
-        return Outcome(mutant, verdict, time.monotonic() - began, done.stdout)
+        verdict = {0: "survived", _FAILED: "killed"}.get(code, f"pytest ended with {code}")
+        return Outcome(mutant, verdict, time.monotonic() - began, said)
 
     def _outdate(self, path: Path) -> None:
         """Give a file a time of its own: Python tells by second and size whether to compile."""
         self._changes += 1
         os.utime(path, (self._changes, self._changes))
-
-
-def _pytest(copy: Path, tests: Sequence[str], *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider"]
-    command += [f"--timeout={_TEST_SECONDS}", "--tb=short", *options, *tests]
-    return subprocess.run(
-        command,
-        cwd=copy,
-        # before the installed tree
-        env={**os.environ, "PYTHONPATH": str(copy)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
 
 
 def _chosen(options: argparse.Namespace) -> list[Mutant]:

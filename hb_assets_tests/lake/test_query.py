@@ -198,6 +198,18 @@ def test_what_waits_in_the_buffer_of_a_forgotten_user(lake: Lake, settings: Sett
 # -- the cost
 
 
+@pytest.mark.parametrize("first", ["consolidated", "pending"])
+def test_a_correction_that_is_pending_is_answered(
+    lake: Lake, settings: Settings, first: str
+) -> None:
+    deliver(lake, settings, entry([line(bpm=60), line(at=NOON + 60_000)], 0))
+    if first == "consolidated":
+        consolidate(lake, DAY, settings)
+    deliver(lake, settings, entry([line(bpm=90)], 1))
+    found = query.answer(lake, Question("u1", NOON, NOON + 1), settings)
+    assert points_of(found.points) == [Point(NOON, 90, "device_a")]
+
+
 class Reads:
     """Files that were verified whole, files of which rows were read, and row groups."""
 
