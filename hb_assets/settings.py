@@ -28,6 +28,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from hb_assets.days import parse_day
 from hb_assets.errors import SettingsError
 from hb_assets.record import TimeBounds
 
@@ -45,6 +46,11 @@ def _duration(value: object) -> object:
         return dt.timedelta(milliseconds=float(match[1]) * _UNITS[match[2] or "s"])
     except OverflowError:
         raise ValueError("longer than the calendar") from None
+
+
+def _day(value: object) -> object:
+    """A day like 2025-01-15 and nothing else: pydantic takes numbers for seconds, too."""
+    return parse_day(value) if isinstance(value, str) else value
 
 
 def _duration_text(value: dt.timedelta) -> str:
@@ -174,7 +180,7 @@ class Settings(BaseSettings):
     )
 
     # -- the record
-    start_date: dt.date = Field(
+    start_date: Annotated[dt.date, BeforeValidator(_day)] = Field(
         default=dt.date(2020, 1, 1),
         ge=dt.date(1970, 1, 1),
         description="First day that is accepted (UTC). All processes of one installation must agree "

@@ -114,6 +114,13 @@ def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert found.time_bounds.future_ms == 36 * 3_600_000
 
 
+@pytest.mark.parametrize("day", ["1577836800", "20200101", "2020-1-1", "2020-01-01T00:00:00", " "])
+def test_a_day_has_one_form(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
+    monkeypatch.setenv("HB_START_DATE", day)
+    with pytest.raises(SettingsError, match="HB_START_DATE"):
+        settings.load()
+
+
 def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in Settings.model_fields:
         monkeypatch.setenv(f"HB_{name.upper()}", "")

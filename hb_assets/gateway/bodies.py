@@ -148,7 +148,7 @@ async def read_body(
     kind = coding = length = b""
     for name, value in scope["headers"]:
         if name == b"content-type":
-            kind = value
+            kind = kind + b"," + value if kind else value  # two of them are none of ours
         elif name == b"content-length":
             length = value
         elif name == b"content-encoding":

@@ -102,7 +102,7 @@ class One:
         scope[TAKEN] = True
         headers = self.accept(subjects)
         if unknown:
-            headers.append((IGNORED, _shown(unknown)))
+            headers.append((IGNORED, shown(unknown)))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send(_ACCEPTED_BODY)
 
@@ -157,9 +157,9 @@ class One:
         )
 
 
-def _shown(names: Iterable[str]) -> bytes:
-    """Names for a header: percent-encoded, in at most about `_SHOWN_MOST` bytes."""
-    shown: list[str] = []
+def shown(names: Iterable[str]) -> bytes:
+    """Names for the header IGNORED: percent-encoded, in at most about `_SHOWN_MOST` bytes."""
+    found: list[str] = []
     left = _SHOWN_MOST
     ignored = record.Ignored()
     ignored.add(names)
@@ -167,14 +167,14 @@ def _shown(names: Iterable[str]) -> bytes:
         text = quote(name, safe=record.Ignored.OTHERS) or '""'
         left -= len(text)
         if left < 0:
-            shown.append(record.Ignored.OTHERS)
+            found.append(record.Ignored.OTHERS)
             break
-        shown.append(text)
-    return ", ".join(shown).encode()
+        found.append(text)
+    return ", ".join(found).encode()
 
 
 IGNORED = b"hb-ignored"
-"""The header of an answer that names a heartbeat's unknown fields."""
+"""The header of an answer that names what was ignored: unknown fields, unknown parameters."""
 _SHOWN_MOST = 1000
 """A proxy bounds all headers of an answer together, at 4 KiB for one."""
 ACCEPTED = b'{"status":"accepted"}'

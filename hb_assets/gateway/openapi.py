@@ -170,7 +170,7 @@ def document(settings: Settings, now: dt.datetime, version: str) -> Json:
                     "schema": {"type": "string"},
                 },
                 "HB-Ignored": {
-                    "description": "Names of unknown fields that were ignored, percent-encoded, "
+                    "description": "Names of unknown fields or parameters, which were ignored: percent-encoded, "
                     "separated by commas; none where there were none.",
                     "schema": {"type": "string"},
                 },
@@ -423,7 +423,7 @@ def _get_readings(settings: Settings) -> Json:
                     formats.ARROW: {},
                     formats.PARQUET: {},
                 },
-                ("Link", "HB-Warnings", "Vary", *_LIMITS),
+                ("Link", "HB-Warnings", "HB-Ignored", "Vary", *_LIMITS),
             ),
             "400": _problem("A time can't be used, or both make no range; `errors` names it."),
             "406": _problem("None of the formats is accepted; `offered` lists them."),

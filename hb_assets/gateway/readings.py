@@ -21,6 +21,7 @@ from hb_assets.errors import BufferTooLargeError, BufferUnavailableError
 from hb_assets.gateway import formats
 from hb_assets.gateway.access import check_user
 from hb_assets.gateway.backend import Backend
+from hb_assets.gateway.heartbeats import IGNORED, shown
 from hb_assets.gateway.problems import UNAVAILABLE_RETRY_SECONDS, ProblemError
 from hb_assets.gateway.readers import Asked
 from hb_assets.lake.buckets import GRANULARITIES
@@ -28,6 +29,7 @@ from hb_assets.lake.query import Question
 from hb_assets.settings import Settings
 
 EXAMPLE = "2025-01-15T10:00:00Z"
+PARAMETERS = ("user_id", "device_id", "start", "end", "granularity", "fresh", "limit")
 YES = ("true", "1", "yes", "on", "t", "y")
 NO = ("false", "0", "no", "off", "f", "n")
 
@@ -72,6 +74,8 @@ class Readings:
         headers = {"vary": "Accept"}
         if reply.next is not None:
             headers["link"] = f'<{reply.next}>; rel="next"'
+        if unknown := [name for name in given if name not in PARAMETERS]:
+            headers[IGNORED.decode()] = shown(unknown).decode()
         if reply.warnings:
             headers["hb-warnings"] = json.dumps(reply.warnings)  # escapes what isn't ASCII
         return Response(reply.body, headers=headers, media_type=media_type)
@@ -126,7 +130,12 @@ class _Parameters:
 
     def __init__(self, given: QueryParams) -> None:
         self._given = given
-        self.faults: list[tuple[str, str]] = []
+        # which one counts is another question to each server and proxy
+        self.faults = [
+            (name, f"{name} is given more than once")
+            for name in PARAMETERS
+            if len(given.getlist(name)) > 1
+        ]
 
     def fault(self, name: str, message: str) -> None:
         self.faults.append((name, message))

@@ -17,6 +17,8 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
+from hb_assets.days import parse_day
+
 RAW = "raw"
 HEARTBEATS = "heartbeats"
 MINUTES = "minutes"
@@ -158,7 +160,7 @@ def day_of_folder(name: str) -> dt.date | None:
     if not name.startswith("day="):
         return None
     try:
-        return dt.date.fromisoformat(name.removeprefix("day="))
+        return parse_day(name.removeprefix("day="))
     except ValueError:
         return None
 

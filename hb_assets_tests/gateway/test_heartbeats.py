@@ -194,6 +194,14 @@ def test_a_byte_order_mark_is_skipped(http: httpx.Client) -> None:
 
 
 @VALKEY
+def test_two_media_types_are_none(http: httpx.Client) -> None:
+    one = json.dumps(heartbeat())
+    for kinds in (["application/json", "application/x-ndjson"], ["application/json"] * 2):
+        headers = [("content-type", kind) for kind in kinds]
+        problem(http.post(BATCH, content=one, headers=headers), 415, "unsupported-media-type")
+
+
+@VALKEY
 def test_a_batch_means_one_thing_or_is_refused(http: httpx.Client) -> None:
     one = json.dumps(heartbeat()).encode()
     twice = one[:-1] + b', "heart_rate": 171}'

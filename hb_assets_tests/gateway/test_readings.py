@@ -19,7 +19,7 @@ from hb_assets.days import MS_PER_DAY
 from hb_assets.drain import drain
 from hb_assets.gateway.formats import ENCODERS
 from hb_assets.gateway.problems import MEDIA_TYPE
-from hb_assets.gateway.readings import with_offset
+from hb_assets.gateway.readings import PARAMETERS, with_offset
 from hb_assets.lake import fragments, layout, query
 from hb_assets.lake.consolidated import mark_incomplete
 from hb_assets.lake.consolidation import consolidate
@@ -300,6 +300,21 @@ def test_queries_that_cannot_be_answered(http: httpx.Client) -> None:
         answer = response.json()
         assert says in answer["detail"]
         assert [error["field"] for error in answer["errors"]] == fields
+
+
+def test_a_parameter_counts_once_and_an_unknown_one_is_named(http: httpx.Client) -> None:
+    for name in PARAMETERS:
+        other = {"user_id": "u2", "granularity": "1m"}.get(name, HOUR.get(name, "1"))
+        query = httpx.QueryParams(HOUR | {name: HOUR.get(name, other)}).add(name, other)
+        response = http.get(PATH, params=query)
+        assert response.status_code == 422, name
+        assert {"field": name, "message": f"{name} is given more than once"} in response.json()[
+            "errors"
+        ]
+    response = http.get(PATH, params=HOUR | {"device": "a", "x, y": ""})
+    assert response.status_code == 200
+    assert response.headers["hb-ignored"] == "device, x%2C%20y"
+    assert "hb-ignored" not in http.get(PATH, params=HOUR).headers
 
 
 def test_an_unescaped_plus_is_understood(http: httpx.Client) -> None:

@@ -78,7 +78,16 @@ def test_day_folder_round_trip(day: dt.date) -> None:
 
 
 def test_days_are_folders_of_ours(tmp_path: Path) -> None:
-    for name in ("day=2025-01-16", "day=2025-01-15", "day=2025-13-01", "day=", "other", "day=x"):
+    for name in (
+        "day=2025-01-16",
+        "day=2025-01-15",
+        "day=2025-13-01",
+        "day=",
+        "other",
+        "day=x",
+        "day=20250117",
+        "day=2025-W03-5",
+    ):
         (tmp_path / layout.RAW / name).mkdir(parents=True)
     found = [dt.date(2025, 1, 15), dt.date(2025, 1, 16)]
     assert layout.days_of(tmp_path, layout.RAW) == found
