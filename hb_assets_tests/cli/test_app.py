@@ -69,6 +69,9 @@ OF_THE_LAKE = {
         ("quarantine", "list"),
         ("quarantine", "show"),
         ("quarantine", "replay", "--all"),
+        ("damaged", "list"),
+        ("damaged", "show", "file"),
+        ("damaged", "restore", "file"),
         ("backfill", "2025-01-15", "2025-01-15"),
     )
 }
@@ -102,6 +105,7 @@ def test_looking_at_a_lake_makes_neither_lake_nor_home(
         ("keys list", 0, "no keys"),
         ("keys revoke abc", 2, "there are no keys"),
         ("down", 0, "no `hb up` runs"),
+        ("sensors list", 2, "hb up"),
     ],
 )
 def test_what_needs_no_lake_makes_no_home(
