@@ -90,9 +90,9 @@ def lake_of(settings: Settings, number: int) -> Lake:
         for kind in KINDS:
             made = layout.day_folder(lake.root, kind, TODAY)
             copy = layout.day_folder(lake.root, kind, TODAY - dt.timedelta(days=back))
-            shutil.copytree(made, copy, copy_function=os.link)
-            for folder in copy.iterdir():
-                os.utime(folder, (long_ago, long_ago))
+            shutil.copytree(made, copy)
+            for path in copy.rglob("*"):
+                os.utime(path, (long_ago, long_ago))
     return lake
 
 

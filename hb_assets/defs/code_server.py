@@ -9,6 +9,7 @@ so that the proxy then ends, and is started again by its supervisor.
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import os
 import signal
@@ -23,7 +24,6 @@ from dagster._grpc.client import DagsterGrpcClient  # no public name
 
 from hb_assets import settings as configuration
 from hb_assets.defs import partitions
-from hb_assets.defs.sensors import now_ms
 from hb_assets.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -42,19 +42,20 @@ def main(arguments: Sequence[str]) -> None:
     client = DagsterGrpcClient(
         port=int(port) if port else None, socket=options.get("--socket"), host="127.0.0.1"
     )
-    threading.Thread(target=_watch, args=(client, settings), name="reload", daemon=True).start()
+    loaded = partitions.first_day(settings, _now_ms())  # or an earlier one, by then
+    watched = (client, settings, loaded)
+    threading.Thread(target=_watch, args=watched, name="reload", daemon=True).start()
     start_command.main(["--module-name", "hb_assets.definitions", *arguments])
 
 
-def _watch(client: DagsterGrpcClient, settings: Settings) -> None:
-    loaded = partitions.first_day(settings, now_ms())
+def _watch(client: DagsterGrpcClient, settings: Settings, loaded: dt.date) -> None:
     answered, missed = False, 0
     while missed < _PATIENCE:
         time.sleep(_POLL_SECONDS)
         try:
             client.get_server_id(timeout=_ANSWER_SECONDS)
             answered, missed = True, 0
-            first = partitions.first_day(settings, now_ms())
+            first = partitions.first_day(settings, _now_ms())
             if first < loaded:
                 client.reload_code(timeout=_RELOAD_SECONDS)
                 _log.info("loaded the definitions again: partitions begin at %s", first)
@@ -63,6 +64,10 @@ def _watch(client: DagsterGrpcClient, settings: Settings) -> None:
             missed += answered  # before the first answer the definitions may still be loading
     _log.error("the server of the definitions is gone; ending, to be started again")
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 if __name__ == "__main__":

@@ -58,20 +58,20 @@ def materialized(instance: dg.DagsterInstance, asset: dg.AssetKey) -> set[str]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(360)
 def test_from_the_buffer_to_a_checked_partition(append, daemon, webhook) -> None:
     append(DAY, users=4, readings=5)
     append("2025-01-16", users=1, readings=1)
     wait_for(
         lambda: materialized(daemon, RAW_HEARTBEATS) == {DAY, "2025-01-16"},
         "the drain sensor to report both days",
-        60,
+        120,
     )
     runs = dg.RunsFilter(job_name="consolidate_day")
     wait_for(
         lambda: any(run.is_finished for run in daemon.get_runs(runs)),
         "the sensor's run of the day that is due",
-        60,
+        120,
     )
     [run] = daemon.get_runs(runs)
     assert run.is_success
@@ -83,5 +83,6 @@ def test_from_the_buffer_to_a_checked_partition(append, daemon, webhook) -> None
         for entry in daemon.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
         if (event := entry.dagster_event) is not None
     }
-    assert evaluated == dict.fromkeys((*checks.HEARTBEAT_CHECKS, *checks.MINUTE_CHECKS), True)
+    names = (*checks.HEARTBEAT_CHECKS, *checks.MINUTE_CHECKS, "complete")
+    assert evaluated == dict.fromkeys(names, True)
     assert webhook.received == []
