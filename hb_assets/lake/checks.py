@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime as dt
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -84,7 +84,11 @@ class Figure:
 
 
 def heartbeats(
-    path: Path, day: dt.date, settings: Settings, new: Sequence[Path] | None = None
+    path: Path,
+    day: dt.date,
+    settings: Settings,
+    new: Sequence[Path] | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> list[Figure]:
     """Check a file: schema, ranges, the day, order and unique keys.
 
@@ -94,6 +98,7 @@ def heartbeats(
         settings: for the engine that counts the keys of a file that isn't in order.
         new: files whose rows came in; all others were checked before they were published, and are
             bit for bit what they were. None: all rows are to be looked at.
+        shard: in which every user has to belong, and how many there are.
     """
     from hb_assets import contracts
 
@@ -112,19 +117,13 @@ def heartbeats(
             (twins,) = figures(connection, _DUPLICATES)
         sequence = replace(sequence, twins=twins)
     of_values = [found.figure(name, sequence.rows) for name, found in faults.items()]
+    if shard is not None:
+        of_values[-1] = _with_users(of_values[-1], sequence.users, *shard)
     return [*of_values, *sequence.figures()]
 
 
-def with_users(figure: Figure, path: Path, shard: int, shards: int) -> Figure:
-    """The figure of PARTITION_DAY, failed where a user belongs to another shard; others as is."""
-    if figure.name != PARTITION_DAY:
-        return figure
-    users: set[str] = set()
-    with verified.opened(path, ["user_id"]) as file:
-        for number in range(file.num_row_groups):
-            group = file.read_row_group(number, columns=["user_id"], use_threads=False)
-            for chunk in group["user_id"].chunks:
-                users.update(chunk.dictionary.to_pylist())
+def _with_users(figure: Figure, users: Collection[str], shard: int, shards: int) -> Figure:
+    """The figure of PARTITION_DAY, failed where a user belongs to another shard."""
     strangers = sum(shard_of(user, shards) != shard for user in users)
     if not strangers:
         return figure
@@ -205,6 +204,7 @@ class _Sequence:
     rows: int = 0
     disorder: int = 0
     twins: int = 0
+    users: Collection[str] = ()
 
     def figures(self) -> list[Figure]:
         disorder, twins = self.disorder, self.twins
@@ -233,17 +233,20 @@ def _sequence(path: Path) -> _Sequence:
     if not set(ORDER) <= set(footer.schema.names):
         return _Sequence(footer.num_rows)
     disorder = twins = 0
+    users: set[str] = set()
     last: pa.Table | None = None
     with verified.opened(path, TEXTS) as file:
         for number in range(file.num_row_groups):
             group = file.read_row_group(number, columns=list(ORDER), use_threads=False)
             group = group.drop_null()
+            for chunk in group["user_id"].chunks:
+                users.update(chunk.dictionary.to_pylist())
             group = group if last is None else pa.concat_tables([last, group])
             last = group.slice(max(0, group.num_rows - 1))
             less, same = neighbours([ranks(group[name]) for name in ORDER])
             disorder += int(less.sum())
             twins += int(same.sum())
-    return _Sequence(footer.num_rows, disorder, twins)
+    return _Sequence(footer.num_rows, disorder, twins, users)
 
 
 _DUPLICATES = f"""

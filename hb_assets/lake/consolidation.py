@@ -426,8 +426,8 @@ def _figures(
 ) -> list[Figure]:
     """Check the new file; of its values only those of `new` where it was made of a checked one."""
     files = None if new is None else [fragment.path for fragment in new]
-    found = checks.heartbeats(path, task.day, task.bounds.settings, files)
-    found = [checks.with_users(one, path, task.shard, task.lake.shards) for one in found]
+    shard = task.shard, task.lake.shards
+    found = checks.heartbeats(path, task.day, task.bounds.settings, files, shard)
     return [*found, _ledger(task, Current(path, note), raw)]
 
 
