@@ -201,7 +201,7 @@ def _published(
         return None, (_unreadable(mark, error, day, shard),)
     message = (
         f"{path} is gone, and raw fragments that it included were pruned: put a copy in its place "
-        f"(hb damaged restore COPY), or give up what raw no longer holds (hb damaged accept {path})"
+        f"(hb damaged restore FILE), or give up what raw no longer holds (hb damaged accept {path})"
     )
     return None, (Fault("missing", day, shard, None, Path(path), message),)
 
@@ -223,7 +223,7 @@ def _judged(
         Fault(
             "not_adding_up",
             *(day, shard, None, file),
-            f"{where}: {why}; put a copy in the place of {path} (hb damaged restore COPY)",
+            f"{where}: {why}; put a copy in the place of {path} (hb damaged restore FILE)",
         )
         for why in note.contradictions(day, shard, footer.num_rows)
     )
@@ -249,7 +249,7 @@ def _set_aside(
         many = "nobody can tell how many" if rows is None else f"{rows:,}"
         message = (
             f"{path} is a damaged fragment that was set aside, {many} heartbeats are missing: put "
-            f"a whole copy back (hb damaged restore COPY), or give them up (hb damaged accept "
+            f"a whole copy back (hb damaged restore FILE), or give them up (hb damaged accept "
             f"{name})"
         )
         yield Fault("set_aside", day, shard, rows, Path(path), message)
@@ -490,7 +490,7 @@ def _noticed(
         else:
             message = (
                 f"{about} was damaged and is gone, so that its heartbeats are missing: put a whole "
-                f"copy back (hb damaged restore COPY)"
+                f"copy back (hb damaged restore FILE)"
             )
             yield Fault("missing", day, shard, None, about, message)
 
