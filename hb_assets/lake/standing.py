@@ -40,9 +40,11 @@ from hb_assets.lake.layout import (
     QUARANTINE,
     RAW,
     RELEASED,
+    TOMBSTONES,
     FragmentName,
 )
 from hb_assets.lake.store import FORMAT, Lake
+from hb_assets.lake.tombstones import Tombstone
 
 _log = logging.getLogger(__name__)
 
@@ -302,7 +304,8 @@ def _rows(path: str, seen: Look) -> int | None:  # noqa: ARG001  # part of the c
 
 
 def _beside_days(lake: Lake) -> Iterator[Fault]:
-    """Files of quarantine, and of marks beside it, whose footers aren't what was written."""
+    """Files of quarantine, marks beside it and tombstones that aren't what was written."""
+    yield from _tombstones(lake)
     for kind in (QUARANTINE, RELEASED, ERASED):
         try:
             folders = [
@@ -321,6 +324,28 @@ def _beside_days(lake: Lake) -> Iterator[Fault]:
                 fault = _fault_of_footer(path, seen)
                 if fault is not None:
                     yield fault
+
+
+def _tombstones(lake: Lake) -> Iterator[Fault]:
+    folder = lake.root / TOMBSTONES
+    try:
+        for path in sorted(folder.glob("*.json")):
+            fault = _fault_of_tombstone(path, look(path))
+            if fault is not None:
+                yield fault
+    except FileNotFoundError:
+        pass  # it was replaced just now
+    except OSError as error:
+        yield _unreadable(folder, error, None, None)
+
+
+@lru_cache(maxsize=50_000)
+def _fault_of_tombstone(path: Path, seen: Look) -> Fault | None:  # noqa: ARG001  # the cache's key
+    try:
+        sealed_json.read(path, Tombstone)
+    except DamagedFileError as error:
+        return Fault("damaged", None, None, None, path, str(error))
+    return None
 
 
 @lru_cache(maxsize=50_000)

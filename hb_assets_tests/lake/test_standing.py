@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from hb_assets.errors import CheckFailedError, FencedError
-from hb_assets.lake import consolidated, damage, layout, parquet, standing
+from hb_assets.lake import consolidated, damage, layout, parquet, standing, tombstones
 from hb_assets.lake.consolidated import ConsolidatedNote
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.standing import Fault
 from hb_assets.lake.store import Lake
+from hb_assets.lake.tombstones import Tombstone
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 from hb_assets_tests.lake.deliveries import DAY, NOON, deliver, entry, line, spoil_for_good
@@ -180,3 +181,17 @@ def test_a_disk_that_takes_no_note_stops_nobody(
     monkeypatch.setattr(standing, "TempFile", full)
     standing.notice(lake, CheckFailedError("it failed"), day=DAY, shard=0)
     assert kinds(lake) == []
+
+
+def test_files_beside_the_days(lake: Lake, settings: Settings) -> None:
+    deliver(lake, settings, entry([b"bad", line()], 0))
+    tombstones.put(lake, Tombstone(user="00", shard=0, cutoffs={}, asked_ms=0))
+    assert standing.faults(lake) == []
+    [record] = (lake.root / layout.QUARANTINE).rglob("*.parquet")
+    record.write_bytes(record.read_bytes()[:-1])
+    [stone] = (lake.root / layout.TOMBSTONES).glob("*.json")
+    flip(stone, 12)
+    assert {(one.kind, one.day, one.path) for one in standing.faults(lake)} == {
+        ("damaged", None, record),
+        ("damaged", None, stone),
+    }
