@@ -325,7 +325,8 @@ def test_the_documented_forms_of_a_time() -> None:
     for form, ms in FORMS:
         want = None if ms == "refused" else int(ms)
         assert (said(form), by_hand(form)) == (want, want), form
-        assert set(said_in_json(form, escaped=False)) == {want}, form
+        for escaped in (False, True):
+            assert set(said_in_json(form, escaped=escaped)) == {want}, form
 
 
 @given(
