@@ -113,4 +113,4 @@ def test_whatever_is_read_is_what_the_record_says(data: st.DataObject) -> None:
     found = taken(PLAIN + b"\n" + spoilt)
     if found is not None and len(found) == 2:
         result, unknown = record.parse(spoilt, LAST, BOUNDS)
-        assert (found[1][1], 0) == (result, unknown)
+        assert (found[1][1], ()) == (result, unknown)
