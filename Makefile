@@ -22,7 +22,7 @@ BIN := .venv/bin
 READY := .venv/ready
 COMPARED := .venv/compared
 
-.PHONY: help setup run test test-long lint types check api-check bench bench-gateway chaos mutants docs constraints clean
+.PHONY: help setup run test test-long lint types check api-check bench bench-gateway chaos flips mutants docs constraints clean
 
 help: ## these lines
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -59,6 +59,9 @@ bench-gateway: $(READY) ## the gateway against FastAPI and its own targets, half
 
 chaos: $(READY) ## kill everything for a quarter of an hour, lose nothing (ARGS=--short: under 2 minutes)
 	@exec $(BIN)/python -m chaos $(ARGS)
+
+flips: $(READY) ## flip bits and cut files of a lake, a thousand times: no wrong answer (ARGS="--count 100": fewer)
+	@exec $(BIN)/python -m chaos.flips $(ARGS)
 
 mutants: $(READY) ## change lines one at a time: a test must notice each, ten minutes (ARGS=--short: a quarter)
 	@exec $(BIN)/python -m mutants $(ARGS)
