@@ -250,7 +250,9 @@ def _end(code: int, word: str) -> None:
 def _serve(folder: Path, settings: Settings) -> None:
     settings = settings.model_copy(update={"duckdb_threads": 1})
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    pa.array([""])  # the first one imports pandas where it is installed: no entry's fault
+    # Before anything is allocated: Arrow's allocator keeps what it reserves.
+    _limit_memory(settings)
+    pa.array([""])  # the first one imports pandas where it is installed: that is no entry's time
     began = monotonic()
     number = 0
     while header := sys.stdin.buffer.readline():
@@ -258,7 +260,6 @@ def _serve(folder: Path, settings: Settings) -> None:
             return
         results = folder / str(number)
         results.mkdir(private.FOLDER)
-        _limit_memory(settings)
         about = msgspec.json.decode(header, type=_Header)
         data = None if about.size is None else sys.stdin.buffer.read(about.size)
         if data is not None and len(data) != about.size:
