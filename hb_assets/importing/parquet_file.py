@@ -39,7 +39,7 @@ def records(name: str, file: IO[bytes], ignored: Ignored) -> Iterator[tuple[int,
             file,
             buffer_size=_BUFFER,
             pre_buffer=False,
-            coerce_int96_timestamp_unit="ms",
+            coerce_int96_timestamp_unit="ms",  # in nanoseconds it is the same after 584 years
             page_checksum_verification=True,
         )
     except UNREADABLE as error:
@@ -92,8 +92,6 @@ def _values(field: str, column: pa.Array) -> list[Any]:
         return _each(column.cast(pa.int64()), lambda value: made(value * times // by), field)
     if pa.types.is_fixed_size_binary(column.type):
         return list(column.to_pylist())  # bytes that nobody calls a UUID are no text either
-    if pa.types.is_float16(column.type):
-        column = column.cast(pa.float32())
     return _each(column, _plain, field)
 
 

@@ -68,6 +68,13 @@ def test_timestamps_of_spark_and_impala(tmp_path: Path) -> None:
     assert whole(read(written(tmp_path / "a.parquet", int96, timestamp=instants("ns"))))
 
 
+def test_a_timestamp_of_spark_that_nanoseconds_cannot_hold(tmp_path: Path) -> None:
+    far = pa.array([NOON * 1000 + 2**64 // 1000] * ROWS).cast(pa.timestamp("us", "UTC"))
+    int96 = {"use_deprecated_int96_timestamps": True}
+    found = read(written(tmp_path / "a.parquet", int96, timestamp=far))
+    assert found.reasons == [(n + 1, "timestamp_in_the_future") for n in range(ROWS)]
+
+
 def test_as_text(tmp_path: Path) -> None:
     found = read(written(tmp_path / "a.parquet", timestamp=[AT, None, "secret"]))
     assert found.late == [0]
