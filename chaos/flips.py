@@ -5,8 +5,8 @@ may matter for: to a new process, or to one that has just read the file. Half of
 bytes that the question reads. The answer has to be right, or has to say that something is wrong. At
 the end some are asked again with every verification turned off, to see what it is good for.
 
-New processes are forks of one that has loaded everything and read nothing of the lake; every
-twentieth is started from scratch. Everything is decided by the seed and a damage's number.
+New processes are forks of one that has loaded everything and read nothing of the lake; some
+are started from scratch. Everything is decided by the seed and a damage's number.
 """
 
 from __future__ import annotations
@@ -72,11 +72,14 @@ READ_BY: dict[str, tuple[str, ...]] = {
     layout.ERASED: ("audit", "consolidate", "forget"),
     layout.PRUNED: (GATEWAY, "command", "consolidate"),
     layout.TOMBSTONES: (GATEWAY, "command", "consolidate", "forget"),
+    layout.ACCEPTED: ("audit",),
     "lake.json": ("command", "consolidate", "audit", "forget"),
 }
 _OFTEN = {layout.RAW: 4, layout.HEARTBEATS: 5, layout.TOMBSTONES: 2}
 _PATIENCE_SECONDS = 120.0
-_SCRATCH_SHARE = 20
+_SCRATCH_SHARE = 50
+_DEAR = {"forget": 0.2, "consolidate": 0.5, "minutes": 0.5, "audit": 0.5}
+"""How often ways are gone that cost much more than the others; those have 1."""
 _CUT = 0.15
 
 
@@ -157,22 +160,17 @@ def damage_of(number: int, seed: int, root: Path, *, forks_only: bool) -> Damage
     [kind] = chance.choices(kinds, [_OFTEN.get(one, 1) for one in kinds])
     path = chance.choice(files[kind])
     ways = [one for one in READ_BY[kind] if not (forks_only and one == GATEWAY)]
-    way = chance.choice(ways)
-    size = path.stat().st_size
-    where, bit, place = chance.randrange(size), chance.randrange(8), "any"
+    [way] = chance.choices(ways, [_DEAR.get(one, 1.0) for one in ways])
+    where: int = chance.randrange(path.stat().st_size)
+    bit: int | None = chance.randrange(8)
+    place: Literal["read", "any", "cut"] = "any"
     if chance.random() < _CUT:
-        return Damage(
-            *(number, kind, str(path.relative_to(root)), where, None, "cut", way),
-            chance.random() < 0.5,
-            Asked.near(chance, path),
-        )
-    if chance.random() < 0.5:
+        bit, place = None, "cut"
+    elif chance.random() < 0.5:
         where, place = chance.choice(_bytes_read(path, way)), "read"
-    return Damage(
-        *(number, kind, str(path.relative_to(root)), where, bit, place, way),  # type: ignore[arg-type]  # one of three
-        chance.random() < 0.5,
-        Asked.near(chance, path),
-    )
+    fresh = chance.random() < (0.25 if way == GATEWAY else 0.5)
+    name = str(path.relative_to(root))
+    return Damage(number, kind, name, where, bit, place, way, fresh, Asked.near(chance, path))
 
 
 def _bytes_read(path: Path, way: str) -> Sequence[int]:
@@ -330,8 +328,11 @@ class Worker:
         if one.way == GATEWAY:
             return self._by_gateway(one, damage)
         shutil.rmtree(self._scratch, ignore_errors=True)
-        shutil.copytree(self._pristine, self._scratch)
-        settings = specimen.settings_of(self._home, self._scratch)
+        shutil.copytree(self._pristine, self._scratch, copy_function=os.link)
+        if damage is not None:  # the only file that is changed in place
+            (self._scratch / damage.path).unlink()
+            shutil.copy2(self._pristine / damage.path, self._scratch / damage.path)
+        settings = self._settings.model_copy(update={"lake": str(self._scratch)})
         if damage is not None and damage.fresh and damage.number % _SCRATCH_SHARE == 0:
             damage.done_to(self._scratch / damage.path)
             return _in_new_process(damage, settings)

@@ -22,6 +22,7 @@ from hb_assets import days
 from hb_assets.cli.app import load_commands
 from hb_assets.errors import DamagedFileError, HbError
 from hb_assets.lake import (
+    accepted,
     erased,
     erasure,
     fragments,
@@ -34,6 +35,7 @@ from hb_assets.lake import (
     query,
     tombstones,
 )
+from hb_assets.lake.accepted import Acceptance
 from hb_assets.lake.consolidation import consolidate, no_lock
 from hb_assets.lake.decode import decode
 from hb_assets.lake.erasure import Whose
@@ -46,6 +48,8 @@ SHARDS = 2
 FIRST = dt.date(2025, 1, 15)
 DAYS = tuple(FIRST + dt.timedelta(days=n) for n in range(3))
 LATE, PRUNED, RAW = DAYS
+_GIVEN_UP = RAW + dt.timedelta(days=1)
+"""Of this day one fragment was lost, and the loss accepted."""
 USERS = tuple(f"user-{n}" for n in range(6))
 FORGOTTEN = "user-forgotten"
 _READINGS = 120
@@ -108,6 +112,23 @@ def made(settings: Settings, seed: int) -> Answer:
         _deliver(lake, settings, seq, _lines(chance, day, everybody, seq))
     for day in DAYS:
         minutes.build(lake, day, settings)
+    loss = layout.FragmentName.new(0, (_ARRIVED, 30), (_ARRIVED, 30))
+    accepted.put(
+        lake,
+        accepted.file_of(lake, layout.RAW, _GIVEN_UP, 0, str(loss).removesuffix(".parquet")),
+        Acceptance(
+            file=f"{layout.RAW}/day={_GIVEN_UP}/shard=00/{loss}",
+            day=_GIVEN_UP.isoformat(),
+            shard=0,
+            reason="a disk died",
+            rows=17,
+            at_most=None,
+            accepted_ms=_ARRIVED,
+            source=0,
+            first=loss.first,
+            last=loss.last,
+        ),
+    )
     return Answer()
 
 
@@ -262,10 +283,13 @@ def auditing(settings: Settings, _: Asked) -> Answer:
         (one.day, one.rows, one.unique, one.repeats, one.corrections, one.erased, one.pending)
         for one in ledgers
     }
-    told = any(one.faults for one in ledgers) or bool(records.faults)
+    lost = ledger.of_accepted(lake)
+    told = any(one.faults for one in ledgers) or bool(records.faults) or bool(lost.faults)
+    lost_rows = ("accepted", lost.rows, lost.at_most)
     counted = ("quarantine", records.records, records.released, records.in_fragments)
     return Answer(
-        frozenset({*counts, counted, ("erased", ledger.of_erased(lake, settings))}), told=told
+        frozenset({*counts, counted, ("erased", ledger.of_erased(lake, settings)), lost_rows}),
+        told=told,
     )
 
 
