@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from typer.testing import CliRunner
 
@@ -329,11 +330,18 @@ def _published(lake: Lake, which: Iterable[dt.date]) -> Items:
 
 
 def _rows(paths: Iterable[Path]) -> Items:
-    """Rows as they stand in files, read by plain pyarrow: nobody is to judge himself."""
+    """Rows as they stand in files, read by plain pyarrow: nobody is to judge himself.
+
+    A damaged file that had to stay where it is may not be readable at all.
+    """
     found: set[Hashable] = set()
     for path in paths:
-        if path.exists():
-            found |= {
-                tuple(row.values()) for row in pq.read_table(path, partitioning=None).to_pylist()
-            }
+        try:
+            rows = pq.read_table(path, partitioning=None).to_pylist()
+        except FileNotFoundError:
+            continue
+        except (pa.ArrowException, OSError):
+            found.add(("unreadable", path.name))
+        else:
+            found |= {tuple(row.values()) for row in rows}
     return frozenset(found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,7 +150,8 @@ def _build_shard(
     shard = published.note.shard
     final = layout.minutes_file(lake.root, day, shard)
     if is_current(lake, day, shard, settings.device_priority):
-        return _ShardResult(final, False, _figures(final, published, connection))
+        with suppress(DamagedFileError):  # it is made anew
+            return _ShardResult(final, False, _figures(final, published, connection))
     with TempFile(lake.root, final.parent) as temp:
         note = MinutesNote(
             format=FORMAT,

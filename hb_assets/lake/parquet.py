@@ -477,7 +477,7 @@ _REMEDIES = {
     "audit says how many",
     layout.RELEASED: "restore it from a copy, or move it away: its records may be put back twice "
     "then, which changes nothing",
-    layout.MINUTES: "move it away, then make it anew: hb consolidate DAY",
+    layout.MINUTES: "hb consolidate DAY makes it anew",
     layout.TOMBSTONES: "restore it from a copy: without it heartbeats of a user who was forgotten "
     "may be read again",
 }

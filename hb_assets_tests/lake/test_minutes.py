@@ -184,12 +184,16 @@ def test_day_without_anything(lake: Lake, settings: Settings) -> None:
     assert minutes.build(lake, DAY, settings) == minutes.MinutesBuilt(DAY)
 
 
-def test_damaged_minutes(lake: Lake, settings: Settings) -> None:
+@pytest.mark.parametrize("where", ["footer", "page"])
+def test_damaged_minutes(lake: Lake, settings: Settings, where: str) -> None:
+    """With a sound footer they look current, and are made anew all the same."""
     consolidated_day(lake, settings)
     minutes.build(lake, DAY, settings)
     path = layout.minutes_file(lake.root, DAY, shard_of("u1", lake.shards))
-    path.write_bytes(b"PAR1")
-    assert not minutes.is_current(lake, DAY, shard_of("u1", lake.shards), settings.device_priority)
+    whole = path.read_bytes()
+    path.write_bytes(b"PAR1" if where == "footer" else whole[:60] + b"?" + whole[61:])
+    current = minutes.is_current(lake, DAY, shard_of("u1", lake.shards), settings.device_priority)
+    assert current == (where == "page")
     assert minutes.build(lake, DAY, settings).shards_written == 1
     assert_minutes(lake, settings.device_priority)
 
