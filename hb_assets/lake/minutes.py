@@ -18,7 +18,7 @@ import msgspec
 import pyarrow as pa
 
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import checks, consolidated, layout, parquet, verified
+from hb_assets.lake import checks, consolidated, layout, parquet, standing, verified
 from hb_assets.lake.checks import Figure
 from hb_assets.lake.consolidated import Current
 from hb_assets.lake.engine import engine, figures
@@ -114,6 +114,9 @@ def build(
             if published is not None:
                 try:
                     shards.append(_build_shard(lake, day, published, connection, settings))
+                except DamagedFileError as error:
+                    standing.notice(lake, error, day=day, shard=shard)
+                    raise
                 except parquet.engine_errors() as error:
                     paths = (published.path, layout.minutes_file(lake.root, day, shard))
                     raise parquet.explained(error, paths) from None

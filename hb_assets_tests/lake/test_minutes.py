@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hb_assets import days
 from hb_assets.errors import DamagedFileError
-from hb_assets.lake import checks, fragments, layout, minutes, query, rows
+from hb_assets.lake import checks, fragments, layout, minutes, query, rows, standing
 from hb_assets.lake.consolidation import consolidate
 from hb_assets.lake.store import Lake
 from hb_assets.record import shard_of
@@ -196,6 +196,18 @@ def test_damaged_minutes(lake: Lake, settings: Settings, where: str) -> None:
     assert current == (where == "page")
     assert minutes.build(lake, DAY, settings).shards_written == 1
     assert_minutes(lake, settings.device_priority)
+
+
+def test_a_damaged_page_of_the_published_file_is_an_error_that_stands(
+    lake: Lake, settings: Settings
+) -> None:
+    consolidated_day(lake, settings)
+    path = layout.consolidated_file(lake.root, DAY, shard_of("u1", lake.shards))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60] + b"?" + whole[61:])
+    with pytest.raises(DamagedFileError):
+        minutes.build(lake, DAY, settings)
+    assert [fault.path for fault in standing.faults(lake, [DAY])] == [path]
 
 
 def test_consolidated_again_meanwhile(
