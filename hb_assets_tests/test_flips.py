@@ -1,0 +1,30 @@
+"""Flipped bits and cut files: no answer is wrong without a word, and the harness would see one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chaos import flips
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("flips")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_no_answer_is_wrong_without_a_word(home: Path) -> None:
+    found = flips.run(home, 100, seed=11)
+    assert found.bad == []
+    assert found.of("right", "told") == 100
+    assert found.of("told") > 20
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_without_verification_answers_are_wrong_without_a_word(home: Path) -> None:
+    """Else the harness would find nothing, whatever the readers did."""
+    assert flips.run(home, 30, seed=11, control=True).of("wrong") > 0
