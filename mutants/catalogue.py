@@ -119,16 +119,17 @@ MUTANTS: tuple[Mutant, ...] = (
         "hb_assets/buffer/scripts/acknowledge.lua",
         "acknowledged = acknowledged + gone * heartbeats",
         "acknowledged = acknowledged + (last - first + 1) * heartbeats",
-        f"{_TESTS}/buffer/test_consumer.py::test_a_zombies_acknowledgement_counts_once[valkey]",
+        f"{_TESTS}/buffer/test_consumer.py::"
+        "test_a_zombies_acknowledgement_counts_what_it_deletes[valkey]",
     ),
     Mutant(
         "entries that somebody deleted are no loss",
         "ingest",
-        "hb_assets/buffer/scripts/takeover.lua",
-        "moved, lost = moved + claimed, lost + #pending - claimed",
-        "moved = moved + claimed",
+        "hb_assets/buffer/scripts/sweep.lua",
+        "cursor, moved, lost = page[1], moved + #page[2], lost + #page[3]",
+        "cursor, moved = page[1], moved + #page[2]",
         f"{_TESTS}/buffer/test_consumer.py::"
-        "test_entries_deleted_while_pending_are_counted_as_lost[valkey-dead]",
+        "test_entries_deleted_while_pending_are_counted_as_lost[valkey-idle]",
     ),
     Mutant(
         "entries that nobody has pending stay there",
@@ -165,7 +166,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "hb_assets/drain.py",
         "published = fragments.publish(lake, kept)",
         "published = fragments.publish(lake, part.rows)",
-        f"{_TESTS}/test_erasure.py::test_a_drain_that_slept_brings_nothing_back",
+        f"{_TESTS}/test_erasure.py::test_a_drain_that_slept_through_the_first_consolidation",
     ),
     Mutant(
         "a file is named before it is durable",
@@ -422,7 +423,7 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_LAKE}/rows.py",
         "self.times[0] < wanted.end_ms and self.times[1] >= wanted.start_ms",
         "self.times[0] < wanted.end_ms and self.times[1] > wanted.start_ms",
-        f"{_TESTS}/lake/test_query.py::test_wherever_readings_lie_the_answer_is_the_same",
+        f"{_TESTS}/lake/test_query.py::test_a_correction_that_is_pending_is_answered",
     ),
     Mutant(
         "pending rows come without their arrivals",
@@ -528,7 +529,7 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_LAKE}/buckets.py",
         "place = {name: at for at, name in reversed(list(enumerate(priority)))}",
         "place = {name: -at for at, name in reversed(list(enumerate(priority)))}",
-        f"{_TESTS}/lake/test_query.py::test_wherever_readings_lie_the_answer_is_the_same",
+        f"{_TESTS}/lake/test_query.py::test_of_two_devices_at_one_instant_the_trusted_one_is_answered",
     ),
     # -- ledger: what the audit proves
     Mutant(

@@ -378,6 +378,22 @@ def test_a_zombies_acknowledgement_counts_once(
     assert balances(client, settings)
 
 
+def test_a_zombies_acknowledgement_counts_what_it_deletes(
+    client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
+) -> None:
+    """Of entries that are alike some are gone: another one has acknowledged them."""
+    producer = Producer(client, settings)
+    for _ in range(3):
+        producer.append({0: [LINE]})
+    zombie = opened()
+    held = [(entry, 1) for entry in zombie.claim(*ALL)]
+    assert len(held) == 3
+    assert zombie.acknowledge(held[:1]) == 1
+    assert zombie.acknowledge(held) == 2
+    assert depths(client, settings).states[0].acknowledged == 3
+    assert balances(client, settings)
+
+
 def test_entries_that_nobody_would_hand_out_are_adopted(
     client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
 ) -> None:

@@ -210,6 +210,15 @@ def test_a_correction_that_is_pending_is_answered(
     assert points_of(found.points) == [Point(NOON, 90, "device_a")]
 
 
+def test_of_two_devices_at_one_instant_the_trusted_one_is_answered(
+    lake: Lake, settings: Settings
+) -> None:
+    lines = [line(device=name, bpm=bpm) for name, bpm in (("device_b", 60), ("device_a", 70))]
+    deliver(lake, settings, entry(lines, 0))
+    found = query.answer(lake, Question("u1", NOON, NOON + 1), settings)
+    assert points_of(found.points) == [Point(NOON, 70, "device_a")]
+
+
 class Reads:
     """Files that were verified whole, files of which rows were read, and row groups."""
 

@@ -209,6 +209,8 @@ def test_how_many_rows_is_a_bound_where_they_may_have_come_twice(
         lake, lake.root / layout.DAMAGED / bad.path.relative_to(lake.root), settings
     ).acceptance
     assert (found.rows, found.at_most) == (None, 2)
+    consolidate(lake, DAY, settings, rewrite=True, watermarks=LATEST).require()
+    assert note(lake).mark(0) == LATEST[0]
     assert pruning.prune(lake, settings).fragments == 0, "a restore needs it to tell"
 
 
