@@ -521,7 +521,7 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_LAKE}/buckets.py",
         "return ordered.taken(order[np.append(~again, True)])",
         "return ordered.taken(order[np.insert(~again, 0, True)])",
-        f"{_TESTS}/lake/test_query.py::test_wherever_readings_lie_the_answer_is_the_same",
+        f"{_TESTS}/lake/test_query.py::test_a_correction_that_is_pending_is_answered",
     ),
     Mutant(
         "device priority is turned round",
