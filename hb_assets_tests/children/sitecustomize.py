@@ -35,6 +35,7 @@ def note(
 
 sys.unraisablehook = note
 # where a finaliser raises it, it is such an exception; supervisord's files aren't ours
-warnings.filterwarnings("error", category=ResourceWarning, module=r"(__main__|hb_assets)\b")
+if "supervisor.supervisord" not in sys.orig_argv:
+    warnings.filterwarnings("error", category=ResourceWarning, module=r"(__main__|hb_assets)\b")
 # the embedded server may outlive the command that started it: others use it too
 warnings.filterwarnings("ignore", "subprocess .* is still running", ResourceWarning)
