@@ -207,12 +207,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "raw is listed before the current file is read",
         "consolidation and pruning",
         f"{_LAKE}/consolidation.py",
-        "        published = task.published()\n"
-        "        gaps = task.gaps()\n"
-        "        raw = task.raw()\n",
-        "        raw = task.raw()\n"
-        "        published = task.published()\n"
-        "        gaps = task.gaps()\n",
+        "        published = task.published()\n        raw, gaps = task.listing()\n",
+        "        raw, gaps = task.listing()\n        published = task.published()\n",
         f"{_TESTS}/lake/test_consolidation.py::"
         "test_rebuild_overtaken_between_the_published_file_and_raw",
     ),

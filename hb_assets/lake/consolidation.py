@@ -248,8 +248,14 @@ class _Task:
     def raw(self) -> list[Fragment]:
         return fragments.listed(self.lake, self.day, self.shard)
 
-    def gaps(self) -> Gaps:
-        return Gaps.of(self.lake, self.day, self.shard)
+    def listing(self) -> tuple[list[Fragment], Gaps]:
+        """What lies in raw, and what doesn't any more: what is moved meanwhile is in either."""
+        raw = self.raw()
+        while True:
+            gaps, again = Gaps.of(self.lake, self.day, self.shard), self.raw()
+            if again == raw:
+                return raw, gaps
+            raw = again
 
     def published(self) -> Current | None:
         return current(self.lake, self.day, self.shard)
@@ -352,20 +358,19 @@ def _consolidate_shard(task: _Task) -> _ShardResult | None:
         # The order of these three is invariant 4: a pruner that deletes what the file of another
         # consolidator lists has unlinked this temp file first.
         published = task.published()
-        gaps = task.gaps()
-        raw = task.raw()
-        gaps = gaps.plus(task.gaps())  # a fragment may have been set aside, or put back, meanwhile
+        raw, gaps = task.listing()
         base = None if task.rebuild else published
         if task.rebuild:
             _require_all(task, published, raw)
-        new = pending(base, raw)
+        new = _told_apart(pending(base, raw), base, gaps)
         restored = [one for one in new if base and str(one.name) in base.note.excepted]
         left = len(new) - 1 if restored else 0
         # Below the watermark and new all the same: each by itself, no other is taken for new.
         new = restored[:1] or new
         if not new and base is None:
             return None if task.is_published(published) else _consolidate_shard(task)
-        note = _merge(task, temp.path, base, new, raw, published, gaps)
+        marks = {} if left else task.watermarks  # they would pass those that are left
+        note = _merge(replace(task, watermarks=marks), temp.path, base, new, raw, published, gaps)
         if not task.is_published(published):
             # Overtaken: the rows that were read needn't be those that the note speaks of.
             return _consolidate_shard(task)
@@ -392,6 +397,22 @@ def _if_nothing_is_pending(task: _Task) -> _ShardResult | None:
             raise
         return _PENDING
     return result if task.is_published(published) else _PENDING
+
+
+def _told_apart(new: list[Fragment], base: Current | None, gaps: Gaps) -> list[Fragment]:
+    """Pending fragments but for those that wait until the watermark tells their rows.
+
+    They may repeat rows of an included fragment that can't be read, after a drain that died before
+    it could acknowledge: survivors alone wouldn't tell.
+    """
+    if base is None:
+        return new
+    unread = [one for one in gaps.set_aside if str(one) in base.names]
+    return [
+        one
+        for one in new
+        if base.note.includes(one.name) or not any(one.name.overlaps(gone) for gone in unread)
+    ]
 
 
 def _require_all(task: _Task, published: Current | None, raw: Sequence[Fragment]) -> None:

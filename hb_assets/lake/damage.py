@@ -218,10 +218,6 @@ class Gaps:
         set_aside = frozenset(name for name in names if name is not None)
         return cls(set_aside, accepted.fragments(lake, day, shard))
 
-    def plus(self, other: Gaps) -> Gaps:
-        """Both together: what was moved between two looks is in one of them."""
-        return Gaps(self.set_aside | other.set_aside, self.accepted | other.accepted)
-
     def lacking(self, note: ConsolidatedNote | None) -> frozenset[FragmentName]:
         """Those whose rows the file with this note doesn't include."""
         names = self.set_aside | self.accepted

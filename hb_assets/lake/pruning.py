@@ -270,7 +270,11 @@ def _needless(
     """Fragments that neither the audit nor a restore of a damaged file needs."""
     if not listed or accepted.stems(lake, HEARTBEATS, day, shard):
         return []
-    lost = Gaps.of(lake, day, shard).lacking(published.note if published else None)
+    note = published.note if published else None
+    lost = {*Gaps.of(lake, day, shard).lacking(note)}
+    # put back, and not taken in yet
+    excepted = map(FragmentName.parse, note.excepted if note else ())
+    lost.update(name for name in excepted if name is not None)
     free = [one for one in listed if not any(one.name.overlaps(name) for name in lost)]
     return _apart(lake, free, connection)
 

@@ -137,7 +137,7 @@ def test_a_fragment_given_up_and_put_back(lake: Lake, settings: Settings, copies
         assert counted(lake, settings) == (6, 0)
     late = deliver(lake, settings, entry([line(at=NOON + 3)], 11, ms=SOON + 1))
     late += deliver(lake, settings, entry([line(bpm=66)], 3))  # it came again, all of it
-    done = consolidate(lake, DAY, settings, watermarks=LATEST).require()
+    done = consolidate(lake, DAY, settings, watermarks=EVER).require()
     assert done.pending == 1 + len(late)
     assert (done.rows, done.unique, done.superseded) == (7, 4, 3)
     assert {one[2]: one[3] for one in rows_consolidated(lake)} == {
@@ -200,10 +200,11 @@ def test_a_crash_between_two_steps_of_a_restore(
 
 
 def test_how_many_rows_is_a_bound_where_they_may_have_come_twice(
-    lake: Lake, settings: Settings
+    lake: Lake, settings: Settings, copies: Path
 ) -> None:
-    [bad] = deliver(lake, settings, entry([line(), line(at=NOON + 1)], 0))
-    deliver(lake, settings, entry([line(), line(at=NOON + 1)], 0))
+    [bad] = deliver(lake, settings, entry([line(), line(bpm=80)], 0))
+    deliver(lake, settings, entry([line(), line(bpm=80)], 0))
+    copy = copied(bad.path, copies)
     lose(lake, settings, bad)
     found = accept(
         lake, lake.root / layout.DAMAGED / bad.path.relative_to(lake.root), settings
@@ -212,6 +213,26 @@ def test_how_many_rows_is_a_bound_where_they_may_have_come_twice(
     consolidate(lake, DAY, settings, rewrite=True, watermarks=LATEST).require()
     assert note(lake).mark(0) == LATEST[0]
     assert pruning.prune(lake, settings).fragments == 0, "a restore needs it to tell"
+    recovery.restore(lake, copy, settings)
+    assert pruning.prune(lake, settings).fragments == 0, "and so does its consolidation"
+    done = consolidate(lake, DAY, settings).require()
+    assert (done.rows, done.unique, done.replayed) == (2, 1, 2)
+    assert pruning.prune(lake, settings).fragments == 2
+
+
+def test_what_repeats_an_included_fragment_that_was_set_aside_waits_for_the_watermark(
+    lake: Lake, settings: Settings
+) -> None:
+    """Its drain died before it could acknowledge: survivors alone don't tell what came before."""
+    [bad] = deliver(lake, settings, entry([line(), line(bpm=80)], 0))
+    consolidate(lake, DAY, settings).require()
+    bad.path.write_bytes(b"PAR1")
+    damage.set_aside(lake, parquet.damaged(bad.path, "cut"), settings)
+    deliver(lake, settings, entry([line(), line(bpm=80)], 0))
+    assert consolidate(lake, DAY, settings).require().pending == 0
+    for _ in range(2):
+        done = consolidate(lake, DAY, settings, watermarks=LATEST).require()
+    assert (done.rows, done.unique, done.superseded) == (2, 1, 1)
 
 
 def test_nobody_can_tell_how_many(lake: Lake, settings: Settings) -> None:
