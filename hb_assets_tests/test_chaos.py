@@ -76,6 +76,7 @@ def test_an_end_that_nobody_brought_about(
 ) -> None:
     package = tmp_path / "chaos"
     package.mkdir()
+    (package / "__init__.py").touch()  # or the real one, farther on in the path, would be taken
     (package / "victim.py").write_text(f"import os, signal, sys; {end}")
     monkeypatch.setattr(members, "ROOT", tmp_path)
     log, faults = tmp_path / "log", members.Faults()

@@ -39,7 +39,7 @@ def test_something_else_at_a_key_is_a_clear_line_and_stops_no_drain(
     client: redis.Redis, settings: Settings
 ) -> None:
     client.set(keys.BEATS, "x")
-    with pytest.raises(BufferUnavailableError, match="WRONGTYPE"):
+    with pytest.raises(BufferUnavailableError, match="something else"):
         beats.look(client)
     consumer = Consumer(client, settings)
     consumer.open()
