@@ -455,16 +455,16 @@ def test_rebuild_overtaken_between_the_published_file_and_raw(
     deliver(lake, settings, entry([line(bpm=60)], 0))
     consolidate(lake, DAY, settings)
     shard = one_user(lake)
-    original = fragments.listed
+    original = consolidation._Task.listing
 
-    def listed(where: Lake, day: dt.date, shard: int) -> list[Fragment]:
-        found = original(where, day, shard)
-        monkeypatch.setattr(fragments, "listed", original)
+    def listing(task: Any) -> Any:
+        found = original(task)
+        monkeypatch.setattr(consolidation._Task, "listing", original)
         deliver(lake, settings, entry([line(bpm=70)], 1))
         consolidate(lake, DAY, settings, shards=[shard])
         return found
 
-    monkeypatch.setattr(fragments, "listed", listed)
+    monkeypatch.setattr(consolidation._Task, "listing", listing)
     consolidate(lake, DAY, settings, rebuild=True, shards=[shard]).require()
     assert_consolidated(lake, raw(lake))
     assert [one.faults for one in ledger.of_days(lake, settings, deep=True)] == [[]]
