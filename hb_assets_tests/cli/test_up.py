@@ -25,7 +25,7 @@ from hb_assets.settings import Settings
 
 pytestmark = pytest.mark.system
 
-START_SECONDS = 240
+START_SECONDS = 420
 
 
 class Installation:
@@ -137,7 +137,7 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(900)
 def test_from_the_sample_to_the_end(installation: Installation) -> None:
     """Sample adds up, killed members come back, others are refused, one SIGINT ends all."""
     process = installation.up("--json")
