@@ -5,8 +5,9 @@ may matter for: to a new process, or to one that has just read the file. Half of
 bytes that the question reads. The answer has to be right, or has to say that something is wrong. At
 the end some are asked again with every verification turned off, to see what it is good for.
 
-New processes are forks of one that has loaded everything and read nothing of the lake; some
-are started from scratch. Everything is decided by the seed and a damage's number.
+New processes are forks of one that has loaded everything and read nothing: libraries start threads
+for their first work, and a fork has none of them. Some are started from scratch. Everything is
+decided by the seed and a damage's number.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -27,6 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -191,7 +194,11 @@ def _bytes_read(path: Path, way: str) -> Sequence[int]:
 
 
 def in_fork(work: Callable[[], Answer]) -> Answer:
-    """What it comes to in a fork of this process; a fork that dies has told."""
+    """What it comes to in a fork of this process; a fork that dies has told.
+
+    Raises:
+        TimeoutError: it came to nothing in time.
+    """
     reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
@@ -207,8 +214,13 @@ def in_fork(work: Callable[[], Answer]) -> Answer:
             os._exit(0)
     os.close(writes)
     with os.fdopen(reads, "rb") as pipe:
-        told = pipe.read()
-    os.waitpid(child, 0)
+        try:
+            if not select.select([pipe], [], [], _PATIENCE_SECONDS)[0]:
+                raise TimeoutError("a fork gave no answer")
+            told = pipe.read()
+        finally:
+            os.kill(child, signal.SIGKILL)  # a whole answer is all that is wanted of it
+            os.waitpid(child, 0)
     found: Answer = pickle.loads(told) if told else Answer(told=True, trace="died")
     return found
 
@@ -431,37 +443,27 @@ def run(home: Path, count: int, seed: int, *, workers: int = 2, control: bool = 
         workers: processes that work side by side.
         control: with every verification off.
     """
-    _load()
     pristine = home / "lake"
     settings = specimen.settings_of(home, pristine)
-    if not pristine.exists():
-        made = in_fork(lambda: specimen.made(settings, seed))
-        if made.told:
-            raise RuntimeError(f"the lake can't be made: {made.trace}")
-    context = multiprocessing.get_context("fork")
-    with contextlib.nullcontext() if control else server.borrowed(settings):
-        ends = []
-        for number in range(workers):
-            ours, theirs = context.Pipe(duplex=False)
-            numbers = range(number, count, workers)
-            arguments = (theirs, home, pristine, number, numbers, seed, control)
-            process = context.Process(target=_work, args=arguments)
-            process.start()
-            theirs.close()
-            ends.append((process, ours))
-        total = Tally()
-        for process, ours in ends:
-            try:
-                total = total.plus(ours.recv())
-            except EOFError:
-                raise RuntimeError("a worker died") from None
-            finally:
-                process.join()
+    # one process for each piece of work, started from scratch: it is forked while it is clean
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _load, max_tasks_per_child=1
+    ) as pool:
+        if not pristine.exists():
+            pool.submit(specimen.made, settings, seed).result()
+        with contextlib.nullcontext() if control else server.borrowed(settings):
+            shares = [
+                pool.submit(_work, home, number, range(number, count, workers), seed, control)
+                for number in range(workers)
+            ]
+            total = Tally()
+            for share in shares:
+                total = total.plus(share.result())
     return total
 
 
 def _load() -> None:
-    """Load once what all forks need."""
+    """Load what forks need, once for all of a process."""
     for module in ("duckdb", "pandera.config", "polars", "pyarrow.dataset"):
         importlib.import_module(module)
     contracts.heartbeats_model()
@@ -469,15 +471,8 @@ def _load() -> None:
     load_commands()
 
 
-def _work(
-    pipe: Any,
-    home: Path,
-    pristine: Path,
-    number: int,
-    numbers: Sequence[int],
-    seed: int,
-    control: bool,  # a process' arguments
-) -> None:
+def _work(home: Path, number: int, numbers: Sequence[int], seed: int, control: bool) -> Tally:
+    pristine = home / "lake"
     worker = Worker(home, pristine, number + (100 if control else 0))
     tally = Tally()
     try:
@@ -485,9 +480,9 @@ def _work(
             for one in numbers:
                 damage = damage_of(one, seed, pristine, forks_only=control)
                 tally.add(damage, *worker.outcome(damage))
-        pipe.send(tally)
     finally:
         worker.close()
+    return tally
 
 
 def main() -> int:

@@ -88,8 +88,8 @@ def settings_of(home: Path, root: Path) -> Settings:
     return Settings(home=home, lake=str(root), shards=SHARDS, duckdb_threads=1, raw_keep="0s")
 
 
-def made(settings: Settings, seed: int) -> Answer:
-    """Make the lake that the settings name; nothing to answer."""
+def made(settings: Settings, seed: int) -> None:
+    """Make the lake that the settings name."""
     parquet.ROW_GROUP = _ROW_GROUP  # several row groups a file, as large ones have
     chance = random.Random(seed)
     lake = Lake.open(settings)
@@ -130,7 +130,6 @@ def made(settings: Settings, seed: int) -> Answer:
             last=loss.last,
         ),
     )
-    return Answer()
 
 
 def _lines(chance: random.Random, day: dt.date, users: Iterable[str], turn: int) -> list[bytes]:
