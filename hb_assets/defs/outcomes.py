@@ -103,7 +103,7 @@ def completeness(
         metadata={
             "bad_rows": "unknown" if None in rows else sum(filter(None, rows)),
             "expected": "every heartbeat of the day can be read, and its counts add up",
-            "found": f"{len(faults):,} faults" if faults else "so it is",
+            "found": f"faults: {len(faults):,}" if faults else "so it is",
         },
     )
 

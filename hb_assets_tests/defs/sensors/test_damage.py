@@ -71,7 +71,7 @@ def test_each_day_is_told_when_it_changes_and_not_again(
     assert judge(sensor.tick()) == [("complete", DAY, False)]
     [record] = instance.event_log_storage.get_asset_check_execution_history(COMPLETE, limit=1)
     assert str(path) in record.evaluation.description
-    assert record.evaluation.metadata["found"].value == "1 faults"
+    assert record.evaluation.metadata["found"].value == "faults: 1"
     latest = instance.get_latest_materialization_event(HEARTBEATS)
     target = record.evaluation.target_materialization_data
     assert target.run_id != latest.run_id, "that of the other day"
