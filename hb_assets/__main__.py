@@ -17,9 +17,9 @@ def main() -> None:
     """Run `hb`. Ctrl-C leaves no trace, even while the commands are being imported."""
     private.umask()
     try:
-        from hb_assets.cli.app import load_commands
+        from hb_assets.cli.app import run
 
-        load_commands()()
+        run(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
 

@@ -3,7 +3,7 @@
 Belongs here: the typer app, the `--json` option, the settings of this process, how errors end.
 Doesn't belong here: any command, and how results look (`output`).
 
-A command module registers itself and is named in `COMMANDS`:
+A command module registers itself, and each of its commands stands in `COMMANDS`:
 
     @app.command()
     def audit(context: typer.Context, as_json: AsJson = False) -> None:
@@ -18,39 +18,73 @@ not be done (one line on stderr says why); 130 ended by Ctrl-C.
 
 from __future__ import annotations
 
-import datetime as dt
 import errno
 import importlib
 import traceback
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from hb_assets import __version__
-from hb_assets import settings as settings_module
-from hb_assets.cli import output, state
-from hb_assets.days import parse_day
 from hb_assets.errors import HbError, SettingsError
-from hb_assets.settings import Settings
 
 if TYPE_CHECKING:
-    from hb_assets.lake.store import Lake
+    import datetime as dt
 
-COMMANDS = (
-    "up",
-    "serve",
-    "keys",
-    "draining",
-    "lake",
-    "quarantine",
-    "damaged",
-    "maintenance",
-    "status",
-    "backfill",
-    "sensors",
-)
-"""Modules of this package that register commands, in the order of `hb --help`."""
+    from hb_assets.lake.store import Lake
+    from hb_assets.settings import Settings
+
+COMMANDS = {
+    "up": ("up", "Start everything: buffer, gateway, Dagster. One Ctrl-C ends all of it."),
+    "down": ("up", "End the running `hb up` and wait until everything of it is gone."),
+    "serve": (
+        "serve",
+        "Serve the HTTP gateway alone, until Ctrl-C; `hb up` runs it together with all the rest.",
+    ),
+    "import": (
+        "draining",
+        "Bring files into the buffer, the way any heartbeat goes; importing twice changes nothing.",
+    ),
+    "drain": ("draining", "Bring heartbeats from the buffer into durable fragments of the lake."),
+    "consolidate": (
+        "lake",
+        "Deduplicate and sort days into consolidated files, check them, and make their minutes.",
+    ),
+    "query": (
+        "lake",
+        "Heart rate of one user over time, out of everything that is durable in the lake.",
+    ),
+    "audit": (
+        "lake",
+        "Reconcile the buffer and every day of the lake; exit code 1 when it doesn't add up.",
+    ),
+    "prune": (
+        "maintenance",
+        "Delete raw fragments that are consolidated and older than HB_RAW_KEEP, and leftovers.",
+    ),
+    "forget": (
+        "maintenance",
+        "Erase all heartbeats of a user that have arrived by now; nothing brings them back.",
+    ),
+    "status": (
+        "status",
+        "Show members, buffer, lake and alarms. Exit code 1 when there is an alarm.",
+    ),
+    "backfill": (
+        "backfill",
+        "Consolidate every day from FIRST to LAST that the lake holds, by Dagster, and wait for it.",
+    ),
+    "keys": ("keys", "API keys of the gateway."),
+    "quarantine": ("quarantine", "Records that couldn't be used."),
+    "damaged": ("damaged", "Damaged files, and what was lost with them."),
+    "sensors": ("sensors", "Dagster's sensors: list, start and stop them."),
+}
+"""Commands in the order of `hb --help`: the module of this package that has it, and what it does.
+
+One command's module is imported to run it, and none for the list of all: importing takes seconds.
+"""
 
 FAILED = 1
 REFUSED = 2
@@ -66,14 +100,14 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except HbError as error:
-            output.complain(str(error))
+            _complain(str(error))
             raise typer.Exit(REFUSED) from None
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise  # the reader of our output went away; typer ends quietly
-            output.complain(output.line(error))
+            _complain(error)
             raise typer.Exit(REFUSED) from None
         except (typer.Exit, typer.Abort, typer.TyperException):
             raise
@@ -82,16 +116,22 @@ class _Group(TyperGroup):
                 raise
             # an unforeseen message may quote a heartbeat: where it happened has to do
             last = traceback.extract_tb(error.__traceback__)[-1]
-            output.complain(
+            _complain(
                 f"unexpected {type(error).__name__} in {last.filename}:{last.lineno}; this is a "
                 "bug, HB_LOG_LEVEL=debug shows its trace"
             )
             raise typer.Exit(REFUSED) from None
 
 
+def _complain(about: str | OSError) -> None:
+    from hb_assets.cli import output
+
+    output.complain(about if isinstance(about, str) else output.line(about))
+
+
 def _debugging(context: typer.Context) -> bool:
-    settings = context.find_root().obj
-    return isinstance(settings, Settings) and settings.log_level == "debug"
+    settings: Settings | None = context.find_root().obj
+    return settings is not None and settings.log_level == "debug"
 
 
 app = typer.Typer(
@@ -131,12 +171,15 @@ def settings_of(context: typer.Context, *, agree: bool = True) -> Settings:
     Raises:
         SettingsError: a value can't be used, or differs from that of the running `hb up`.
     """
+    from hb_assets import settings as loading
+    from hb_assets.cli import output
+
     root = context.find_root()
     if root.obj is None:
-        for name, like in settings_module.unknown().items():
+        for name, like in loading.unknown().items():
             meant = f": is {like} meant?" if like else "; docs/settings.md lists them"
             output.note(f"warning: {name} is no setting{meant}", style="yellow")
-        root.obj = settings_module.load()
+        root.obj = loading.load()
     settings: Settings = root.obj
     if agree:
         _agree(settings)
@@ -144,6 +187,8 @@ def settings_of(context: typer.Context, *, agree: bool = True) -> Settings:
 
 
 def _agree(settings: Settings) -> None:
+    from hb_assets.cli import state
+
     up = state.running(settings)
     if up is None:
         return
@@ -187,6 +232,8 @@ def existing_lake(settings: Settings) -> Lake:
 
 def day_of(text: str, hint: str | None = None) -> dt.date:
     """The day that an argument names. Raises typer.BadParameter."""
+    from hb_assets.days import parse_day
+
     try:
         return parse_day(text)
     except ValueError:
@@ -204,6 +251,21 @@ def text_of(text: str, hint: str) -> str:
 
 def load_commands() -> typer.Typer:
     """The app with all its commands."""
-    for name in COMMANDS:
-        importlib.import_module(f"hb_assets.cli.{name}")
+    for module, _ in COMMANDS.values():
+        importlib.import_module(f"hb_assets.cli.{module}")
     return app
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the command that these arguments name, and exit; import no other."""
+    wanted = next((one for one in arguments if not one.startswith("-")), None)
+    if wanted in COMMANDS:
+        importlib.import_module(f"hb_assets.cli.{COMMANDS[wanted][0]}")
+    else:
+        for name, (_, purpose) in COMMANDS.items():
+            app.command(name, help=purpose)(_only_listed)
+    app(arguments)
+
+
+def _only_listed() -> None:
+    """Stands for a command where none is run."""

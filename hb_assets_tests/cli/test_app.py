@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -55,6 +57,30 @@ def test_every_command_has_help_and_json() -> None:
         result = CliRunner().invoke(app, [name, "--help"])
         assert result.exit_code == 0
         assert "--json" in result.stdout, name
+
+
+def test_the_list_of_commands_says_what_they_say() -> None:
+    commands = typer.main.get_command(frame.load_commands()).commands
+    said = {name: one.help.split("\n\n")[0].replace("\n", " ") for name, one in commands.items()}
+    assert said == {name: purpose for name, (_, purpose) in frame.COMMANDS.items()}
+    assert list(said) == list(frame.COMMANDS)
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_the_list_of_commands_imports_none_of_them(option: str) -> None:
+    """It came after two seconds, for what no reader of it wants."""
+    heavy = {"duckdb", "pyarrow", "pydantic", "redis", "uvicorn", "hb_assets.settings"}
+    program = (
+        "import atexit, sys; from hb_assets.cli.app import run; "
+        f"atexit.register(lambda: print('heavy:', {heavy}.intersection(sys.modules))); "
+        f"run([{option!r}])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("heavy: set()\n")
+    assert option == "--version" or "quarantine" in done.stdout
 
 
 QUERY = ("query", "u1", "--start", "2025-01-15", "--end", "2025-01-16")
