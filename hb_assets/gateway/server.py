@@ -71,7 +71,19 @@ def serve_on(
     listener: socket.socket, settings: Settings, ready: Callable[[], None] | None = None
 ) -> None:
     """Serve a listening socket with this process alone. Raises what `serve` does."""
-    Server(settings, ready).serve_on(listener)
+
+    def begun() -> None:
+        # What was made up to here stays: the collector would go through half a million objects of
+        # libraries again and again, for 50 ms each time, while requests wait.
+        gc.collect()
+        gc.freeze()
+        if ready is not None:
+            ready()
+
+    try:
+        Server(settings, begun).serve_on(listener)
+    finally:
+        gc.unfreeze()
 
 
 class Server(uvicorn.Server):
@@ -113,18 +125,11 @@ class Server(uvicorn.Server):
             _stopped_by_signals(self),
             asyncio.Runner(loop_factory=lambda: _Loop(self._guard.head_seconds)) as runner,
         ):
-            try:
-                runner.run(serve_requests())
-            finally:
-                gc.unfreeze()
+            runner.run(serve_requests())
 
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        # What was made up to here stays: the collector would go through half a million objects of
-        # libraries again and again, for 50 ms each time, while requests wait.
-        gc.collect()
-        gc.freeze()
         if self._ready is not None:
             self._ready()
 

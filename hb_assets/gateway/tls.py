@@ -45,13 +45,14 @@ def client_context(settings: Settings) -> ssl.SSLContext | bool:
     """What httpx verifies this machine's own gateway with, whatever address it is reached by.
 
     Exactly the certificate of HB_GATEWAY_CERT is trusted, whatever names it carries: it is seldom
-    made out for the loopback address.
+    made out for the loopback address. Without one the gateway speaks plain HTTP: nothing is
+    verified then, and reading the certificates of this machine would take a tenth of a second.
 
     Raises:
         SettingsError: the certificate can't be read.
     """
     if settings.gateway_cert is None:
-        return True
+        return False
     cert = settings.gateway_cert.expanduser()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False

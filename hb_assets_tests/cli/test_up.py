@@ -180,7 +180,7 @@ def test_from_the_sample_to_the_end(installation: Installation) -> None:
 
     def healthy() -> bool:
         try:
-            return httpx.get(health, trust_env=False).is_success
+            return httpx.get(health, trust_env=False, verify=False).is_success
         except httpx.HTTPError:
             return False
 

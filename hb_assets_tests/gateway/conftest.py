@@ -29,6 +29,11 @@ def heartbeat(**changes: Any) -> dict[str, Any]:
     return valid | changes
 
 
+def plain_client(url: str, **options: Any) -> httpx.Client:
+    """A client for plain HTTP: it reads no certificates, which takes a tenth of a second."""
+    return httpx.Client(base_url=url, timeout=30, verify=False, **options)
+
+
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[httpx.Client]:
     """A client of a gateway that serves these settings."""
@@ -40,7 +45,7 @@ def running(settings: Settings) -> Iterator[httpx.Client]:
             wait_for(lambda: server.started or not thread.is_alive(), "the gateway to start")
             assert server.started
             host, port = listener.getsockname()
-            with httpx.Client(base_url=f"http://{host}:{port}", timeout=30) as client:
+            with plain_client(f"http://{host}:{port}") as client:
                 yield client
         finally:
             server.should_exit = True

@@ -21,7 +21,7 @@ from hb_assets.gateway.problems import MEDIA_TYPE, ProblemError
 from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 from hb_assets_tests.conftest import VALKEY
-from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
+from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, plain_client
 
 Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
 
@@ -220,7 +220,7 @@ def test_concurrent_posts_are_all_stored(
     http: httpx.Client, client: Any, settings: Settings
 ) -> None:
     def post(worker: int) -> None:
-        with httpx.Client(base_url=http.base_url) as own:
+        with plain_client(str(http.base_url)) as own:
             for n in range(20):
                 body = heartbeat(user_id=f"u{worker}", heart_rate=50 + n)
                 assert own.post(PATH, json=body).status_code == 200

@@ -17,7 +17,7 @@ from hb_assets.gateway import keyring
 from hb_assets.gateway.limits import _network
 from hb_assets.settings import Quota, Settings
 from hb_assets_tests.conftest import VALKEY
-from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
+from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, plain_client
 from hb_assets_tests.gateway.test_heartbeats import problem, stored
 
 Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
@@ -173,7 +173,7 @@ def test_a_flood_of_one_user_does_not_slow_another(serving: Serving, settings: S
         over = threading.Event()
 
         def flood() -> None:
-            with httpx.Client(base_url=http.base_url) as noisy:
+            with plain_client(str(http.base_url)) as noisy:
                 while not over.is_set():
                     noise(noisy)
 

@@ -29,7 +29,7 @@ from hb_assets.gateway.spool import Spool
 from hb_assets.record import shard_of
 from hb_assets.settings import Quota, Settings
 from hb_assets_tests.conftest import SERVERS
-from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, running
+from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, plain_client, running
 from hb_assets_tests.gateway.test_heartbeats import problem, stored
 from hb_assets_tests.gateway.test_metrics import samples
 from hb_assets_tests.gateway.test_server import Redis, process
@@ -96,7 +96,7 @@ def test_fault_06_redis_away_loses_nothing(redis: Redis, settings: Settings, spo
 
     def client(worker: int) -> None:
         url = f"http://127.0.0.1:{served.gateway_port}"
-        with httpx.Client(base_url=url, timeout=30) as http:
+        with plain_client(url) as http:
             while not ending.is_set():
                 counts[worker] += 1
                 moment = 1_736_935_200_000 + counts[worker] * 100
@@ -202,7 +202,7 @@ def test_two_processes_that_spool_and_replay_keep_each_users_order(
         sent[user] = []
         with contextlib.ExitStack() as stack:
             urls = [f"http://127.0.0.1:{one.gateway_port}" for one in served]
-            https = [stack.enter_context(httpx.Client(base_url=u, timeout=30)) for u in urls]
+            https = [stack.enter_context(plain_client(u)) for u in urls]
             moment = 1_736_935_200_000
             while not ending.is_set():
                 moment += 1

@@ -23,7 +23,7 @@ from hb_assets.errors import (
 from hb_assets.gateway.server import bound, serve
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
-from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, running
+from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, plain_client, running
 from hb_assets_tests.gateway.test_heartbeats import stored
 from hb_assets_tests.servers import accepts, free_port, server_program, wait_for
 
@@ -85,7 +85,7 @@ def test_stopping_loses_nothing_that_was_accepted(
     def post(worker: int) -> None:
         with (
             contextlib.suppress(httpx.TransportError),
-            httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http,
+            plain_client(f"http://127.0.0.1:{port}") as http,
         ):
             for n in range(100_000):
                 moment = 1_736_935_200_000 + n

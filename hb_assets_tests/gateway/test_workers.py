@@ -19,7 +19,7 @@ from hb_assets.gateway.workers import Workers
 from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings, environment
 from hb_assets_tests.conftest import VALKEY
-from hb_assets_tests.gateway.conftest import PATH, heartbeat
+from hb_assets_tests.gateway.conftest import PATH, heartbeat, plain_client
 from hb_assets_tests.gateway.test_metrics import accepted, samples
 from hb_assets_tests.servers import free_port, wait_for
 
@@ -41,7 +41,7 @@ def serving(settings: Settings) -> Iterator[tuple[psutil.Process, httpx.Client]]
         told = "".join(iter(process.stdout.readline, "}\n")) + "}"
         url = json.loads(told)["gateway"]
         limits = httpx.Limits(max_keepalive_connections=0)
-        with httpx.Client(base_url=url, limits=limits, timeout=20) as http:
+        with plain_client(url, limits=limits) as http:
             yield psutil.Process(process.pid), http
     finally:
         with contextlib.suppress(ProcessLookupError):
