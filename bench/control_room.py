@@ -32,9 +32,10 @@ import psutil
 from rich.console import Console
 
 from bench import ages
-from bench.servers import PATIENCE_SECONDS, ROOT, free_port
+from bench.servers import PATIENCE_SECONDS, ROOT
 from bench.table import Report, Row, machine
 from hb_assets.buffer import server
+from hb_assets.buffer.server import free_port
 from hb_assets.cli import state
 from hb_assets.cli.control_room import ControlRoom
 from hb_assets.definitions import of

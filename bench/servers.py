@@ -10,7 +10,6 @@ import dataclasses
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -92,7 +91,7 @@ def gateway(
 
     As `hb serve` serves it, or the same application by granian, with one worker.
     """
-    port = free_port()
+    port = server.free_port()
     _, api_key = keyring.create(Settings(home=folder), "bench", (keyring.INGEST, keyring.READ))
     environment = {
         "HB_HOME": str(folder),
@@ -113,7 +112,7 @@ def gateway(
 @contextlib.contextmanager
 def app(module: str, folder: Path, **environment: str) -> Iterator[Served]:
     """An app of this package, on the same server as the gateway."""
-    port = free_port()
+    port = server.free_port()
     argv = [sys.executable, "-m", "bench.host", module, str(port)]
     with _serving(argv, environment, port, folder) as found:
         yield found
@@ -167,9 +166,3 @@ def _await_answer(
                     f"{log.read_text(errors='replace')[-2000:]}"
                 ) from None
             time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -18,7 +18,6 @@ import json
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -42,6 +41,7 @@ from chaos.proxy import Proxy
 from chaos.report import Report
 from hb_assets import days
 from hb_assets.buffer import server
+from hb_assets.buffer.server import free_port
 from hb_assets.settings import Settings
 
 CLIENTS = 8
@@ -99,7 +99,7 @@ class Run:
             "log_level": "warning",
         }
         self._plain = environment(
-            **self._common, gateway_port=_free_port(), dagster_port=_free_port()
+            **self._common, gateway_port=free_port(), dagster_port=free_port()
         )
 
     def run(self) -> Report:
@@ -107,7 +107,7 @@ class Run:
         with ExitStack() as stack:
             settings = Settings(home=self._home)
             to_server = _proxy(stack, str(settings.run_dir / "redis.sock"))
-            to_gateways = [_proxy(stack, _free_port()) for _ in range(self._demand.crew["gateway"])]
+            to_gateways = [_proxy(stack, free_port()) for _ in range(self._demand.crew["gateway"])]
             buffer = BufferServer(settings, to_server)
             buffer.start()
             stack.callback(buffer.end)
@@ -268,12 +268,6 @@ def _proxy(stack: ExitStack, upstream: str | int) -> Proxy:
     proxy = Proxy(upstream)
     stack.callback(proxy.close)
     return proxy
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> int:

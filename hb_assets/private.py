@@ -7,6 +7,7 @@ children write; what may also be made in somebody else's process says so itself.
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 FOLDER, FILE = 0o700, 0o600
@@ -36,7 +37,19 @@ def opener(path: str, flags: int) -> int:
     return os.open(path, flags, FILE)
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file, made or made anew."""
-    with open(path, "wb", opener=opener) as file:
-        file.write(data)
+def replace(path: Path, data: bytes) -> None:
+    """Write a file at once: whoever reads sees the old one or the new one, after a crash too.
+
+    Raises:
+        OSError: it can't be written; the old one is still there.
+    """
+    temp = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    try:
+        with open(temp, "xb", opener=opener) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temp.replace(path)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise

@@ -20,6 +20,8 @@ ORDER = ("user_id", "timestamp", "device_id")
 """Sort order of consolidated files: one user's readings side by side, in time order."""
 ARRIVAL = tuple(field.name for field in msgspec.structs.fields(Arrival))
 """Columns of a row's identity, in arrival order."""
+IDENTITY = ", ".join(ARRIVAL)
+"""They, as SQL has them."""
 
 
 def _integer(field: inspect.IntType) -> pa.DataType:

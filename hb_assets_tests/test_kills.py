@@ -18,6 +18,7 @@ from chaos.points import Point
 from hb_assets import days
 from hb_assets.audit import audit
 from hb_assets.buffer import depth, keys
+from hb_assets.buffer.server import free_port
 from hb_assets.buffer.watermark import watermarks
 from hb_assets.drain import drain
 from hb_assets.errors import HbError
@@ -37,7 +38,7 @@ from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 from hb_assets_tests import victims
 from hb_assets_tests.lake.deliveries import consolidated, line, raw, survivors
-from hb_assets_tests.servers import accepts, free_port, wait_for
+from hb_assets_tests.servers import accepts, wait_for
 from hb_assets_tests.test_drain import append, beat, consuming, settled, users
 
 VALKEY, BOTH = ("valkey",), ("valkey", "redis")

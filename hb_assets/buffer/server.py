@@ -92,11 +92,12 @@ def prepare(settings: Settings) -> ServerFiles:
             )
         lines += ["port 0", f"unixsocket {_quoted(path)}", "unixsocketperm 700"]
     else:
-        port, password = _free_port(), secrets.token_urlsafe(32)
+        port, password = free_port(), secrets.token_urlsafe(32)
         lines += ["bind 127.0.0.1", f"port {port}", f"requirepass {password}"]
-        _write(settings.run_dir / "redis.url", f"redis://:{password}@127.0.0.1:{port}/0\n")
+        address = f"redis://:{password}@127.0.0.1:{port}/0\n"
+        private.replace(settings.run_dir / "redis.url", address.encode())
     conf = settings.run_dir / "redis.conf"
-    _write(conf, "\n".join(lines) + "\n")
+    private.replace(conf, ("\n".join(lines) + "\n").encode())
     # The supervisor starts the next one while the last one may still be going.
     launcher = [sys.executable, "-I", "-S", launch.__file__, str(_lock_path(settings)), "15"]
     return ServerFiles([*launcher, str(binary), str(conf)], url(settings), log)
@@ -354,14 +355,6 @@ def _make_folders(settings: Settings) -> None:
             ) from None
 
 
-def _write(path: Path, text: str) -> None:
-    """Put a private file in place at once."""
-    temp = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    temp.touch(0o600, exist_ok=False)
-    temp.write_text(text, encoding="utf-8")
-    temp.replace(path)
-
-
 def _quoted(path: Path) -> str:
     """A path as a configuration's argument, whatever characters it has."""
     escaped = "".join(
@@ -380,7 +373,8 @@ def _accepts(path: Path) -> bool:
         return True
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that is free on the loopback now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -20,7 +20,6 @@ import httpx
 import msgspec
 
 from hb_assets.buffer import connection, server
-from hb_assets.cli import supervision
 from hb_assets.cli.control_room import ControlRoom
 from hb_assets.errors import HbError
 from hb_assets.gateway import tls
@@ -105,7 +104,7 @@ def _code_server(settings: Settings) -> tuple[Member, Path]:
         option = ("--socket", path)
         ready = partial(_listens, socket.AF_UNIX, path)
     else:
-        port = supervision.free_port()
+        port = server.free_port()
         where = {"host": "127.0.0.1", "port": port}
         option = ("--port", str(port))
         ready = partial(_listens, socket.AF_INET, ("127.0.0.1", port))

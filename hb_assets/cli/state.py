@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from hb_assets import private
 from hb_assets.settings import Settings
 
 
@@ -95,10 +96,7 @@ def running(settings: Settings) -> UpState | None:
 
 def write(settings: Settings, up: UpState) -> None:
     """Replace the state file; readers see the old one or the new one."""
-    target = path(settings)
-    temp = target.with_suffix(".tmp")
-    temp.write_bytes(msgspec.json.encode(up))
-    temp.replace(target)
+    private.replace(path(settings), msgspec.json.encode(up))
 
 
 def identify(processes: Iterable[psutil.Process]) -> tuple[Identity, ...]:

@@ -16,20 +16,20 @@ import re
 import secrets
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 import xmlrpc.client
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
+from hb_assets.buffer import server
 from hb_assets.cli import state
 from hb_assets.cli.state import Identity, MemberState
 from hb_assets.errors import HbError, SettingsError
@@ -39,14 +39,6 @@ STOP_SECONDS = 15
 """How long one member may take to end before it is killed."""
 _POLL_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
-
-
-def free_port() -> int:
-    """A TCP port that is free on the loopback now."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Supervisor:
@@ -216,7 +208,7 @@ class Supervisor:
         if len(os.fsencode(path)) <= SOCKET_PATH_BYTES:
             listener = ["[unix_http_server]", f"file = {_value(path)}", "chmod = 0600", *login]
             return f"unix://{path}", listener
-        port = free_port()
+        port = server.free_port()
         return (
             f"http://127.0.0.1:{port}",
             ["[inet_http_server]", f"port = 127.0.0.1:{port}", *login],

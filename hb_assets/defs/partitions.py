@@ -47,9 +47,7 @@ def keep_first_day(settings: Settings, first: dt.date) -> None:
         kept = None
     if kept is None or first < kept:
         private.make_folder(path.parent)
-        temp = path.with_suffix(".tmp")
-        private.write(temp, f"{first}\n".encode("ascii"))
-        temp.replace(path)
+        private.replace(path, f"{first}\n".encode("ascii"))
 
 
 def daily(first: dt.date, settings: Settings) -> dg.DailyPartitionsDefinition:

@@ -13,7 +13,6 @@ import contextlib
 import datetime as dt
 import hashlib
 import hmac
-import os
 import re
 import secrets
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ import msgspec
 from filelock import FileLock, Timeout
 from msgspec import Meta
 
+from hb_assets import private
 from hb_assets.errors import HbError, SettingsError
 from hb_assets.lake.files import make_folder, sync_folder
 from hb_assets.settings import Settings
@@ -211,13 +211,6 @@ def _locked(settings: Settings) -> Iterator[Path]:
 
 def _write(file: Path, keys: tuple[Key, ...]) -> None:
     """Replace the file; a reader sees the old one or the new one, after a power cut too."""
-    temp = file.with_suffix(".tmp")
-    temp.unlink(missing_ok=True)
-    handle = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(handle, "wb") as opened:  # noqa: PTH123  # a descriptor has no path
-        opened.write(msgspec.json.format(msgspec.json.encode(_File(FORMAT, keys)), indent=2))
-        opened.write(b"\n")
-        opened.flush()
-        os.fsync(handle)
-    temp.replace(file)
+    text = msgspec.json.format(msgspec.json.encode(_File(FORMAT, keys)), indent=2)
+    private.replace(file, text + b"\n")
     sync_folder(file.parent)

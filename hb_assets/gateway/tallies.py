@@ -128,9 +128,7 @@ class Tallies:
                 counts.levels = {}
                 kept.counts.add(counts)
         kept.taken = sorted(ended)
-        temp = self._folder / "kept.new"
-        private.write(temp, msgspec.json.encode(kept))
-        temp.replace(self._folder / "kept")
+        private.replace(self._folder / "kept", msgspec.json.encode(kept))
         for name in ended:
             (self._folder / name).unlink()
 

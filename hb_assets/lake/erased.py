@@ -21,7 +21,7 @@ from hb_assets.lake.engine import engine
 from hb_assets.lake.files import TempFile
 from hb_assets.lake.layout import ERASED, FragmentName
 from hb_assets.lake.store import FORMAT, Lake
-from hb_assets.schema import ARRIVAL, HEARTBEATS
+from hb_assets.schema import ARRIVAL, HEARTBEATS, IDENTITY
 from hb_assets.settings import Settings
 
 SCHEMA: pa.Schema = pa.schema([HEARTBEATS.field(name) for name in ARRIVAL])
@@ -88,11 +88,10 @@ def _not_in_raw(lake: Lake, rows: pa.Table, settings: Settings) -> pa.Table:
         return connection.sql(_NOT_IN_RAW).to_arrow_table().cast(SCHEMA)
 
 
-_IDENTITY = ", ".join(ARRIVAL)
 _NOT_IN_RAW = f"""
-SELECT {_IDENTITY} FROM taken
-ANTI JOIN (SELECT {_IDENTITY} FROM raw) AS known
-USING ({_IDENTITY})
+SELECT {IDENTITY} FROM taken
+ANTI JOIN (SELECT {IDENTITY} FROM raw) AS known
+USING ({IDENTITY})
 """
 
 

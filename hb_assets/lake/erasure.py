@@ -39,7 +39,7 @@ from hb_assets.lake.layout import DAMAGED, QUARANTINE, FragmentName
 from hb_assets.lake.store import Lake
 from hb_assets.lake.tombstones import Cutoffs
 from hb_assets.record import shard_of
-from hb_assets.schema import ARRIVAL
+from hb_assets.schema import ARRIVAL, IDENTITY
 from hb_assets.schema import QUARANTINE as QUARANTINE_SCHEMA
 from hb_assets.settings import Settings
 
@@ -54,14 +54,13 @@ FROM rows WHERE user_id = $user GROUP BY arrival_shard
 """
 
 
-_IDENTITY = ", ".join(ARRIVAL)
 _COPIES = f"""
-SELECT count(*) FROM quarantine SEMI JOIN (SELECT {_IDENTITY} FROM raw) AS rows
-USING ({_IDENTITY})
+SELECT count(*) FROM quarantine SEMI JOIN (SELECT {IDENTITY} FROM raw) AS rows
+USING ({IDENTITY})
 """
 _OTHERS = f"""
-SELECT * EXCLUDE (filename) FROM quarantine ANTI JOIN (SELECT {_IDENTITY} FROM raw) AS rows
-USING ({_IDENTITY})
+SELECT * EXCLUDE (filename) FROM quarantine ANTI JOIN (SELECT {IDENTITY} FROM raw) AS rows
+USING ({IDENTITY})
 """
 
 

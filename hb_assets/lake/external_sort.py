@@ -18,7 +18,7 @@ from hb_assets.lake import parquet, verified
 from hb_assets.lake.engine import engine, figures
 from hb_assets.lake.inputs import Inputs
 from hb_assets.lake.tombstones import Cutoffs
-from hb_assets.schema import ARRIVAL, KEY, ORDER
+from hb_assets.schema import ARRIVAL, IDENTITY, KEY, ORDER
 from hb_assets.schema import HEARTBEATS as SCHEMA
 from hb_assets.settings import Settings
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import duckdb
 
 _COLUMNS = ", ".join(SCHEMA.names)
-_IDENTITY = ", ".join(ARRIVAL)
 _ROW = ", ".join((*KEY, *ARRIVAL))
 _SORT = ", ".join((*ORDER, *ARRIVAL))
 _LATE = (
@@ -48,9 +47,9 @@ _UNKNOWN = f"""
 """
 _ERASED_BEFORE = f"""
  LEFT JOIN (
-    SELECT DISTINCT {_IDENTITY}, true AS counted
+    SELECT DISTINCT {IDENTITY}, true AS counted
     FROM erased_before
- ) AS before USING ({_IDENTITY})
+ ) AS before USING ({IDENTITY})
 """
 # Each part is there only where it is needed: most merges know of nothing that comes again.
 _NEW = {

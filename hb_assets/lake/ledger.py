@@ -35,7 +35,7 @@ from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.inputs import Inputs
 from hb_assets.lake.layout import RAW
 from hb_assets.lake.store import Lake
-from hb_assets.schema import ARRIVAL, KEY, MINUTES
+from hb_assets.schema import IDENTITY, KEY, MINUTES
 from hb_assets.settings import Settings
 
 
@@ -59,7 +59,6 @@ class DayLedger:
     faults: list[str] = field(default_factory=list)
 
 
-_IDENTITY = ", ".join(ARRIVAL)
 _DISTINCT_KEYS = f"""
 SELECT count(*) FROM (
     SELECT DISTINCT {", ".join(KEY)} FROM raw
@@ -67,7 +66,7 @@ SELECT count(*) FROM (
 """
 _IN_BOTH = f"""
 SELECT count(*) FROM (
-    SELECT DISTINCT {_IDENTITY} FROM raw SEMI JOIN quarantined USING ({_IDENTITY})
+    SELECT DISTINCT {IDENTITY} FROM raw SEMI JOIN quarantined USING ({IDENTITY})
 )
 """
 
@@ -296,13 +295,13 @@ def _of_sound(
 
 _ERASED = f"""
 SELECT count(*) FROM (
-    SELECT DISTINCT {_IDENTITY} FROM erased
+    SELECT DISTINCT {IDENTITY} FROM erased
 )
 """
 _ERASED_BUT_NOT_IN_QUARANTINE = f"""
 SELECT count(*) FROM (
-    SELECT DISTINCT {_IDENTITY} FROM erased
-    ANTI JOIN (SELECT {_IDENTITY} FROM quarantine) AS kept USING ({_IDENTITY})
+    SELECT DISTINCT {IDENTITY} FROM erased
+    ANTI JOIN (SELECT {IDENTITY} FROM quarantine) AS kept USING ({IDENTITY})
 )
 """
 

@@ -39,7 +39,7 @@ from hb_assets.lake.files import sync_file, sync_folder
 from hb_assets.lake.fragments import Fragment
 from hb_assets.lake.layout import HEARTBEATS, QUARANTINE, RAW, FragmentName
 from hb_assets.lake.store import Lake
-from hb_assets.schema import ARRIVAL
+from hb_assets.schema import IDENTITY
 from hb_assets.settings import Settings
 
 Allowed = Callable[[Fragment], bool]
@@ -279,11 +279,10 @@ def _needless(
     return _apart(lake, free, connection)
 
 
-_IDENTITY = ", ".join(ARRIVAL)
 _HELD = f"""
 SELECT DISTINCT filename FROM raw
-SEMI JOIN (SELECT {_IDENTITY} FROM quarantine) AS quarantined
-USING ({_IDENTITY})
+SEMI JOIN (SELECT {IDENTITY} FROM quarantine) AS quarantined
+USING ({IDENTITY})
 """
 
 

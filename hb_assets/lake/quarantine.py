@@ -31,7 +31,7 @@ from hb_assets.lake.files import TempFile
 from hb_assets.lake.layout import QUARANTINE, RELEASED, FragmentName
 from hb_assets.lake.store import FORMAT, Lake
 from hb_assets.record import Arrival
-from hb_assets.schema import ARRIVAL, duckdb_columns
+from hb_assets.schema import ARRIVAL, IDENTITY, duckdb_columns
 from hb_assets.schema import QUARANTINE as SCHEMA
 from hb_assets.settings import Settings
 
@@ -163,7 +163,6 @@ def read(path: Path) -> pa.Table:
         return file.read()
 
 
-_IDENTITY = ", ".join(ARRIVAL)
 _TABLES = f"""
 CREATE TEMP TABLE marks ({", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())});
 CREATE TEMP TABLE quarantined AS
@@ -171,28 +170,28 @@ CREATE TEMP TABLE quarantined AS
         CAST(NULL AS TIMESTAMP WITH TIME ZONE) AS written
     FROM marks;
 """
-_MARK = f"INSERT INTO marks SELECT DISTINCT {_IDENTITY} FROM files"
+_MARK = f"INSERT INTO marks SELECT DISTINCT {IDENTITY} FROM files"
 _CHOOSE = f"""
 INSERT INTO quarantined
-SELECT {_IDENTITY}, reason, marked IS NOT NULL AS released, written
+SELECT {IDENTITY}, reason, marked IS NOT NULL AS released, written
 FROM (
-    SELECT {_IDENTITY}, arg_min(reason, quarantined_at) AS reason, min(quarantined_at) AS written
+    SELECT {IDENTITY}, arg_min(reason, quarantined_at) AS reason, min(quarantined_at) AS written
     FROM files {{only}}
     WHERE $after_ms IS NULL
-        OR ({_IDENTITY}) > (CAST($after_ms AS UBIGINT), CAST($after_seq AS UBIGINT),
+        OR ({IDENTITY}) > (CAST($after_ms AS UBIGINT), CAST($after_seq AS UBIGINT),
             CAST($after_shard AS SMALLINT), CAST($after_pos AS INTEGER))
-    GROUP BY {_IDENTITY}
-) LEFT JOIN (SELECT DISTINCT {_IDENTITY}, true AS marked FROM marks) USING ({_IDENTITY})
+    GROUP BY {IDENTITY}
+) LEFT JOIN (SELECT DISTINCT {IDENTITY}, true AS marked FROM marks) USING ({IDENTITY})
 WHERE ($reason IS NULL OR reason = $reason) AND NOT ($kept AND marked IS NOT NULL)
 """
-_FIRST = f"ORDER BY {_IDENTITY} LIMIT $most"
-_ONLY_WANTED = f"SEMI JOIN wanted USING ({_IDENTITY})"
+_FIRST = f"ORDER BY {IDENTITY} LIMIT $most"
+_ONLY_WANTED = f"SEMI JOIN wanted USING ({IDENTITY})"
 _FETCH = f"""
-SELECT found.raw, quarantined.reason, found.message, {_IDENTITY}, found.attempts,
+SELECT found.raw, quarantined.reason, found.message, {IDENTITY}, found.attempts,
     epoch_ms(quarantined.written) AS quarantined_at, quarantined.released
-FROM files AS found JOIN quarantined USING ({_IDENTITY})
+FROM files AS found JOIN quarantined USING ({IDENTITY})
 WHERE found.quarantined_at = quarantined.written
-ORDER BY {_IDENTITY}
+ORDER BY {IDENTITY}
 """
 _COUNT = "SELECT reason, count(*), count(*) FILTER (released) FROM quarantined GROUP BY reason"
 

@@ -19,9 +19,9 @@ from hb_assets.buffer import keys
 from hb_assets.buffer.connection import connect_async
 from hb_assets.buffer.depth import depths, scanned
 from hb_assets.buffer.producer import AsyncProducer, Joined, Producer
+from hb_assets.buffer.server import free_port
 from hb_assets.errors import BufferFullError, BufferUnavailableError
 from hb_assets.settings import Settings
-from hb_assets_tests.servers import free_port
 
 LINE = b'{"user_id":"u1"}'
 

@@ -20,6 +20,7 @@ import httpx
 import psutil
 import pytest
 
+from hb_assets.buffer.server import free_port
 from hb_assets.gateway.spool import Spool
 from hb_assets.settings import Settings
 
@@ -112,13 +113,6 @@ def installation() -> Iterator[Installation]:
     for started in made.started:
         started.wait(30)
     shutil.rmtree(folder)
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def wait_for(condition: Callable[[], object], seconds: float) -> None:

@@ -22,6 +22,7 @@ from pydantic import SecretStr
 from hb_assets.buffer import keys
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.producer import Producer
+from hb_assets.buffer.server import free_port
 from hb_assets.errors import BufferUnavailableError, SpoolUnavailableError
 from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.replay import Replayer
@@ -33,7 +34,7 @@ from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, plain_clien
 from hb_assets_tests.gateway.test_heartbeats import problem, stored
 from hb_assets_tests.gateway.test_metrics import samples
 from hb_assets_tests.gateway.test_server import Redis, process
-from hb_assets_tests.servers import free_port, wait_for
+from hb_assets_tests.servers import wait_for
 
 Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
 SHARDS = 4

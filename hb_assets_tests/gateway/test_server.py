@@ -14,6 +14,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
+from hb_assets.buffer.server import free_port
 from hb_assets.errors import (
     AlreadyRunningError,
     BufferUnavailableError,
@@ -25,7 +26,7 @@ from hb_assets.lake.store import Lake
 from hb_assets.settings import Settings
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, plain_client, running
 from hb_assets_tests.gateway.test_heartbeats import stored
-from hb_assets_tests.servers import accepts, free_port, server_program, wait_for
+from hb_assets_tests.servers import accepts, server_program, wait_for
 
 PROGRAM = """
 from hb_assets import settings

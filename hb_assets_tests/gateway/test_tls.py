@@ -12,13 +12,13 @@ import httpx
 import pytest
 import trustme
 
+from hb_assets.buffer.server import free_port
 from hb_assets.errors import SettingsError
 from hb_assets.gateway import keyring, tls
 from hb_assets.gateway.server import serve
 from hb_assets.settings import Settings
 from hb_assets_tests.gateway.conftest import PATH, heartbeat, running
 from hb_assets_tests.gateway.test_server import process
-from hb_assets_tests.servers import free_port
 
 ENCRYPTED = """-----BEGIN ENCRYPTED PRIVATE KEY-----
 MIGbMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAi5Z5wRW85M2wICCAAw
