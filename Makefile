@@ -19,6 +19,7 @@ $(GOALS):
 else
 
 BIN := .venv/bin
+RUNS := .venv/runs
 READY := .venv/ready
 COMPARED := .venv/compared
 
@@ -30,7 +31,7 @@ help: ## these lines
 setup: $(READY) ## .venv with everything, from constraints.txt
 	@echo 'ready: $(BIN)/hb'
 
-run: $(READY) ## the whole system with a sample, until Ctrl-C (ARGS=--once: ends after the sample)
+run: $(RUNS) ## the whole system with a sample, until Ctrl-C (ARGS=--once: ends after the sample)
 	@exec $(BIN)/hb up $(ARGS)
 
 test: $(READY) ## all tests (ARGS="-k name" and the like go to pytest; --fast leaves out the slow ones)
@@ -71,31 +72,38 @@ docs: $(READY) ## the generated pages
 
 # Resolved for the oldest Python that we support: what it can install, newer ones can too.
 constraints: $(READY) ## renew constraints.txt: the newest releases that pyproject.toml allows
-	@uv=$$(mktemp -d) && trap 'rm -rf "$$uv"' EXIT && \
-	$(BIN)/python -m pip install -qq --target "$$uv" uv && \
+	@new=$$(mktemp) && trap 'rm -f "$$new"' EXIT && $(PIP) uv && \
 	{ echo '# Every package that make setup and make bench install. Renew: make constraints'; \
-	  "$$uv/bin/uv" pip compile --quiet --system-certs --upgrade --extra dev --extra bench --python-version 3.11 \
+	  echo uv | $(BIN)/uv pip compile --quiet --system-certs --upgrade --extra dev --extra bench --python-version 3.11 \
 	    --python-platform linux --no-annotate --no-header --no-emit-index-url \
-	    --no-emit-find-links pyproject.toml; } > "$$uv/constraints.txt" && \
-	cp "$$uv/constraints.txt" constraints.txt
+	    --no-emit-find-links pyproject.toml -; } > "$$new" && \
+	cp "$$new" constraints.txt
+
+# Installs this tree with so many extras. uv takes seconds where pip takes a minute; pip does it where
+# uv can't be had, or doesn't find the way to the packages that pip's configuration tells.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --constraint constraints.txt
+install = { [ -x $(BIN)/uv ] || $(PIP) uv 2>/dev/null; } && $(BIN)/uv pip install --quiet --system-certs \
+  --python $(BIN)/python --constraint constraints.txt --editable '$(1)' 2>/dev/null || $(PIP) --editable '$(1)'
 
 # What make bench compares with, beside what make setup installs.
 $(COMPARED): $(READY)
-	@echo "installing what is compared with; the first time takes a minute" >&2; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
-	  --constraint constraints.txt --editable '.[bench]' && touch $@
+	@echo "installing what is compared with" >&2; $(call install,.[bench]) && touch $@
+
+# What tests, lint and types need, beside what runs.
+$(READY): $(RUNS)
+	@echo "installing what tests need" >&2; $(call install,.[dev]) && pwd -P > $@
 
 clean: ## remove .venv and caches; .hb (your data) stays
 	rm -rf .venv build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
 # A .venv is bound to its place and its Python: a moved folder or a Python that is gone needs another.
-HOLDS := [ "$$(cat $(READY))" = "$$(pwd -P)" ] && $(BIN)/python -c 'import pip'
+HOLDS := [ "$$(cat $(RUNS))" = "$$(pwd -P)" ] && $(BIN)/python -c 'import pip'
 ifneq ($(shell { $(HOLDS); } 2>/dev/null && echo yes),yes)
-.PHONY: $(READY)
+.PHONY: $(RUNS)
 endif
 
 # The newest Python that can make a venv; pyenv's shims and the like are tried, not trusted.
-$(READY): pyproject.toml setup.py constraints.txt
+$(RUNS): pyproject.toml setup.py constraints.txt
 	@found=; lame=; \
 	for python in $${PYTHON:-python3.14 python3.13 python3.12 python3.11 python3 python}; do \
 	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
@@ -113,8 +121,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	if ! { $(HOLDS); } 2>/dev/null; then \
 	  "$$found" -m venv --clear .venv || exit 2; \
 	fi; \
-	echo "setting up .venv with $$($(BIN)/python --version); the first time takes a minute or two" >&2; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
-	  --constraint constraints.txt --editable '.[dev]' && pwd -P > $@
+	echo "setting up .venv with $$($(BIN)/python --version): a quarter of a minute, by pip alone one or two" >&2; \
+	$(call install,.) && pwd -P > $@
 
 endif
