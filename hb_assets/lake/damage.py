@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,7 +143,7 @@ def set_aside(lake: Lake, error: DamagedFileError, settings: Settings) -> str | 
     """
     path = error.path
     place = None if path is None else Place.of(lake, path)
-    if path is None or place is None or _is_sound(lake, path, settings):
+    if path is None or place is None or is_sound_at(lake, path, place, settings):
         return None
     if place.kind == HEARTBEATS:
         if not raw_has_all(lake, path, place):
@@ -156,6 +158,13 @@ def set_aside(lake: Lake, error: DamagedFileError, settings: Settings) -> str | 
     target = move_aside(lake, path)
     if target is None:
         return f"{path} was damaged; another process has moved it away"
+    if is_sound_at(lake, target, place, settings):
+        # what came into its place after we had looked
+        with suppress(FileExistsError):
+            os.link(target, path)
+            sync_folder(path.parent)
+        target.unlink(missing_ok=True)
+        return f"{path} was damaged; another process has put a whole copy in its place"
     said = f"{path} was damaged and is now {target}: {rescue}"
     _log.error("%s", said)
     return said
@@ -174,9 +183,10 @@ def move_aside(lake: Lake, path: Path) -> Path | None:
     return target
 
 
-def _is_sound(lake: Lake, path: Path, settings: Settings) -> bool:
+def is_sound_at(lake: Lake, path: Path, place: Place, settings: Settings) -> bool:
+    """Whether a file is there and holds what may lie in a place. Raises OSError."""
     try:
-        examine(lake, path, settings)
+        examine_at(lake, path, place, settings)
     except (FileNotFoundError, DamagedFileError):
         return False
     return True

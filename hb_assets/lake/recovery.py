@@ -13,6 +13,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -44,7 +45,7 @@ from hb_assets.lake.consolidated import (
 from hb_assets.lake.consolidation import Lock, consolidate, no_lock
 from hb_assets.lake.damage import Place
 from hb_assets.lake.files import TempFile, make_folder, sync_folder
-from hb_assets.lake.fragments import Fragment, FragmentNote
+from hb_assets.lake.fragments import FragmentNote
 from hb_assets.lake.inputs import Inputs
 from hb_assets.lake.layout import DAMAGED, HEARTBEATS, RAW, FragmentName
 from hb_assets.lake.merge import Tally, merged
@@ -125,6 +126,7 @@ def _restore_fragment(
         _copy(copy, temp.path)
         if not _seals(name, temp.path):
             raise HbError(f"{copy} changed while it was copied: nothing was put back")
+        rows = parquet.footer(temp.path).num_rows
         if final.exists() and not _seals(name, final):
             damage.set_aside(lake, parquet.damaged(final, "a whole copy replaces it"), settings)
         try:
@@ -134,11 +136,23 @@ def _restore_fragment(
     given_up = accepted.file_of(lake, RAW, place.day, place.shard, final.stem)
     was_accepted = given_up.exists()
     accepted.remove(given_up)
+    _remove_aside(lake, final, name)
+    return Restored(final, rows, was_accepted)
+
+
+def _remove_aside(lake: Lake, final: Path, name: FragmentName) -> None:
+    """Remove the damaged file that a whole copy has replaced.
+
+    A consolidator that had found the damaged one may have set the whole one aside instead.
+    """
     aside = lake.root / DAMAGED / final.relative_to(lake.root)
-    if aside.exists():
-        aside.unlink(missing_ok=True)
+    if not aside.exists():
+        return
+    with TempFile(lake.root, final.parent) as taken, suppress(FileNotFoundError):
+        aside.rename(taken.path)
         sync_folder(aside.parent)
-    return Restored(final, Fragment(name, final).rows, was_accepted)
+        if not final.exists() and _seals(name, taken.path):
+            taken.publish_new(final)
 
 
 def _restore_consolidated(lake: Lake, copy: Path, place: Place, settings: Settings) -> Restored:
@@ -155,7 +169,7 @@ def _restore_consolidated(lake: Lake, copy: Path, place: Place, settings: Settin
                 f"{copy} lacks what the published file of day {day}, shard {shard:02d} includes and "
                 f"raw no longer has ({lacking:,} fragments): nothing was put back"
             )
-        if not stems and _is_sound(lake, final, settings):
+        if not stems and damage.is_sound_at(lake, final, place, settings):
             raise HbError(f"{final} is sound and lacks nothing: nothing was put back")
         temp.publish_replacing(final)
     for stem in stems:
@@ -184,14 +198,6 @@ def _lacking(lake: Lake, place: Place, note: ConsolidatedNote) -> int:
     # Those that were pruned aren't named any more: of these the copy has as many as it names still.
     dropped = len(set(note.fragments) - published.names)
     return len(gone) + max(0, published.note.pruned - note.pruned - dropped)
-
-
-def _is_sound(lake: Lake, path: Path, settings: Settings) -> bool:
-    try:
-        damage.examine(lake, path, settings)
-    except (FileNotFoundError, DamagedFileError):
-        return False
-    return True
 
 
 def _seals(name: FragmentName, path: Path) -> bool:
@@ -374,7 +380,7 @@ def _accept_consolidated(
 ) -> GivenUp:
     day, shard = place.day, place.shard
     path = layout.consolidated_file(lake.root, day, shard)
-    if path.exists() and _is_sound(lake, path, settings):
+    if damage.is_sound_at(lake, path, place, settings):
         raise HbError(f"{path} is sound: nothing is lost with it")
     if damage.raw_has_all(lake, path, place):
         raise HbError(
@@ -439,7 +445,7 @@ def _salvage(
         new = [
             one
             for one in fragments.listed(lake, day, shard)
-            if str(one.name) in listed and _is_sound(lake, one.path, settings)
+            if str(one.name) in listed and damage.is_sound_at(lake, one.path, place, settings)
         ]
         tally = Tally()
         inputs = Inputs(sound.path if kept else None, [one.path for one in new])

@@ -424,3 +424,49 @@ def test_raw_brings_back_what_a_damaged_row_group_held(
     done = accept(lake, published(lake), settings)
     assert (done.acceptance.rows, done.kept) == (0, 40)
     assert {row[3] for row in rows_consolidated(lake)} == {99}
+
+
+@pytest.mark.parametrize("of", ["fragment", "consolidated"])
+def test_a_copy_that_comes_while_the_damaged_one_is_set_aside_stays(
+    lake: Lake, settings: Settings, copies: Path, monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
+    """It went away in the place of the damaged one, which had been looked at before."""
+    [path] = [one.path for one in deliver(lake, settings, entry([line("u1")]))]
+    if of == "consolidated":
+        consolidate(lake, DAY, settings).require()
+        path = published(lake)
+    copy = copied(path, copies)
+    flip(path, 10)
+    move = damage.move_aside
+
+    def late(lake: Lake, path: Path) -> Path | None:
+        monkeypatch.setattr(damage, "move_aside", move)
+        recovery.restore(lake, copy, settings)
+        return move(lake, path)
+
+    monkeypatch.setattr(damage, "move_aside", late)
+    said = damage.set_aside(lake, parquet.damaged(path, "a bit"), settings)
+    assert said is not None
+    assert "a whole copy" in said
+    assert path.read_bytes() == copy.read_bytes()
+    assert list((lake.root / layout.DAMAGED).rglob("*.parquet")) == []
+
+
+def test_a_restored_fragment_that_was_set_aside_meanwhile_is_put_back(
+    lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only whole one was removed in the place of the damaged one."""
+    [path] = [one.path for one in deliver(lake, settings, entry([line("u1")]))]
+    whole = path.read_bytes()
+    moved = damage.move_aside(lake, path)
+    assert moved is not None
+    remove = accepted.remove
+
+    def late(given_up: Path) -> None:
+        damage.move_aside(lake, path)
+        remove(given_up)
+
+    monkeypatch.setattr(accepted, "remove", late)
+    recovery.restore(lake, moved, settings)
+    assert path.read_bytes() == whole
+    assert not moved.exists()
