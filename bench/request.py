@@ -1,9 +1,9 @@
 """CPU time of one request, without sockets: `python -m bench.request`.
 
 Belongs here: the way of a single POST from the bytes of its connection to the bytes of its answer,
-through the whole gateway to a real Redis and back, by both ways that there are, against a no-op app
-on uvicorn's protocol. Doesn't belong here: requests per second (`gateway`), in which kernel,
-network, load and Redis have their share. CPU time is what a noisy machine disturbs least.
+through the whole gateway to a real Redis and back, against a no-op app on uvicorn's protocol.
+Doesn't belong here: requests per second (`gateway`), in which kernel, network, load and Redis have
+their share. CPU time is what a noisy machine disturbs least.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from uvicorn.server import ServerState
 from bench import host, noop, servers
 from hb_assets.gateway.app import Gateway
 from hb_assets.gateway.connections import Guard, GuardedProtocol
-from hb_assets.gateway.express import ExpressProtocol
 from hb_assets.settings import Settings
 
 CONNECTIONS = 32
@@ -121,10 +120,7 @@ async def _compare(settings: Settings) -> dict[str, list[float]]:
     guard = Guard(settings, gateway.metrics.connection_refused)
     async with gateway.opened():
         return {
-            "hb_assets, by express": await _measure(
-                gateway, partial(ExpressProtocol, gateway.express, guard)
-            ),
-            "hb_assets, the ordinary way": await _measure(gateway, partial(GuardedProtocol, guard)),
+            "hb_assets": await _measure(gateway, partial(GuardedProtocol, guard)),
             "no-op app": await _measure(noop.app, HttpToolsProtocol),
         }
 
