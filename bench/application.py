@@ -1,7 +1,7 @@
 """The gateway as an application for a server that isn't ours.
 
 Belongs here: nothing else. `hb serve` serves it with uvicorn (`hb_assets.gateway.server`), and
-without what that has of connections: their bounds, and the express way.
+without the bounds that connections have there.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import lakes, load, servers, table
+from bench import lakes, load, posting, servers, table
 from bench.servers import Buffer, Served
 from bench.table import Report, Row
 
@@ -32,14 +32,21 @@ HOME = servers.ROOT / ".hb-bench"
 ONE = "/metrics/heart-rate"
 BATCH = "/metrics/heart-rate/batch"
 BATCH_SIZE = 500
+BATCH_TARGET = 800_000
+"""Heartbeats a second in batches."""
 USERS = 1000
 MILLION = 1_000_000
 PAUSE_MS = 20
 """Mean pause of a connection where POSTs come at a moderate rate."""
 NOTES = [
     (
-        "nothing is pinned: load, servers and Redis share the cores; wrk has one thread, and sends on "
-        "each connection as soon as it has the answer"
+        "nothing is pinned: load, servers and Redis share the cores; the load has one thread, and sends "
+        "on each connection as soon as it has the answer"
+    ),
+    (
+        "each request has a traceparent of its own, every other connection sends head and body in two "
+        "segments, every tenth request opens a connection anew; behind a proxy 64 clients "
+        "(X-Forwarded-For) share 8 connections, and each server trusts it"
     ),
     "Redis: the embedded Valkey, appendfsync always, ours and the reference's each their own",
     "ours asks for an API key, and limits keys, addresses and users, so high that none is refused",
@@ -66,28 +73,48 @@ class Bench:
 
 
 def post(bench: Bench) -> Iterator[Row]:
-    """Single POST against FastAPI and against the no-op app."""
-    bodies = load.write_bodies(bench.folder / "one", load.heartbeats(5 * USERS, USERS))
+    """Single POSTs of 64 clients, against FastAPI and against the no-op app."""
+    return _single(bench, "single POST", connections=64, proxied=False)
+
+
+def proxy(bench: Bench) -> Iterator[Row]:
+    """The same through a proxy, which has fewer connections than clients."""
+    return _single(bench, "single POST through a proxy", connections=8, proxied=True)
+
+
+def _single(bench: Bench, what: str, *, connections: int, proxied: bool) -> Iterator[Row]:
+    bodies = load.heartbeats(5 * USERS, USERS)
     with contextlib.ExitStack() as stack:
         mine = stack.enter_context(servers.buffer(bench.folder / "a"))
         theirs = stack.enter_context(servers.buffer(bench.folder / "b"))
         served = {
-            "ours": stack.enter_context(servers.gateway(bench.folder / "ours", mine)),
+            "ours": stack.enter_context(
+                servers.gateway(bench.folder / "ours", mine, proxied=proxied)
+            ),
             "FastAPI": stack.enter_context(
                 servers.app(
-                    "fastapi_reference", bench.folder / "ref", REFERENCE_REDIS_URL=theirs.url
+                    "fastapi_reference",
+                    bench.folder / "ref",
+                    proxied=proxied,
+                    REFERENCE_REDIS_URL=theirs.url,
                 )
             ),
-            "no-op": stack.enter_context(servers.app("noop", bench.folder / "noop")),
+            "no-op": stack.enter_context(
+                servers.app("noop", bench.folder / "noop", proxied=proxied)
+            ),
         }
+
+        def run(one: Served, seconds: float) -> posting.Posts:
+            return posting.post(one, ONE, bodies, seconds, connections=connections, proxied=proxied)
+
         for one in served.values():
-            load.post(one, ONE, bodies, 1)
-        found: dict[str, list[load.Posts]] = {name: [] for name in served}
-        for run in range(bench.runs):
+            run(one, 1)
+        found: dict[str, list[posting.Posts]] = {name: [] for name in served}
+        for number in range(bench.runs):
             for name, one in served.items():
-                bench.say(f"single POST, run {run + 1} of {bench.runs}: {name}")
+                bench.say(f"{what}, run {number + 1} of {bench.runs}: {name}")
                 before = mine.appended()
-                posts = load.post(one, ONE, bodies, bench.seconds)
+                posts = run(one, bench.seconds)
                 if name == "ours":
                     _prove(mine, before, posts.requests)
                 found[name].append(posts)
@@ -95,14 +122,13 @@ def post(bench: Bench) -> Iterator[Row]:
                 theirs.clear()
     rate = {name: [one.per_second for one in posts] for name, posts in found.items()}
     p99 = {name: [one.p99_ms for one in posts] for name, posts in found.items()}
-    yield Row(
-        "single POST against FastAPI + pydantic", "requests/s", rate["ours"], rate["FastAPI"], 2.5
-    )
+    yield Row(f"{what} against FastAPI + pydantic", "requests/s", rate["ours"], rate["FastAPI"], 3)
     yield Row("its p99", "ms", p99["ours"], p99["FastAPI"], 1.0, at_most=True)
-    yield Row(
-        "single POST against a no-op ASGI app", "requests/s", rate["ours"], rate["no-op"], 0.6
-    )
+    yield Row(f"{what} against a no-op ASGI app", "requests/s", rate["ours"], rate["no-op"], 0.4)
     yield Row("its p99", "ms", p99["ours"], p99["no-op"])
+    share = {name: [one.load_share for one in posts] for name, posts in found.items()}
+    took = "what the load itself took meanwhile (near 1 it was the limit)"
+    yield Row(took, "cores", share["ours"], share["no-op"])
 
 
 def batch(bench: Bench) -> Iterator[Row]:
@@ -117,10 +143,6 @@ def batch(bench: Bench) -> Iterator[Row]:
         "JSON array, of one user": (load.JSON, load.batches(kept, size, load.JSON)),
     }
     first = next(iter(kinds))
-    files = {
-        name: load.write_bodies(bench.folder / f"batch-{number}", bodies)
-        for number, (name, (_, bodies)) in enumerate(kinds.items())
-    }
     found: dict[str, list[float]] = {name: [] for name in kinds}
     with (
         servers.buffer(bench.folder / "a") as mine,
@@ -129,9 +151,10 @@ def batch(bench: Bench) -> Iterator[Row]:
 
         def run(name: str, seconds: float) -> float:
             """Heartbeats a second."""
+            content_type, bodies = kinds[name]
             before = mine.appended()
-            posts = load.post(
-                served, BATCH, files[name], seconds, connections=8, content_type=kinds[name][0]
+            posts = posting.post(
+                served, BATCH, bodies, seconds, connections=8, content_type=content_type
             )
             _prove(mine, before, posts.requests * size)
             return posts.per_second * size
@@ -148,8 +171,9 @@ def batch(bench: Bench) -> Iterator[Row]:
         with _memory(served, mine) as resident:
             steady = run(first, seconds)
     for name, rates in found.items():
-        yield Row(f"batch of {size}, {name}", "heartbeats/s", rates, target=300_000)
-    yield Row(f"the first of these for {seconds} s", "heartbeats/s", [steady], target=300_000)
+        yield Row(f"batch of {size}, {name}", "heartbeats/s", rates, target=BATCH_TARGET)
+    steady_for = f"the first of these for {seconds} s"
+    yield Row(steady_for, "heartbeats/s", [steady], target=BATCH_TARGET)
     early, late = max(resident[8:14]), max(resident[-6:])
     yield Row(
         "memory of the gateway at their end, against that after 10 s",
@@ -179,14 +203,13 @@ def server(bench: Bench) -> Iterator[Row]:
             buffer = stack.enter_context(servers.buffer(bench.folder / f"redis-{name}"))
             gateway = servers.gateway(bench.folder / name, buffer, by_granian=name == "granian")
             served.append((name, buffer, stack.enter_context(gateway)))
-        for number, (what, (path, texts, connections, size)) in enumerate(kinds.items()):
-            bodies = load.write_bodies(bench.folder / f"server-{number}", texts)
-            found: dict[str, list[load.Posts]] = {name: [] for name, _, _ in served}
+        for what, (path, bodies, connections, size) in kinds.items():
+            found: dict[str, list[posting.Posts]] = {name: [] for name, _, _ in served}
             for run in range(-1, bench.runs):
                 for name, buffer, one in served:
                     bench.say(f"{what}, run {max(0, run) + 1} of {bench.runs}: {name}")
                     before = buffer.appended()
-                    posts = load.post(one, path, bodies, bench.seconds, connections=connections)
+                    posts = posting.post(one, path, bodies, bench.seconds, connections=connections)
                     _prove(buffer, before, posts.requests * size)
                     buffer.clear()
                     if run >= 0:  # before that, the warm-up
@@ -224,7 +247,7 @@ def _memory(served: Served, buffer: Buffer) -> Iterator[list[float]]:
 
 
 def _prove(buffer: Buffer, before: int, answered: int) -> None:
-    """What was answered with 2xx was appended (a few more: the end of wrk cuts answers off)."""
+    """What was answered with 2xx was appended (a few more: the end of a load cuts answers off)."""
     appended = buffer.appended() - before
     if appended < answered:
         raise load.FailedLoadError(
@@ -295,7 +318,7 @@ def get(bench: Bench) -> Iterator[Row]:
 def both(bench: Bench) -> Iterator[Row]:
     """Single POSTs at a moderate rate, alone and while GETs run in a loop."""
     size = 10 * MILLION
-    bodies = load.write_bodies(bench.folder / "one", load.heartbeats(5 * USERS, USERS))
+    bodies = load.heartbeats(5 * USERS, USERS)
     quiet, busy = [], []
     with (
         servers.buffer(bench.folder / "a") as mine,
@@ -304,8 +327,10 @@ def both(bench: Bench) -> Iterator[Row]:
         ) as served,
     ):
 
-        def run() -> load.Posts:
-            return load.post(served, ONE, bodies, bench.seconds, connections=16, pause_ms=PAUSE_MS)
+        def run() -> posting.Posts:
+            return posting.post(
+                served, ONE, bodies, bench.seconds, connections=16, pause_ms=PAUSE_MS
+            )
 
         run()
         for number in range(bench.runs):
@@ -327,6 +352,7 @@ def both(bench: Bench) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "post": post,
+    "proxy": proxy,
     "batch": batch,
     "get": get,
     "both": both,
@@ -340,15 +366,12 @@ def main() -> int:
         prog="bench.gateway", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     arguments.add_argument("--runs", type=int, default=5, help="measurements of each figure (5)")
-    arguments.add_argument("--seconds", type=float, default=5, help="of each load of wrk (5)")
+    arguments.add_argument("--seconds", type=float, default=5, help="of each load (5)")
     arguments.add_argument("--only", nargs="+", choices=PARTS, help="some parts of the table")
     arguments.add_argument("--quick", action="store_true", help="no lake of 100 M rows, less time")
     arguments.add_argument("--json", action="store_true", help="print JSON, every run in it")
     arguments.add_argument("--strict", action="store_true", help="fail when a target isn't reached")
     chosen = arguments.parse_args()
-    if problem := load.missing():
-        print(problem, file=sys.stderr)
-        return 2
     HOME.mkdir(exist_ok=True)
     if table.file_system(HOME) == "tmpfs":
         print(f"bench: {HOME} lies in memory, where fsync costs nothing", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Ask what is measured: POSTs by wrk, GETs by one client.
+"""Bodies to post, and GETs by one client.
 
-Belongs here: bodies, clients and the times that answers took. Doesn't belong here: what the times
-are held against.
+Belongs here: what is sent and asked, and the times that answers to GETs took. Doesn't belong here:
+sending POSTs (`posting`), what the times are held against.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import http.client
 import itertools
 import json
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -22,76 +21,12 @@ from pathlib import Path
 from bench import lakes
 from bench.servers import Served
 
-SCRIPT = Path(__file__).with_name("post.lua")
-END_OF_BODY = "\x1e"
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
 
 
 class FailedLoadError(Exception):
     """The load wasn't answered as it should be, so that its figures mean nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Posts:
-    """What wrk saw: answers, seconds, and times to the answer in ms."""
-
-    requests: int
-    seconds: float
-    p50_ms: float
-    p99_ms: float
-    max_ms: float
-
-    @property
-    def per_second(self) -> float:
-        """Answers a second."""
-        return self.requests / self.seconds
-
-
-def missing() -> str | None:
-    """What has to be installed first, in one line."""
-    if shutil.which("wrk") is None:
-        return "bench: wrk is not installed; on Debian and Ubuntu: apt-get install wrk"
-    return None
-
-
-def post(
-    served: Served,
-    path: str,
-    bodies: Path,
-    seconds: float,
-    *,
-    connections: int = 64,
-    content_type: str = JSON,
-    pause_ms: int = 0,
-) -> Posts:
-    """Let wrk (one thread) post the bodies of a file in turn.
-
-    Without a pause each connection sends its next request as soon as it has its answer.
-
-    Raises:
-        FailedLoadError: an answer was not a 2xx, or a connection broke.
-    """
-    argv = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s"]
-    argv += ["-s", str(SCRIPT), served.url + path]
-    argv += ["--", str(bodies), content_type, str(pause_ms), *_key(served)]
-    done = subprocess.run(argv, check=False, capture_output=True, text=True)
-    try:
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-        refused, broken = found.pop("refused"), found.pop("broken")
-    except (IndexError, ValueError):
-        raise FailedLoadError(f"wrk: {done.stderr or done.stdout}") from None
-    if refused or broken or not found["requests"]:
-        raise FailedLoadError(
-            f"{path}: of {found['requests']} requests {refused} were refused, {broken} broke"
-        )
-    return Posts(**found)
-
-
-def write_bodies(path: Path, bodies: Iterable[str]) -> Path:
-    """Write request bodies as `post` reads them."""
-    path.write_text("".join(body + END_OF_BODY for body in bodies), encoding="utf-8")
-    return path
 
 
 def heartbeats(count: int, users: int, seed: int = 7) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import random
 import sys
 import threading
 import time
@@ -83,7 +84,11 @@ def paced(port: int, api_key: str, per_second: int, seconds: float) -> Paced:
 def _post(
     connection: http.client.HTTPConnection, api_key: str, body: bytes, due: float, done: Paced
 ) -> None:
-    headers = {"Authorization": f"Bearer {api_key}", "Content-Type": load.JSON}
+    headers = {
+        "Authorization": f"Bearer {api_key}",
+        "Content-Type": load.JSON,
+        "traceparent": f"00-{random.getrandbits(128):032x}-{random.getrandbits(64):016x}-01",
+    }
     connection.request("POST", _PATH, body, headers)
     answer = connection.getresponse()
     said = answer.read()

@@ -1,9 +1,10 @@
 """CPU time of one request, without sockets: `python -m bench.request`.
 
 Belongs here: the way of a single POST from the bytes of its connection to the bytes of its answer,
-through the whole gateway to a real Redis and back, by both ways that there are, against a no-op app
-on uvicorn's protocol. Doesn't belong here: requests per second (`gateway`), in which kernel,
-network, load and Redis have their share. CPU time is what a noisy machine disturbs least.
+through the whole gateway to a real Redis and back, against a no-op app on uvicorn's protocol.
+Doesn't belong here: requests per second (`gateway`), in which kernel, network, load and Redis have
+their share. CPU time is what a noisy machine disturbs least, and the best of many short runs less
+than their median.
 """
 
 from __future__ import annotations
@@ -24,15 +25,14 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from bench import host, noop, servers
+from bench import host, load, noop, posting, servers
 from hb_assets.gateway.app import Gateway
 from hb_assets.gateway.connections import Guard, GuardedProtocol
-from hb_assets.gateway.express import ExpressProtocol
 from hb_assets.settings import Settings
 
 CONNECTIONS = 32
-ROUNDS = 100
-RUNS = 9
+ROUNDS = 20
+RUNS = 45
 
 
 class _Wire(asyncio.Transport):
@@ -65,22 +65,23 @@ class _Wire(asyncio.Transport):
         return ("127.0.0.1", 8000) if name in ("peername", "sockname") else default
 
 
-def _request(number: int) -> bytes:
-    body = (
-        b'{"user_id":"u%d","device_id":"device_a","timestamp":"2025-01-15T10:00:00Z",'
-        b'"heart_rate":75}' % number
-    )
-    head = b"POST /metrics/heart-rate HTTP/1.1\r\nHost: 127.0.0.1:8000\r\n"
-    head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
-    return head + body
+def _requests(count: int) -> list[bytes]:
+    bodies = load.heartbeats(count, count)
+    heads = posting.heads("/metrics/heart-rate")
+    return [
+        b"%b%d\r\n\r\n%b" % (head, len(body), body.encode())
+        for head, body in zip(heads, bodies, strict=False)
+    ]
 
 
 async def _measure(app: Any, protocol: Any) -> list[float]:
     """Microseconds of CPU time a request, of each run."""
-    config = uvicorn.Config(app, http=protocol, interface="asgi3", **host.OPTIONS)
+    config = uvicorn.Config(
+        app, http=protocol, interface="asgi3", proxy_headers=False, **host.OPTIONS
+    )
     config.load()
     state = ServerState()
-    requests = itertools.cycle([_request(number) for number in range(1000)])
+    requests = itertools.cycle(_requests(1000))
     missing = 0
     all_answered = asyncio.Event()
 
@@ -121,10 +122,7 @@ async def _compare(settings: Settings) -> dict[str, list[float]]:
     guard = Guard(settings, gateway.metrics.connection_refused)
     async with gateway.opened():
         return {
-            "hb_assets, by express": await _measure(
-                gateway, partial(ExpressProtocol, gateway.express, guard)
-            ),
-            "hb_assets, the ordinary way": await _measure(gateway, partial(GuardedProtocol, guard)),
+            "hb_assets": await _measure(gateway, partial(GuardedProtocol, guard)),
             "no-op app": await _measure(noop.app, HttpToolsProtocol),
         }
 

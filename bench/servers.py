@@ -85,11 +85,17 @@ class Served:
 
 @contextlib.contextmanager
 def gateway(
-    folder: Path, buffer: Buffer, *, by_granian: bool = False, **more: str
+    folder: Path,
+    buffer: Buffer,
+    *,
+    by_granian: bool = False,
+    proxied: bool = False,
+    **more: str,
 ) -> Iterator[Served]:
     """A gateway behind an API key, its home in `folder`; `more` are settings of its own.
 
-    As `hb serve` serves it, or the same application by granian, with one worker.
+    As `hb serve` serves it, or the same application by granian, with one worker; `proxied`: behind
+    a proxy on this machine.
     """
     port = server.free_port()
     _, api_key = keyring.create(Settings(home=folder), "bench", (keyring.INGEST, keyring.READ))
@@ -100,6 +106,8 @@ def gateway(
         **AMPLE,
         **more,
     }
+    if proxied:
+        environment["HB_TRUSTED_PROXIES"] = "127.0.0.1"
     argv = [sys.executable, "-m", "hb_assets", "serve"]
     if by_granian:
         argv = [sys.executable, "-m", "granian", "--interface", "asgi", "--port", str(port)]
@@ -110,10 +118,12 @@ def gateway(
 
 
 @contextlib.contextmanager
-def app(module: str, folder: Path, **environment: str) -> Iterator[Served]:
-    """An app of this package, on the same server as the gateway."""
+def app(
+    module: str, folder: Path, *, proxied: bool = False, **environment: str
+) -> Iterator[Served]:
+    """An app of this package, on the same server as the gateway; `proxied` as there."""
     port = server.free_port()
-    argv = [sys.executable, "-m", "bench.host", module, str(port)]
+    argv = [sys.executable, "-m", "bench.host", module, str(port)] + ["proxied"] * proxied
     with _serving(argv, environment, port, folder) as found:
         yield found
 

@@ -168,12 +168,8 @@ class AsyncProducer:
             self._flusher = None
         await self._client.aclose()
 
-    async def append(self, lines_by_shard: Lines) -> Outcomes:
+    def append(self, lines_by_shard: Lines) -> asyncio.Future[Outcomes]:
         """As `Producer.append`, in the next round trip."""
-        return await self.append_soon(lines_by_shard)
-
-    def append_soon(self, lines_by_shard: Lines) -> asyncio.Future[Outcomes]:
-        """As `append`, for who has something else to do."""
         future: asyncio.Future[Outcomes] = asyncio.get_running_loop().create_future()
         if self._closed or self._flusher is None:
             closed = BufferUnavailableError("the gateway is stopping: send again in a moment")

@@ -21,7 +21,6 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
-from typing import NamedTuple
 
 import msgspec
 from starlette.types import Scope
@@ -34,8 +33,6 @@ from hb_assets.settings import Settings
 
 PRINCIPAL = "hb.principal"
 """Where the ASGI scope holds the Principal, on every route that needs a scope."""
-ADMISSION = "hb.admission"
-"""Where it holds the Admission."""
 REREAD_SECONDS = 1.0
 
 _ID = slice(3, 3 + 2 * ID_BYTES)
@@ -85,14 +82,6 @@ class _Keys:
     def __init__(self, keys: Iterable[Key] | None) -> None:
         self.keyless = keys is None
         self.known = _table(keys or ())
-        self.reading = object()
-
-
-class Admission(NamedTuple):
-    """That a request was let through, by which reading of the keys, and until when that holds."""
-
-    reading: object
-    expires: float
 
 
 class Access:
@@ -190,8 +179,7 @@ class Access:
     def check(self, scope: Scope, needed: str) -> None:
         """Let a request through that has a key with the scope `needed`, as its PRINCIPAL.
 
-        Its ADMISSION says for how long others with the same headers may follow. The key comes as
-        `Authorization: Bearer …` or as `X-API-Key`.
+        The key comes as `Authorization: Bearer …` or as `X-API-Key`.
 
         Raises:
             ProblemError: 401 without a valid key, 403 without that scope; 421 where no key is asked
@@ -200,7 +188,7 @@ class Access:
         keys = self._keys
         if keys.keyless:
             self._check_name(scope)
-            scope[PRINCIPAL], scope[ADMISSION] = ANYBODY, Admission(keys.reading, math.inf)
+            scope[PRINCIPAL] = ANYBODY
             return
         token = b""
         for name, value in scope["headers"]:
@@ -221,14 +209,7 @@ class Access:
             raise _refused(f"the API key {known.principal.key_id} has expired")
         if needed not in known.principal.scopes:
             raise forbidden(f"this needs an API key with the scope {needed}")
-        scope[PRINCIPAL], scope[ADMISSION] = (
-            known.principal,
-            Admission(keys.reading, known.expires),
-        )
-
-    def stands(self, admission: Admission) -> bool:
-        """Whether a request that was let through would be let through now."""
-        return admission.reading is self._keys.reading and admission.expires > time.time()
+        scope[PRINCIPAL] = known.principal
 
     def _check_name(self, scope: Scope) -> None:
         """Keep out web pages that had their own name point here (DNS rebinding).

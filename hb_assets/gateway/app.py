@@ -20,7 +20,6 @@ from hb_assets.gateway.access import Access
 from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.documentation import Documentation
 from hb_assets.gateway.edge import Edge
-from hb_assets.gateway.express import Express
 from hb_assets.gateway.health import Health
 from hb_assets.gateway.heartbeats import Batch, One
 from hb_assets.gateway.keyring import ADMIN, INGEST, READ, ScopeName
@@ -45,15 +44,12 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self._backend = Backend(settings)
         self.metrics = Metrics(settings)
-        limits = Limits(settings, self._backend.limiter, self.metrics.rate_limited)
-        one = One(settings, self._backend, limits, self.metrics)
-        routes = _routes(settings, self._backend, self.metrics, limits, one)
+        routes = _routes(settings, self._backend, self.metrics)
         for path, methods in routes.items():
             for method in methods:
                 self.metrics.expect(path, method)
-        access = self._backend.access
-        self._edge = Edge(_Table(routes, access), self.metrics, frozenset(routes))
-        self.express = Express(HEART_RATE, one, access, self.metrics, self._edge.new_id)
+        table = _Table(routes, self._backend.access)
+        self._edge = Edge(table, self.metrics, frozenset(routes))
         self._events = Router(lifespan=lambda _app: self.opened())
 
     @asynccontextmanager
@@ -79,9 +75,8 @@ class Route(NamedTuple):
     handler: ASGIApp
 
 
-def _routes(
-    settings: Settings, backend: Backend, metrics: Metrics, limits: Limits, one: One
-) -> dict[str, dict[str, Route]]:
+def _routes(settings: Settings, backend: Backend, metrics: Metrics) -> dict[str, dict[str, Route]]:
+    limits = Limits(settings, backend.limiter, metrics.rate_limited)
     readings = Route(READ, Asking(request_response(Readings(settings, backend).get), limits))
     health = Health(backend)
     # Orchestrators and load balancers ask without a key.
@@ -93,7 +88,7 @@ def _routes(
     docs = Route(None, request_response(documentation.docs))
     return {
         HEART_RATE: {
-            "POST": Route(INGEST, one),
+            "POST": Route(INGEST, One(settings, backend, limits, metrics)),
             "GET": readings,
             "HEAD": readings,
         },

@@ -104,31 +104,8 @@ class Backend:
         """Store lines by shard, in Redis or the spool; the outcome by shard, None for stored."""
         return self._append(lines) if self._intake is None else self._intake.append(lines)
 
-    @property
-    def direct(self) -> bool:
-        """Whether all lines go to Redis now: `append_soon` is for then."""
-        return self._intake is None or self._intake.direct
-
-    def append_soon(self, lines: Lines) -> asyncio.Future[Outcomes]:
-        """As `append`, without a task: what it comes to stands when it `is_settled`."""
-        return self._producer.append_soon(lines)
-
-    def is_settled(self, outcomes: Outcomes) -> bool:
-        """Whether what `append_soon` came to stands as it is, without `settle`."""
-        if self._intake is None:
-            return not self._away and not any(outcomes.values())
-        return self._intake.is_settled(outcomes)
-
-    async def settle(self, lines: Lines, outcomes: Outcomes) -> Outcomes:
-        """What becomes of lines that `append_soon` came to these outcomes with."""
-        if self._intake is None:
-            return self._noted(outcomes)
-        return await self._intake.settle(lines, outcomes)
-
     async def _append(self, lines: Lines) -> Outcomes:
-        return self._noted(await self._producer.append(lines))
-
-    def _noted(self, outcome: Outcomes) -> Outcomes:
+        outcome = await self._producer.append(lines)
         away = next((e for e in outcome.values() if isinstance(e, BufferUnavailableError)), None)
         # One line when Redis goes and one when it is back, however many requests meet it.
         if away is not None and not self._away:

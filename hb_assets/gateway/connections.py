@@ -216,17 +216,12 @@ class GuardedProtocol(HttpToolsProtocol):
             )
 
     @override
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._head_bytes = 0
-
-    @override
     def on_headers_complete(self) -> None:
         self._check_head()
         super().on_headers_complete()
         self.scope[GONE] = self.transport.is_closing  # type: ignore[literal-required]  # ours
         self._in_body = True
-        self._fed_bytes = self._body_bytes = 0
+        self._head_bytes = self._fed_bytes = self._body_bytes = 0
         # Trailers come as headers do. They may say nothing that counts (RFC 9110, 6.5.1).
         self.headers = []
 

@@ -36,15 +36,6 @@ _REQUEST_ID = REQUEST_ID.encode()
 _sane = re.compile(ID_PATTERN.encode()).fullmatch
 
 
-def id_given(scope: Scope) -> bytes | None:
-    """The id that the client gave its request, where it can be taken over."""
-    found = None
-    for name, value in scope["headers"]:
-        if name == _REQUEST_ID:
-            found = value
-    return found if found is not None and _sane(found) else None
-
-
 class Edge:
     """Measures each request and answers exceptions with problem details."""
 
@@ -56,15 +47,16 @@ class Edge:
         self._prefix = secrets.token_hex(8).encode()
         self._numbers = itertools.count(1)
 
-    def new_id(self) -> bytes:
-        """An id for a request that has none."""
-        return b"%s-%x" % (self._prefix, next(self._numbers))
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one HTTP request."""
         started = time.perf_counter()
         status = 0
-        request_id = id_given(scope) or self.new_id()
+        request_id = b""
+        for name, value in scope["headers"]:
+            if name == _REQUEST_ID:
+                request_id = value
+        if not request_id or not _sane(request_id):
+            request_id = b"%s-%x" % (self._prefix, next(self._numbers))
 
         def watched(message: Message) -> Awaitable[None]:
             nonlocal status

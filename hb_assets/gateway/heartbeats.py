@@ -20,19 +20,17 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from hb_assets import record
-from hb_assets.buffer.limits import Denial, Subject
-from hb_assets.buffer.producer import Joined, Lines, Outcomes
+from hb_assets.buffer.limits import Denial
+from hb_assets.buffer.producer import Joined
 from hb_assets.errors import HbError
 from hb_assets.gateway import limits, problems
 from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.bodies import BATCH_TYPES, Records, media_type, read_body, split
-from hb_assets.gateway.limits import Headers, Identity, Limits, identity
+from hb_assets.gateway.limits import Limits
 from hb_assets.gateway.metrics import Metrics
 from hb_assets.gateway.problems import ProblemError
 from hb_assets.settings import Settings
 
-TAKEN = "hb.taken"
-"""In the ASGI scope once its heartbeat is stored."""
 SLICE = 500
 """Records of a batch, or users, that are dealt with in one go; then others get their turn."""
 
@@ -49,14 +47,6 @@ class Refused(msgspec.Struct, frozen=True, gc=False):
     reason: str
     message: str
     retry: bool
-
-
-class InFlight(NamedTuple):
-    """A heartbeat on its way to Redis, what becomes of it, and whom it was charged to."""
-
-    lines: Lines
-    outcomes: asyncio.Future[Outcomes]
-    subjects: list[Subject]
 
 
 class One:
@@ -82,7 +72,7 @@ class One:
             HbError: neither buffer nor spool took it.
         """
         limits = self._limits
-        sender = limits.sender(identity(scope))
+        sender = limits.sender(scope)
         try:
             body = await read_body(scope, receive, self._body_max, room=self._backend.room)
         except ProblemError:
@@ -98,51 +88,16 @@ class One:
         subjects = limits.with_user(sender, user)
         limits.admit(subjects)
         shard = self._shards[user]
-        self._judge(await self._backend.append({shard: (record.encode(heartbeat),)}))
-        scope[TAKEN] = True
-        headers = self.accept(subjects)
+        outcomes = await self._backend.append({shard: (record.encode(heartbeat),)})
+        if (error := outcomes[shard]) is not None:
+            self._metrics.refused(problems.storage_reason(error))
+            raise error
+        self._metrics.accepted.inc()
+        headers = [*_ACCEPTED_HEADERS, *limits.warnings(subjects)]
         if unknown:
             headers.append((IGNORED, shown(unknown)))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send(_ACCEPTED_BODY)
-
-    def begin(self, body: bytes, who: Identity) -> InFlight | None:
-        """Take a heartbeat as a call does, without waiting for what becomes of it.
-
-        None where it isn't the usual case: then nothing was done about it, and nobody was charged.
-        """
-        backend, limits = self._backend, self._limits
-        if not backend.direct:
-            return None
-        heartbeat, unknown = record.parse(body, backend.now_ms(), self._bounds)
-        if unknown or isinstance(heartbeat, record.Refusal):
-            return None
-        user = heartbeat.user_id
-        subjects = limits.with_user(limits.sender(who), user)
-        lines = {self._shards[user]: (record.encode(heartbeat),)}
-        if not limits.admits(subjects):
-            return None
-        return InFlight(lines, backend.append_soon(lines), subjects)
-
-    def is_settled(self, one: InFlight) -> bool:
-        """Whether Redis has it, and that is all; else `settle` says what becomes of it."""
-        found = one.outcomes
-        return found.exception() is None and self._backend.is_settled(found.result())
-
-    async def settle(self, one: InFlight) -> None:
-        """Store it in the spool, if that's what is left. Raises HbError as a call does."""
-        self._judge(await self._backend.settle(one.lines, one.outcomes.result()))
-
-    def accept(self, subjects: Sequence[Subject]) -> Headers:
-        """Count a heartbeat that is stored; the headers of the answer to it."""
-        self._metrics.accepted.inc()
-        return [*_ACCEPTED_HEADERS, *self._limits.warnings(subjects)]
-
-    def _judge(self, outcomes: Outcomes) -> None:
-        [error] = outcomes.values()
-        if error is not None:
-            self._metrics.refused(problems.storage_reason(error))
-            raise error
 
     def _refuse(self, refusal: record.Refusal) -> NoReturn:
         self._metrics.refused(refusal.reason)
@@ -177,12 +132,12 @@ IGNORED = b"hb-ignored"
 """The header of an answer that names what was ignored: unknown fields, unknown parameters."""
 _SHOWN_MOST = 1000
 """A proxy bounds all headers of an answer together, at 4 KiB for one."""
-ACCEPTED = b'{"status":"accepted"}'
+_ACCEPTED = b'{"status":"accepted"}'
 _ACCEPTED_HEADERS = (
     (b"content-type", b"application/json"),
-    (b"content-length", str(len(ACCEPTED)).encode()),
+    (b"content-length", str(len(_ACCEPTED)).encode()),
 )
-_ACCEPTED_BODY = {"type": "http.response.body", "body": ACCEPTED}
+_ACCEPTED_BODY = {"type": "http.response.body", "body": _ACCEPTED}
 
 
 class _Why(NamedTuple):
@@ -268,7 +223,7 @@ class Batch:
             ProblemError: 400, 413, 415; 422 when none is valid; 429 when all have to wait; 503
                 when none could be stored.
         """
-        sender = self._limits.sender(identity(scope))
+        sender = self._limits.sender(scope)
         room = self._backend.room
         size = 0
         try:

@@ -43,11 +43,6 @@ class Intake:
         self._broken = False
         self._unconfirmed = False
 
-    @property
-    def direct(self) -> bool:
-        """Whether all shards' lines go to Redis."""
-        return not self._replayer.away and self._spool.queued() == ALL_FREE
-
     async def append(self, lines_by_shard: Lines) -> Outcomes:
         """Store lines by shard.
 
@@ -56,12 +51,12 @@ class Intake:
             they are not stored: BufferFullError, UnconfirmedError, SpoolFullError or
             SpoolUnavailableError.
         """
-        if self.direct:  # kept short: the way of every request
-            outcomes = await self._producer.append(lines_by_shard)
-            if self.is_settled(outcomes):
-                return outcomes
-            return await self.settle(lines_by_shard, outcomes)
         replayer, marks = self._replayer, self._spool.queued()
+        if not replayer.away and marks == ALL_FREE:  # kept short: the way of every request
+            outcomes = await self._producer.append(lines_by_shard)
+            if not self._unconfirmed and not any(outcomes.values()):
+                return outcomes
+            return await self._settle(lines_by_shard, outcomes)
         if not replayer.away and any(marks[shard] == CLOSING for shard in lines_by_shard):
             marks = await self._closed()
         behind = {s: ls for s, ls in lines_by_shard.items() if replayer.away or marks[s]}
@@ -69,16 +64,12 @@ class Intake:
         queued = asyncio.create_task(self._put(behind)) if behind else None
         outcomes = {}
         if direct:
-            outcomes |= await self.settle(direct, await self._producer.append(direct))
+            outcomes |= await self._settle(direct, await self._producer.append(direct))
         if queued is not None:
             outcomes |= await queued
         return outcomes
 
-    def is_settled(self, outcomes: Outcomes) -> bool:
-        """Whether what an append to Redis came to stands as it is, without `settle`."""
-        return not self._unconfirmed and not any(outcomes.values())
-
-    async def settle(self, lines_by_shard: Lines, outcomes: Outcomes) -> Outcomes:
+    async def _settle(self, lines_by_shard: Lines, outcomes: Outcomes) -> Outcomes:
         """The outcomes, once the spool has what Redis, unreachable, didn't take.
 
         What replicas didn't confirm isn't for the spool: this one disk is less than was asked for.

@@ -21,8 +21,6 @@ from hb_assets.gateway.problems import ProblemError
 from hb_assets.settings import Quota, Settings
 
 Headers: TypeAlias = list[tuple[bytes, bytes]]
-Identity: TypeAlias = tuple[str | None, str | None]
-"""Id of the API key and network of the address, where there are any."""
 
 POLICIES = ("key", "ip", "user", "key-queries", "ip-queries")
 _NETWORK_BITS = 64
@@ -51,13 +49,13 @@ class Limits:
         self._key_asks = policy("key-queries", settings.limit_queries)
         self._ip_asks = policy("ip-queries", settings.limit_queries)
 
-    def sender(self, who: Identity) -> list[Subject]:
+    def sender(self, scope: Scope) -> list[Subject]:
         """Who sends heartbeats: the subjects that the whole of a request is charged to."""
-        return _subjects(who, self._by_key, self._by_ip)
+        return _subjects(scope, self._by_key, self._by_ip)
 
-    def asker(self, who: Identity) -> list[Subject]:
+    def asker(self, scope: Scope) -> list[Subject]:
         """Who asks for readings, at a cost of 1 a question."""
-        return _subjects(who, self._key_asks, self._ip_asks)
+        return _subjects(scope, self._key_asks, self._ip_asks)
 
     def with_user(self, sender: list[Subject], user: str) -> list[Subject]:
         """The sender of one heartbeat, and whose it is."""
@@ -73,10 +71,6 @@ class Limits:
         if denial is not None:
             self._count(denial.subject.policy.name, cost)
             raise self._refusal(denial)
-
-    def admits(self, subjects: Sequence[Subject]) -> bool:
-        """As `admit` one heartbeat; whoever has to wait isn't counted as refused."""
-        return self._limiter.admit([(subject, 1) for subject in subjects]) is None
 
     def over(self, users: Mapping[str, int]) -> dict[str, Denial]:
         """Admit each user's heartbeats, all or none of his; those who have to wait."""
@@ -152,7 +146,7 @@ class Asking:
         Raises:
             ProblemError: 429.
         """
-        asker = self._limits.asker(identity(scope))
+        asker = self._limits.asker(scope)
         self._limits.admit(asker)
 
         async def told(message: Message) -> None:
@@ -172,22 +166,14 @@ _WHOM = {
 }
 
 
-def identity(scope: Scope) -> Identity:
-    """Who sent a request."""
-    principal, client = scope.get(PRINCIPAL), scope["client"]
-    return (
-        None if principal is None else principal.key_id,
-        _network(client[0]) if client else None,
-    )
-
-
-def _subjects(who: Identity, by_key: Policy | None, by_ip: Policy | None) -> list[Subject]:
-    key_id, network = who
+def _subjects(scope: Scope, by_key: Policy | None, by_ip: Policy | None) -> list[Subject]:
     found = []
-    if by_key is not None and key_id is not None:
-        found.append(by_key.subject(key_id))
-    if by_ip is not None and network is not None:
-        found.append(by_ip.subject(network))
+    principal = scope.get(PRINCIPAL)
+    if by_key is not None and principal is not None and principal.key_id is not None:
+        found.append(by_key.subject(principal.key_id))
+    client = scope["client"]
+    if by_ip is not None and client:
+        found.append(by_ip.subject(_network(client[0])))
     return found
 
 

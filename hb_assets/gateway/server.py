@@ -27,8 +27,7 @@ from hb_assets.errors import AlreadyRunningError, SettingsError
 from hb_assets.gateway import tls
 from hb_assets.gateway.access import Access
 from hb_assets.gateway.app import Gateway
-from hb_assets.gateway.connections import Guard
-from hb_assets.gateway.express import ExpressProtocol
+from hb_assets.gateway.connections import Guard, GuardedProtocol
 from hb_assets.gateway.workers import Workers
 from hb_assets.settings import Settings
 
@@ -96,7 +95,7 @@ class Server(uvicorn.Server):
         context = tls.server_context(settings)
         config = uvicorn.Config(
             self._app,
-            http=partial(ExpressProtocol, self._app.express, self._guard),  # type: ignore[arg-type]  # whatever makes protocols
+            http=partial(GuardedProtocol, self._guard),  # type: ignore[arg-type]  # whatever makes protocols
             interface="asgi3",
             ws="none",
             # Run by ourselves, below: uvicorn would turn a clear error into a traceback.

@@ -9,16 +9,24 @@ import json
 import logging
 import select
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from itertools import pairwise
+from typing import Any
 
 import httpx
 import pytest
 import redis
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as example_settings
+from hypothesis import strategies as st
 
 from hb_assets.settings import Settings
 from hb_assets_tests.conftest import VALKEY
+from hb_assets_tests.examples import examples
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
+from hb_assets_tests.gateway.test_heartbeats import stored
 from hb_assets_tests.servers import wait_for
 
 # which server it is makes no difference here
@@ -127,6 +135,7 @@ def test_unfinished_bodies_take_bounded_memory(serving: Serving, settings: Setti
 
 
 LIVE = b"GET /health/live HTTP/1.1\r\nhost: hb\r\n\r\n"
+LAST = LIVE.replace(b"host", b"connection: close\r\nhost")
 
 
 def test_blank_lines_do_not_keep_a_connection(serving: Serving, settings: Settings) -> None:
@@ -157,10 +166,63 @@ def test_requests_ahead_of_their_answers(serving: Serving, settings: Settings) -
     padded = LIVE.replace(b"\r\n\r\n", b"\r\nx-pad: " + b"y" * 2500 + b"\r\n\r\n")
     with serving(settings) as http:
         with connected(http, padded * 60 + padded[:1000]) as client:
-            client.sendall(padded[1000:] + LIVE.replace(b"host", b"connection: close\r\nhost"))
+            client.sendall(padded[1000:] + LAST)
             assert answer(client).count(b"HTTP/1.1 200 ") == 62
         with connected(http, LIVE * 3000) as client:
             assert b"too-many-requests-ahead" in answer(client)
+
+
+def single(**changes: Any) -> bytes:
+    body = json.dumps(heartbeat(**changes)).encode()
+    head = HEAD.replace(BATCH.encode(), PATH.encode())
+    return head + b"content-length: %d\r\n\r\n%b" % (len(body), body)
+
+
+def test_heartbeats_ahead_of_their_answers_are_stored_in_order(
+    http: httpx.Client, client: redis.Redis, settings: Settings
+) -> None:
+    with connected(http) as ahead:
+        for rate in range(60, 90):
+            ahead.sendall(single(heart_rate=rate))
+        ahead.sendall(LAST)
+        assert answer(ahead).count(b"HTTP/1.1 200 ") == 31
+    assert [row["heart_rate"] for row in stored(client, settings.shards)] == list(range(60, 90))
+
+
+@given(
+    cuts=st.lists(st.integers(1, 2 * len(single()) - 1), max_size=6, unique=True).map(sorted),
+)
+@example(cuts=[single().index(b"{")])
+@example(cuts=[len(single()), len(single()) + 1])
+@example_settings(
+    max_examples=examples(20),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_requests_may_come_in_any_segments(http: httpx.Client, cuts: list[int]) -> None:
+    sent = single() * 2 + LAST
+    with connected(http) as line:
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start, end in pairwise([0, *cuts, len(sent)]):
+            line.sendall(sent[start:end])
+        assert answer(line).count(b"HTTP/1.1 200 ") == 3
+
+
+def test_a_connection_that_rests_for_long_is_closed(
+    serving: Serving, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not one that is used, for however long."""
+    monkeypatch.setattr("hb_assets.gateway.server.KEEP_ALIVE_SECONDS", 0.5)
+    with serving(settings) as http, connected(http) as busy, connected(http, LIVE) as resting:
+        closed = threading.Event()
+        watch = threading.Thread(target=lambda: (answer(resting), closed.set()))
+        watch.start()
+        while not closed.is_set():
+            busy.sendall(single())
+            assert busy.recv(65536).startswith(b"HTTP/1.1 200 ")
+        watch.join()
+        busy.sendall(LAST)
+        assert answer(busy).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_client_that_reads_no_answer(serving: Serving, settings: Settings) -> None:

@@ -356,6 +356,16 @@ def test_a_broken_body_behind_its_answer(plain: Gateway) -> None:
         assert told(client, b"no chunk\r\n" + post()) == []
 
 
+def test_a_body_that_looks_like_a_request(plain: Gateway) -> None:
+    """It belongs to a request that was answered by its head, before it came."""
+    before = plain.stored()
+    head = b"POST /nothing HTTP/1.1\r\n" + HOST + b"content-length: %d\r\n\r\n" % len(post())
+    with plain.connected() as client:
+        assert answer(client, head).startswith(b"HTTP/1.1 404 ")
+        assert told(client, post() + LAST) == FINE
+    assert plain.stored() == before
+
+
 def test_a_broken_body_that_is_waited_for(plain: Gateway) -> None:
     before = plain.stored()
     with plain.connected() as client:

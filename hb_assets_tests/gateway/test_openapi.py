@@ -7,8 +7,6 @@ import httpx
 
 from hb_assets.gateway.app import _routes
 from hb_assets.gateway.backend import Backend
-from hb_assets.gateway.heartbeats import One
-from hb_assets.gateway.limits import Limits
 from hb_assets.gateway.metrics import Metrics
 from hb_assets.gateway.openapi import document
 from hb_assets.settings import Settings
@@ -21,10 +19,7 @@ NOW = dt.datetime.now(dt.UTC)
 def test_names_every_route(settings: Settings) -> None:
     found = document(settings, NOW, "1")["paths"]
     documented = {path: {method.upper() for method in methods} for path, methods in found.items()}
-    backend, metrics = Backend(settings), Metrics(settings)
-    limits = Limits(settings, backend.limiter, metrics.rate_limited)
-    one = One(settings, backend, limits, metrics)
-    routes = _routes(settings, backend, metrics, limits, one)
+    routes = _routes(settings, Backend(settings), Metrics(settings))
     assert documented == {path: set(methods) - {"HEAD"} for path, methods in routes.items()}
     for path, methods in routes.items():
         for method, route in methods.items():

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -110,6 +112,39 @@ def test_stopping_loses_nothing_that_was_accepted(
     assert len(accepted) > 80
     found = {(row["user_id"], row["timestamp_ms"]) for row in stored(client, settings.shards)}
     assert accepted <= found
+
+
+def test_an_end_waits_for_all_that_has_come(settings: Settings, client: Any, port: int) -> None:
+    """For requests ahead of their answers, and for one whose client has gone meanwhile."""
+
+    def request(user: str) -> bytes:
+        body = json.dumps(heartbeat(user_id=user)).encode()
+        head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        return head.encode() + body
+
+    address = ("127.0.0.1", port)
+    with process(settings.model_copy(update={"gateway_port": port})) as child:
+        client.client_pause(60_000, all=False)
+        try:
+            with socket.create_connection(address, timeout=20) as ahead:
+                ahead.sendall(request("ahead-1") + request("ahead-2"))
+                with socket.create_connection(address, timeout=20) as gone:
+                    gone.sendall(request("gone"))
+                # on a connection that came later, so that the others were read
+                assert httpx.get(f"http://127.0.0.1:{port}/health/live").status_code == 200
+                child.send_signal(signal.SIGTERM)
+                wait_for(lambda: not accepts(port), "the end to begin")
+                client.client_unpause()
+                told = b""
+                while part := ahead.recv(65536):
+                    told += part
+        finally:
+            client.client_unpause()
+        assert child.communicate(timeout=30) == ("ended\n", "")
+    first, second = told.split(b"HTTP/1.1 200 OK\r\n")[1:]
+    assert (b"connection: close" in first, b"connection: close" in second) == (False, True)
+    found = {row["user_id"] for row in stored(client, settings.shards)}
+    assert found == {"ahead-1", "ahead-2", "gone"}
 
 
 def test_a_second_one_on_the_same_port_says_so(settings: Settings, port: int) -> None:
