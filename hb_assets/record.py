@@ -197,12 +197,17 @@ def read_array(text: bytes) -> list[Wire] | None:
 
 
 def read_lines(text: bytes, lines: int) -> list[Wire] | None:
-    """As `read_array`, of NDJSON, that many lines.
+    """As `read_array`, of NDJSON, that many lines: one object on each.
 
     As an array, since `decode_lines` lets an object reach over several lines, and several stand in
-    one: as many objects as lines come only of line ends that each stand between two objects.
+    one. No text holds a line end, and no object of these shapes another one: what stands between a
+    closing and an opening brace is between two objects, and then as many objects as lines are one
+    on each.
     """
-    wires = read_array(b"[%b]" % text.replace(b"\n", b","))
+    ends = text.count(b"}\n{") or text.count(b"}\r\n{")
+    if ends != lines - 1:
+        return None
+    wires = read_array(b"[%b]" % text.replace(b"\n", b",\n"))
     return wires if wires is not None and len(wires) == lines else None
 
 

@@ -431,6 +431,8 @@ def test_the_usual_lines_are_read_in_company(time: dict[str, Any]) -> None:
         LINE + b"\n\n" + LINE,
         LINE + b",\n" + LINE,
         LINE.replace(b"u1", b"u\n1"),
+        LINE + b"," + LINE.replace(b", ", b"\n", 1),
+        LINE + b"," + LINE + b"\n" + LINE.replace(b"u1", b"u}\n{1"),
     ],
 )
 def test_lines_that_are_not_one_object_each(text: bytes) -> None:
