@@ -143,6 +143,7 @@ _encoder = msgspec.json.Encoder()
 _REMEMBERED = 2**16
 """Users whose shards are remembered."""
 
+_LOCAL_EPOCH = EPOCH.replace(tzinfo=None)
 _ISO_8601 = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ]"
     r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.,][0-9]+)?)?"
@@ -181,6 +182,36 @@ def parse(
     return (found[0] if found else refused[0][1]), ()
 
 
+def parse_plain(
+    lines: Sequence[bytes], now_ms: int, bounds: TimeBounds
+) -> tuple[list[Heartbeat], list[int]]:
+    """The heartbeats of JSON texts that are plainly valid, and the numbers of the other texts.
+
+    Three times as fast as `parse` for each, which tells what the others are. A line end may follow
+    a text.
+    """
+    odd = _is_odd(b"".join(lines))
+    wires: list[Wire] = []
+    others: list[int] = []
+    decode, unset = _wire_decoder.decode, UNSET
+    for number, line in enumerate(lines):
+        try:
+            wire = decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            others.append(number)
+            continue
+        quotes = _TIMED if wire.timestamp_ms is unset else _STAMPED
+        if line.count(b'"') == quotes and not (odd and _is_odd(line)):
+            wires.append(wire)
+        else:
+            others.append(number)
+    found, refused = judge(wires, now_ms, bounds)
+    if refused:
+        plain = sorted({*range(len(lines))}.difference(others))
+        others = sorted([*others, *(plain[number] for number, _ in refused)])
+    return found, others
+
+
 def read_array(text: bytes) -> list[Wire] | None:
     """The elements of a JSON array, for `judge`; ten times as fast as one `parse` for each.
 
@@ -197,12 +228,17 @@ def read_array(text: bytes) -> list[Wire] | None:
 
 
 def read_lines(text: bytes, lines: int) -> list[Wire] | None:
-    """As `read_array`, of NDJSON, that many lines.
+    """As `read_array`, of NDJSON, that many lines: one object on each.
 
     As an array, since `decode_lines` lets an object reach over several lines, and several stand in
-    one: as many objects as lines come only of line ends that each stand between two objects.
+    one. No text holds a line end, and no object of these shapes another one: what stands between a
+    closing and an opening brace is between two objects, and then as many objects as lines are one
+    on each.
     """
-    wires = read_array(b"[%b]" % text.replace(b"\n", b","))
+    ends = text.count(b"}\n{") or text.count(b"}\r\n{")
+    if ends != lines - 1:
+        return None
+    wires = read_array(b"[%b]" % text.replace(b"\n", b",\n"))
     return wires if wires is not None and len(wires) == lines else None
 
 
@@ -213,7 +249,12 @@ def _is_plain(text: bytes, quotes: int) -> bool:
     than these, which the names and texts that it found need at least. And it rounds a time where
     finer digits are to be cut off.
     """
-    return text.count(b'"') == quotes and not (
+    return text.count(b'"') == quotes and not _is_odd(text)
+
+
+def _is_odd(text: bytes) -> bool:
+    """Whether there may be a time in it that msgspec rounds."""
+    return bool(
         (_POINT in text and _FINE.search(text)) or (_BACKSLASH in text and _ESCAPED.search(text))
     )
 
@@ -226,21 +267,18 @@ def judge(
     One loop that calls as little as it can: a gateway spends a quarter of its time here.
     """
     first, last = bounds.start_ms, min(now_ms + bounds.future_ms, LAST_MS)
-    epoch, unset = EPOCH, UNSET
+    epoch, local, unset = EPOCH, _LOCAL_EPOCH, UNSET
     found: list[Heartbeat] = []
     refused: list[tuple[int, Refusal]] = []
     for wire in wires:
         instant = wire.timestamp_ms
         if instant is unset:
-            try:  # the usual way: there is one, with an offset
-                gap = wire.timestamp - epoch  # type: ignore[operator]  # a TypeError
-            except TypeError:
-                if wire.timestamp is unset:
-                    refused.append((len(found) + len(refused), _NO_TIME))
-                    continue
-                instant = ms_of(wire.timestamp)
-            else:
-                instant = gap.days * MS_PER_DAY + gap.seconds * 1000 + gap.microseconds // 1000
+            moment = wire.timestamp
+            if moment is unset:
+                refused.append((len(found) + len(refused), _NO_TIME))
+                continue
+            gap = moment - (local if moment.tzinfo is None else epoch)
+            instant = gap.days * MS_PER_DAY + gap.seconds * 1000 + gap.microseconds // 1000
         if first <= instant <= last:
             found.append(Heartbeat(wire.user_id, wire.device_id, instant, wire.heart_rate))
         else:
@@ -291,8 +329,14 @@ def encode_lines(heartbeats: Sequence[Heartbeat]) -> bytes:
 @lru_cache(maxsize=_REMEMBERED)
 def shard_of(user_id: str, shards: int) -> int:
     """Shard of a user: `md5_number_lower(user_id) % shards`, as DuckDB computes it."""
-    digest = hashlib.md5(user_id.encode(), usedforsecurity=False).digest()
-    return int.from_bytes(digest[8:], "little") % shards
+    return shards_of((user_id,), shards)[0]
+
+
+def shards_of(user_ids: Iterable[str], shards: int) -> list[int]:
+    """The same of many users, each of whom is hashed."""
+    md5, number = hashlib.md5, int.from_bytes
+    digests = (md5(user_id.encode(), usedforsecurity=False).digest() for user_id in user_ids)
+    return [number(digest[8:], "little") % shards for digest in digests]
 
 
 class Shards(dict[str, int]):

@@ -212,6 +212,7 @@ def said_in_json(text: str, *, escaped: bool) -> list[int | None]:
     found = [
         record.parse(line, 0, anything)[0],
         record.parse_object(GOOD | {"timestamp": text}, 0, anything)[0],
+        *record.parse_plain([line], 0, anything)[0],
     ]
     for wires in (record.read_lines(line, 1), record.read_array(b"[" + line + b"]")):
         if wires is not None:
@@ -383,6 +384,7 @@ def test_a_field_that_is_named_twice_is_refused(
     lacking = json.dumps({key: value for key, value in GOOD.items() if key != "timestamp"}).encode()
     for other in (LINE, lacking):
         assert record.read_lines(line + b"\n" + other, 2) is None
+        assert 0 in record.parse_plain([line, other], NOW, BOUNDS)[1]
         assert record.read_array(b"[" + other + b"," + line + b"]") is None
 
 
@@ -431,6 +433,8 @@ def test_the_usual_lines_are_read_in_company(time: dict[str, Any]) -> None:
         LINE + b"\n\n" + LINE,
         LINE + b",\n" + LINE,
         LINE.replace(b"u1", b"u\n1"),
+        LINE + b"," + LINE.replace(b", ", b"\n", 1),
+        LINE + b"," + LINE + b"\n" + LINE.replace(b"u1", b"u}\n{1"),
     ],
 )
 def test_lines_that_are_not_one_object_each(text: bytes) -> None:

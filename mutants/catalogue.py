@@ -198,9 +198,25 @@ MUTANTS: tuple[Mutant, ...] = (
         "the last of two values of one field counts",
         "ingest",
         "hb_assets/record.py",
-        "return text.count(b'\"') == quotes and not (",
-        "return not (",
+        "return text.count(b'\"') == quotes and not _is_odd(text)",
+        "return not _is_odd(text)",
         f"{_TESTS}/test_record.py::test_a_field_that_is_named_twice_is_refused",
+    ),
+    Mutant(
+        "the drain takes the last of two values of one field",
+        "ingest",
+        "hb_assets/record.py",
+        "if line.count(b'\"') == quotes and not (odd and _is_odd(line)):",
+        "if not (odd and _is_odd(line)):",
+        f"{_TESTS}/lake/test_decode.py::test_what_readers_of_json_differ_about_is_refused",
+    ),
+    Mutant(
+        "rows behind a refused line get the places of others",
+        "ingest",
+        f"{_LAKE}/decode.py",
+        "positions = sorted({*positions}.difference(first + number for number in doubtful))",
+        "positions = list(positions)[: len(found)]",
+        f"{_TESTS}/lake/test_decode.py::test_every_line_ends_where_the_record_says",
     ),
     # -- consolidation and pruning
     Mutant(

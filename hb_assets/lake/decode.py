@@ -1,10 +1,9 @@
 """Entries into columns: NDJSON text to a table of heartbeats, and what can't be used.
 
-Belongs here: the columnar reading of many records at once. Entries of our own appends are read as
-`canonical` lines. Of other entries, and of those where that fails, DuckDB takes every line that is
-plainly valid; any other line goes to `record.parse`, whose word is final, so that validity is
-defined once and one bad row never stops its entry. Doesn't belong here: where rows are written, and
-decoding what may kill the process (`isolation`).
+Belongs here: reading many records at once. Entries of our own appends are read as `canonical`
+lines. Other entries, and those where that fails, are read line by line by `record`, which alone
+defines what is valid. Doesn't belong here: where rows are written, and decoding what may kill the
+process (`isolation`).
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ import io
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol, Self
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -27,8 +25,7 @@ from hb_assets import record
 from hb_assets.days import LAST_MS, MS_PER_DAY
 from hb_assets.lake import canonical
 from hb_assets.lake.columns import order_of
-from hb_assets.lake.engine import engine
-from hb_assets.record import BPM_RANGE, ID_LENGTH, Heartbeat, Refusal
+from hb_assets.record import Heartbeat, Refusal, TimeBounds
 from hb_assets.schema import HEARTBEATS, QUARANTINE
 from hb_assets.settings import Settings
 
@@ -87,16 +84,7 @@ _MOST_LOTS = 4
 _LEAST_LOT = 2**20
 """Bytes of NDJSON that are worth a piece of their own."""
 _CHUNK = 50_000
-"""Lines that are handled in Python at a time."""
-_SCAN = 64
-"""Entries that one thread reads in one go."""
-_ENTRIES = pa.schema(
-    [
-        ("entry", pa.int32()),
-        ("latest", pa.int64()),
-        ("data", pa.string()),
-    ]
-)
+"""Records that Python holds as objects at a time."""
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
 _FOUND: pa.Schema = pa.schema(
@@ -109,67 +97,6 @@ _FOUND: pa.Schema = pa.schema(
         ("bpm", pa.int16()),
     ]
 )
-
-# Only a line that is sound beyond doubt is taken here; what is false or null is read again, by
-# record.parse. Ids with a backslash are left to it as well: escapes are rare and easy to get wrong.
-# So is a line that names an unknown field, or one twice (DuckDB takes the first value, msgspec the
-# last), or ends with a comma, which DuckDB forgives: all of these have more than three commas. Ids
-# may have them too: then the number of quotes says that there are no other names.
-_DECODE = r"""
-WITH lines AS (
-    SELECT entry, latest,
-        CAST($first + unnest(range(len(parts))) AS INTEGER) AS pos, unnest(parts) AS line
-    FROM (SELECT entry, latest, string_split(data, chr(10)) AS parts FROM entries)
-), read AS (
-    SELECT entry, latest, pos, line,
-        CASE WHEN json_valid(line) THEN from_json(line, $shape) END AS r,
-        CASE WHEN line LIKE '%,%,%,%,%' AND NOT regexp_matches(line, ',\s*\}\s*$')
-        THEN length(line) - length(replace(line, '"', '')) END AS quotes,
-        line NOT LIKE '%,%,%,%,%' AS plain
-    FROM lines
-), texts AS (
-    SELECT entry, latest, pos, line, quotes, plain,
-        CAST(r.user_id AS VARCHAR) AS user_text, CAST(r.device_id AS VARCHAR) AS device_text,
-        CAST(r.timestamp AS VARCHAR) AS time_text, CAST(r.timestamp_ms AS VARCHAR) AS ms_text,
-        CAST(r.heart_rate AS VARCHAR) AS bpm_text
-    FROM read
-), typed AS (
-    SELECT *, TRY_CAST(bpm_text AS SMALLINT) AS bpm,
-        CASE
-            WHEN ms_text IS NOT NULL THEN TRY_CAST(ms_text AS BIGINT)
-            WHEN regexp_full_match(time_text, $instant)
-            THEN epoch_us(TRY_CAST(trim(time_text, '"') AS TIMESTAMPTZ)) // 1000
-        END AS instant
-    FROM texts
-), judged AS (
-    SELECT *, coalesce(
-            starts_with(user_text, '"') AND starts_with(device_text, '"')
-            AND NOT contains(user_text, chr(92)) AND NOT contains(device_text, chr(92))
-            AND length(user_text) - 2 BETWEEN $shortest AND $longest
-            AND length(device_text) - 2 BETWEEN $shortest AND $longest
-            AND bpm BETWEEN $lowest AND $highest AND CAST(bpm AS VARCHAR) = bpm_text
-            AND (ms_text IS NULL OR CAST(instant AS VARCHAR) = ms_text)
-            AND instant BETWEEN $start AND latest
-            AND (plain OR quotes = CASE WHEN ms_text IS NULL THEN 14 ELSE 12 END),
-        false) AS sound
-    FROM typed
-)
-SELECT sound, entry, pos,
-    CASE WHEN sound THEN user_text[2:-2] END AS user_id,
-    CASE WHEN sound THEN device_text[2:-2] END AS device_id,
-    instant, bpm,
-    CASE WHEN NOT sound THEN line END AS line
-FROM judged
-"""
-_SHAPE = '{"user_id":"JSON","device_id":"JSON","timestamp":"JSON","timestamp_ms":"JSON","heart_rate":"JSON"}'
-_INSTANT = (
-    r'"\d{4}-\d{2}-\d{2}[T ]([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?'
-    r'(Z|[+-](0\d|1[0-4]):[0-5]\d)?"'
-)
-
-_SHARDS = "SELECT CAST(md5_number_lower(name) % $shards AS SMALLINT) AS shard FROM names"
-_FEW_USERS = 4096
-"""As many are hashed faster than an engine is asked."""
 
 
 def decode(entries: Sequence[Delivery], settings: Settings) -> Decoded:
@@ -270,32 +197,17 @@ def _decode(
 ) -> Decoded:
     """Read these texts of the entries; their first lines are at position `first`."""
     order, batch = _Batch.by_arrival(entries, texts, first, settings)
-    rejects = _Rejects(batch)
+    rows, rejects = _Rows(), _Rejects(batch)
     whole = []
     for index, entry in enumerate(batch.entries):
         if _is_empty(entry):
             rejects.add(index, 0, batch.texts[index], _NO_DATA)
         else:
             whole.append(index)
-    parts: list[pa.Table] = []
-    doubtful: Iterable[tuple[int, int, bytes]]
-    if careful:
-        doubtful = _lines(batch, whole)
-    else:
-        parts, doubtful = _read(batch, whole)
-    unknown_fields = 0
-    found: list[tuple[int, int, Heartbeat]] = []
-    for index, pos, line in doubtful:
-        if _is_blank(line):
-            continue
-        now_ms = min(batch.entries[index].ms, LAST_MS)
-        result, unknown = record.parse(line, now_ms, settings.time_bounds)
-        if isinstance(result, Refusal):
-            rejects.add(index, pos, line, result)
-        else:
-            found.append((index, pos, result))
-            unknown_fields += len(unknown)
-    sound = _together([*parts, _parsed(found)])
+    found, left = ([], whole) if careful else _canonical(batch, whole)
+    bounds = settings.time_bounds
+    unknown_fields = sum(_read(batch, index, bounds, rows, rejects) for index in left)
+    sound = _together([*found, *rows.tables()])
     read = np.concatenate([sound["entry"].to_numpy(), np.array(rejects.indexes, np.int32)])
     counts = np.empty(len(entries), np.int64)
     counts[order] = np.bincount(read, minlength=len(entries))
@@ -353,19 +265,6 @@ def _is_blank(text: bytes) -> bool:
     return not text or text.isspace()
 
 
-def _read(
-    batch: _Batch, indexes: Sequence[int]
-) -> tuple[list[pa.Table], Iterator[tuple[int, int, bytes]]]:
-    """Sound lines of these entries, and those that nothing vouches for."""
-    found, left = _canonical(batch, indexes)
-    if not left:
-        return found, iter(())
-    with engine(batch.settings) as connection:
-        read, unread = _read_all(connection, batch, left)
-    sound = read.filter(read["sound"]).select(_FOUND.names)
-    return [*found, _encoded(sound)], _doubtful(read, batch, unread)
-
-
 def _canonical(batch: _Batch, indexes: Sequence[int]) -> tuple[list[pa.Table], list[int]]:
     """Entries that are canonical throughout, and the entries that aren't.
 
@@ -402,91 +301,28 @@ def _canonical(batch: _Batch, indexes: Sequence[int]) -> tuple[list[pa.Table], l
     return [found.filter(pa.array(whole[at]))], sorted({*indexes} - {*own[whole].tolist()})
 
 
-def _read_all(
-    connection: duckdb.DuckDBPyConnection, batch: _Batch, indexes: Sequence[int]
-) -> tuple[pa.Table, list[int]]:
-    """Lines of these entries in columns, and the entries that can't be read so.
-
-    What fails in company (one entry that isn't UTF-8, or takes more memory than there is) is tried
-    in halves, down to the entry that fails alone: `record.parse` reads that one line by line.
-    """
-    try:
-        return _read_some(connection, batch, indexes), []
-    except (UnicodeDecodeError, MemoryError, duckdb.Error, pa.ArrowException):
-        half = len(indexes) // 2
-        if half == 0:
-            return _read_some(connection, batch, []), list(indexes)
-    first, unread = _read_all(connection, batch, indexes[:half])
-    second, more = _read_all(connection, batch, indexes[half:])
-    return pa.concat_tables([first, second]), unread + more
-
-
-def _read_some(
-    connection: duckdb.DuckDBPyConnection, batch: _Batch, indexes: Sequence[int]
-) -> pa.Table:
-    texts, settings = batch.texts, batch.settings
-    table = pa.Table.from_arrays(
-        [
-            pa.array(indexes, pa.int32()),
-            pa.array(batch.latest[indexes], pa.int64()),
-            pa.array([texts[index].decode() for index in indexes], pa.string()),
-        ],
-        schema=_ENTRIES,
-    )
-    # DuckDB scans an Arrow table by its chunks, each in one thread.
-    chunks = pa.Table.from_batches(table.to_batches(_SCAN), table.schema)
-    connection.register("entries", chunks)
-    parameters = {
-        "first": batch.first,
-        "shape": _SHAPE,
-        "instant": _INSTANT,
-        "shortest": ID_LENGTH[0],
-        "longest": ID_LENGTH[1],
-        "lowest": BPM_RANGE[0],
-        "highest": BPM_RANGE[1],
-        # before 1970 DuckDB cuts a fraction off towards 1970, record.parse always downwards
-        "start": max(settings.time_bounds.start_ms, 1),
-    }
-    return connection.sql(_DECODE, params=parameters).to_arrow_table()
-
-
-def _doubtful(
-    read: pa.Table, batch: _Batch, unread: Sequence[int]
-) -> Iterator[tuple[int, int, bytes]]:
-    """Entry, position and text of each line that DuckDB doesn't vouch for, a chunk at a time."""
-    lines = read.filter(pa.compute.invert(read["sound"])).select(["entry", "pos", "line"])
-    for chunk in lines.to_batches(_CHUNK):
-        for index, pos, line in zip(*(column.to_pylist() for column in chunk.columns), strict=True):
-            yield index, pos, line.encode()
-    yield from _lines(batch, unread)
-
-
-def _lines(batch: _Batch, indexes: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
-    """Entry, position and text of each line of these entries."""
-    for index in indexes:
-        for pos, raw in enumerate(io.BytesIO(batch.texts[index]), batch.first):
-            yield index, pos, raw.removesuffix(b"\n")
-
-
-def _parsed(found: list[tuple[int, int, Heartbeat]]) -> pa.Table:
-    beats = [beat for _, _, beat in found]
-    columns = [
-        pa.array([index for index, _, _ in found], pa.int32()),
-        pa.array([pos for _, pos, _ in found], pa.int32()),
-        pa.array([beat.user_id for beat in beats], pa.string()).dictionary_encode(),
-        pa.array([beat.device_id for beat in beats], pa.string()).dictionary_encode(),
-        pa.array([beat.timestamp_ms for beat in beats], pa.int64()),
-        pa.array([beat.heart_rate for beat in beats], pa.int16()),
-    ]
-    return pa.Table.from_arrays(columns, schema=_FOUND)
-
-
-def _encoded(sound: pa.Table) -> pa.Table:
-    """Sound lines with names in dictionaries."""
-    for at in (_FOUND.get_field_index(name) for name in ("user_id", "device_id")):
-        column = sound.column(at).dictionary_encode()
-        sound = sound.set_column(at, _FOUND.field(at), column)
-    return sound.cast(_FOUND)
+def _read(batch: _Batch, index: int, bounds: TimeBounds, rows: _Rows, rejects: _Rejects) -> int:
+    """Read an entry line by line; returns how many unknown fields it has."""
+    now_ms = min(batch.entries[index].ms, LAST_MS)
+    unknown_fields, first, text = 0, batch.first, io.BytesIO(batch.texts[index])
+    while lines := list(islice(text, _CHUNK)):
+        found, doubtful = record.parse_plain(lines, now_ms, bounds)
+        positions: Iterable[int] = range(first, first + len(lines))
+        if doubtful:
+            positions = sorted({*positions}.difference(first + number for number in doubtful))
+        rows.add(index, positions, found)
+        for number in doubtful:
+            line = lines[number].removesuffix(b"\n")
+            if _is_blank(line):
+                continue
+            result, unknown = record.parse(line, now_ms, bounds)
+            if isinstance(result, Refusal):
+                rejects.add(index, first + number, line, result)
+            else:
+                rows.add(index, (first + number,), (result,))
+                unknown_fields += len(unknown)
+        first += len(lines)
+    return unknown_fields
 
 
 def _together(parts: Sequence[pa.Table]) -> pa.Table:
@@ -529,14 +365,7 @@ def _sorted(found: pa.Table, batch: _Batch) -> pa.Table:
 
 def _shards(users: pa.StringArray, settings: Settings) -> npt.NDArray[np.int16]:
     """The shard of each user, who is hashed once, not for each row."""
-    if len(users) > _FEW_USERS:
-        with suppress(duckdb.Error), engine(settings) as connection:
-            connection.register("names", pa.table({"name": users}))
-            found = connection.sql(_SHARDS, params={"shards": settings.shards}).to_arrow_table()
-            shards: npt.NDArray[np.int16] = found["shard"].to_numpy()
-            return shards
-    of_each = [record.shard_of(user, settings.shards) for user in users.to_pylist()]
-    return np.array(of_each, np.int16)
+    return np.array(record.shards_of(users.to_pylist(), settings.shards), np.int16)
 
 
 def _by_name(names: pa.DictionaryArray) -> npt.NDArray[np.uint64]:
@@ -558,6 +387,41 @@ def _arrivals(batch: _Batch, entry: npt.NDArray[Any], pos: Any) -> list[pa.Array
         pa.array(batch.shard[entry]),
         pa.array(pos, pa.int32()),
     ]
+
+
+class _Rows:
+    """Heartbeats that were found, gathered in columns: as objects they take ten times the room."""
+
+    def __init__(self) -> None:
+        self._tables: list[pa.Table] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._indexes, self._positions = array("i"), array("i")
+        self._beats: list[Heartbeat] = []
+
+    def add(self, index: int, positions: Iterable[int], beats: Sequence[Heartbeat]) -> None:
+        self._indexes.extend([index] * len(beats))
+        self._positions.extend(positions)
+        self._beats.extend(beats)
+        if len(self._beats) >= _CHUNK:
+            self._close_chunk()
+
+    def tables(self) -> list[pa.Table]:
+        self._close_chunk()
+        return self._tables
+
+    def _close_chunk(self) -> None:
+        columns = [
+            pa.array(self._indexes, pa.int32()),
+            pa.array(self._positions, pa.int32()),
+            pa.array([beat.user_id for beat in self._beats], pa.string()).dictionary_encode(),
+            pa.array([beat.device_id for beat in self._beats], pa.string()).dictionary_encode(),
+            pa.array([beat.timestamp_ms for beat in self._beats], pa.int64()),
+            pa.array([beat.heart_rate for beat in self._beats], pa.int16()),
+        ]
+        self._tables.append(pa.Table.from_arrays(columns, schema=_FOUND))
+        self._clear()
 
 
 class _Rejects:

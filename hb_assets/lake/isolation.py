@@ -151,8 +151,6 @@ def _run_child(
                 _send(pipe, entry)
         code = child.wait()
         words = said.result().decode(errors="replace").split()
-    if code:
-        engine.sweep(settings)  # its own spill folder
     return code, words
 
 
@@ -248,7 +246,6 @@ def _end(code: int, word: str) -> None:
 
 
 def _serve(folder: Path, settings: Settings) -> None:
-    settings = settings.model_copy(update={"duckdb_threads": 1})
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Before anything is allocated: Arrow's allocator keeps what it reserves.
     _limit_memory(settings)
@@ -274,7 +271,7 @@ def _serve(folder: Path, settings: Settings) -> None:
 
 def _limit_memory(settings: Settings) -> None:
     """Bound what an entry may take; an allocation fails where it takes more."""
-    # Not the address space: DuckDB and Arrow reserve far more of it than they use.
+    # Not the address space: Arrow reserves far more of it than it uses.
     _, highest = resource.getrlimit(resource.RLIMIT_DATA)
     with suppress(ValueError, OSError):  # a system that can't, or a lower limit that stands
         resource.setrlimit(resource.RLIMIT_DATA, (settings.poison_memory, highest))

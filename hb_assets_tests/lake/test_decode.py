@@ -306,6 +306,7 @@ def test_a_byte_order_mark_is_skipped(own: int | None) -> None:
         (line()[:-1] + b', "x": NaN}', "record_not_json"),
         (line()[:-1] + b', "x": 1e999}', "record_not_json"),
         (line() + line(), "record_not_json"),
+        (line() + b", " + line(), "record_not_json"),
         (line(at="2025-01-15 10.30"), "timestamp_not_a_time"),
     ],
 )
@@ -347,6 +348,48 @@ def test_lines_of_older_releases_drain_as_before(careful: bool) -> None:
         found, _ = record.parse(text, NOW, SETTINGS.time_bounds)
         assert isinstance(found, Heartbeat)
         assert record.encode(found) == text
+
+
+HALF, OTHER_HALF = line().split(b", ", 1)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [line() + b"," + HALF, OTHER_HALF],
+        [line() + b", " + line(), HALF + b",", OTHER_HALF],
+        [line() + b", " + line(), line("a}"), line("{b")],
+        [line() + b", " + line(), line("a}")[:-60], b"{" + line()[16:]],
+    ],
+)
+def test_an_object_is_one_line(texts: list[bytes]) -> None:
+    """Where there are as many objects as lines, but not one on each, too."""
+    decoded = decode([entry([line(), *texts])], SETTINGS)
+    want = [expected(text, NOW) for text in texts]
+    assert decoded.rows.num_rows == 1 + sum(isinstance(one, tuple) for one in want)
+    assert decoded.rejected["raw"].to_pylist() == [
+        text for text, one in zip(texts, want, strict=True) if isinstance(one, str)
+    ]
+
+
+@pytest.mark.parametrize("end", [b"", b"Z", b"+02:00"])
+def test_usual_lines_of_other_producers_are_plain(
+    end: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a drain of them would take several times as long."""
+    monkeypatch.setattr(record, "parse", None)
+    spelt = line(at="2025-01-15T10:00:00.123" + end.decode())
+    for text in (spelt, line()):
+        for data in (b"\n".join([text] * 2000), b"\r\n".join([text] * 3) + b"\r\n"):
+            decoded = decode([Delivered(data=data)], SETTINGS)
+            assert decoded.rows.num_rows == data.count(b"user_id")
+
+
+def test_times_with_and_without_an_offset_side_by_side() -> None:
+    spelt = [line(at="2025-01-15T10:00:00" + end) for end in ("Z", "", "+02:00")]
+    decoded = decode([entry(spelt)], SETTINGS)
+    at = decoded.rows.sort_by("arrival_pos")["timestamp"].cast("int64").to_pylist()
+    assert at == [NOON - 7_200_000, NOON - 7_200_000, NOON - 14_400_000]
 
 
 def test_before_1970_too_a_fraction_is_cut_off_downwards() -> None:
@@ -466,12 +509,10 @@ def test_unknown_fields_of_foreign_entries_are_counted() -> None:
     assert decode([own], SETTINGS).rows.equals(decoded.rows)
 
 
-def test_an_entry_that_takes_more_memory_than_there_is_stops_nobody() -> None:
-    """DuckDB gives up on the batch; its neighbours are read all the same, and so is the entry."""
-    tight = SETTINGS.model_copy(update={"duckdb_memory": 64 * 2**20})
+def test_a_line_of_any_size_is_read_and_its_neighbours_too() -> None:
     huge = line("huge")[:-1] + b', "x": "' + b"y" * 40_000_000 + b'"}'
     entries = [entry([line("u1")], 0), entry([huge, b"bad"], 1), entry([line("u2")], 2)]
-    decoded = decode(entries, tight)
+    decoded = decode(entries, SETTINGS)
     assert sorted(decoded.rows["user_id"].to_pylist()) == ["huge", "u1", "u2"]
     assert decoded.rejected["raw"].to_pylist() == [b"bad"]
     assert decoded.counts == [1, 2, 1]
@@ -570,5 +611,4 @@ def test_rows_are_sorted(own: int | None, monkeypatch: pytest.MonkeyPatch) -> No
         ),
     )
     monkeypatch.setattr(columns, "_WORD", 0)
-    monkeypatch.setattr(decode_module, "_FEW_USERS", 0)
     assert decode(entries, SETTINGS).rows.equals(decoded.rows)
