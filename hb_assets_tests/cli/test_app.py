@@ -63,7 +63,6 @@ def test_the_list_of_commands_says_what_they_say() -> None:
     commands = typer.main.get_command(frame.load_commands()).commands
     said = {name: one.help.split("\n\n")[0].replace("\n", " ") for name, one in commands.items()}
     assert said == {name: purpose for name, (_, purpose) in frame.COMMANDS.items()}
-    assert list(said) == list(frame.COMMANDS)
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
