@@ -35,7 +35,7 @@ run: $(RUNS) ## the whole system with a sample, until Ctrl-C (ARGS=--once: ends 
 	@exec $(BIN)/hb up $(ARGS)
 
 test: $(READY) ## all tests (ARGS="-k name" and the like go to pytest; --fast leaves out the slow ones)
-	@exec $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	@exec $(BIN)/python -m pytest -n auto --dist worksteal --durations=20 $(ARGS)
 
 test-long: $(READY) ## all tests, costly properties with ten times the examples, others each time
 	@exec $(BIN)/python -m pytest -n auto --dist worksteal --hypothesis-profile=long \
