@@ -246,7 +246,7 @@ def gateway(settings: Settings, **told: object) -> Iterator[None]:
         if told:
             assert process.wait(timeout=60) == -signal.SIGKILL, victims.said(settings)
         else:
-            process.terminate()
+            process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=60) == 0, victims.said(settings)
 
 

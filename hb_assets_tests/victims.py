@@ -1,44 +1,92 @@
-"""Real `hb` processes that meet their fate at a named point (chaos.points), for tests."""
+"""Real `hb` processes that meet their fate at a named point (chaos.points), for tests.
+
+They begin with the libraries that `hb` imports: a forkserver has imported these once, which takes
+most of a short life. Of our own modules they have none yet.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 
-from chaos import points
+from chaos import points, victim
 from hb_assets.settings import Settings, environment
 from hb_assets_tests.servers import wait_for
 
 ROOT = Path(__file__).parents[1]
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(
+    [
+        *("duckdb", "pandera.polars", "polars", "psutil", "pyarrow.compute", "pyarrow.csv"),
+        *("pyarrow.dataset", "pyarrow.parquet", "pydantic_settings", "redis.asyncio"),
+        *("rich.progress", "typer", "uvicorn", "chaos.victim"),
+    ]
+)
+
+
+class Victim:
+    """A process of the launcher, `chaos.victim`; its exit code is as subprocess has it."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        assert process.pid is not None
+        self._process, self.pid = process, process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, once it has ended. Raises TimeoutError."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise TimeoutError(f"process {self.pid} still runs")
+        return self._process.exitcode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def is_stopped(self) -> bool:
+        """Whether it is paused."""
+        return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
 
 
 @contextmanager
-def running(settings: Settings, *arguments: str, **told: object) -> Iterator[psutil.Popen]:
+def running(settings: Settings, *arguments: str, **told: object) -> Iterator[Victim]:
     """`hb <arguments>` under the launcher, its CHAOS_ variables in `told`; ended with the block."""
     log = settings.home_dir / "victim.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     fates = {f"CHAOS_{name.upper()}": str(value) for name, value in told.items()}
-    with log.open("ab") as output:
-        process = psutil.Popen(
-            [sys.executable, "-m", "chaos.victim", *arguments],
-            env={**environment(settings), **fates},
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-        )
+    variables = {**environment(settings), **fates}
+    process = _forks.Process(target=_live, args=(log, variables, arguments))
+    process.start()
+    made = Victim(process)
     try:
-        yield process
+        yield made
     finally:
-        if process.poll() is None:
+        if made.poll() is None:
             process.kill()
-        process.wait()
+        made.wait()
+
+
+def _live(log: Path, variables: Mapping[str, str], arguments: tuple[str, ...]) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = ["chaos.victim", *arguments]
+    victim.main()
 
 
 def said(settings: Settings) -> str:
@@ -54,20 +102,20 @@ def kill_at(settings: Settings, key: str, *arguments: str) -> None:
 
 
 @contextmanager
-def paused_at(settings: Settings, key: str, *arguments: str) -> Iterator[psutil.Popen]:
+def paused_at(settings: Settings, key: str, *arguments: str) -> Iterator[Victim]:
     """`hb <arguments>`, paused at the point; whoever wants it to go on resumes it."""
     with running(
         settings, *arguments, point=key, hit=points.named(key).hit, signal="STOP"
     ) as process:
         wait_for(
-            lambda: process.poll() is not None or process.status() == psutil.STATUS_STOPPED,
+            lambda: process.poll() is not None or process.is_stopped(),
             f"the process to reach {key}",
         )
         assert process.poll() is None, said(settings)
         yield process
 
 
-def resume(process: psutil.Popen, settings: Settings) -> None:
+def resume(process: Victim, settings: Settings) -> None:
     """Let a paused process go on until it ends, which it has to do well."""
     process.send_signal(signal.SIGCONT)
     assert process.wait(timeout=60) == 0, said(settings)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,6 +34,21 @@ def heartbeat(**changes: Any) -> dict[str, Any]:
 def plain_client(url: str, **options: Any) -> httpx.Client:
     """A client for plain HTTP: it reads no certificates, which takes a tenth of a second."""
     return httpx.Client(base_url=url, timeout=30, verify=False, **options)
+
+
+def next_answer(client: socket.socket, sent: bytes = b"") -> bytes:
+    """The next answer on a connection that stays open: head and body."""
+    client.sendall(sent)
+    found = b""
+    while b"\r\n\r\n" not in found:
+        part = client.recv(65536)
+        assert part
+        found += part
+    head, _, body = found.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head)
+    while length and len(body) < int(length[1]):
+        body += client.recv(65536)
+    return head + b"\r\n\r\n" + body
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from hb_assets.buffer.connection import connect
 from hb_assets.gateway import keyring
 from hb_assets.settings import Settings
 from hb_assets_tests.conftest import emptied
-from hb_assets_tests.gateway.conftest import running
+from hb_assets_tests.gateway.conftest import next_answer, running
 from hb_assets_tests.servers import wait_for
 
 BODY = b'{"user_id":"u1","device_id":"device_a","timestamp":"2025-01-15T10:00:00Z","heart_rate":75}'
@@ -48,21 +48,6 @@ def chunked(
     return head + b"\r\n%x%s\r\n%s\r\n0\r\n%s\r\n" % (len(BODY), chunk, BODY, trailers)
 
 
-def answer(client: socket.socket, sent: bytes) -> bytes:
-    """The next answer on a connection that stays open: head and body."""
-    client.sendall(sent)
-    found = b""
-    while b"\r\n\r\n" not in found:
-        part = client.recv(65536)
-        assert part
-        found += part
-    head, _, body = found.partition(b"\r\n\r\n")
-    length = re.search(rb"content-length: (\d+)", head)
-    while length and len(body) < int(length[1]):
-        body += client.recv(65536)
-    return head + b"\r\n\r\n" + body
-
-
 @dataclass(frozen=True)
 class Gateway:
     settings: Settings
@@ -79,7 +64,7 @@ class Gateway:
             if self.tls is not None:
                 made = stack.enter_context(self.tls.wrap_socket(plain, server_hostname="localhost"))
             for _ in range(2 if used else 0):
-                assert answer(made, post()).startswith(b"HTTP/1.1 200 ")
+                assert next_answer(made, post()).startswith(b"HTTP/1.1 200 ")
             yield made
 
     def stored(self) -> int:
@@ -263,7 +248,7 @@ TAKEN: dict[str, bytes] = {
 @pytest.mark.parametrize("name", TAKEN)
 def test_taken(plain: Gateway, name: str) -> None:
     with plain.connected() as client:
-        assert answer(client, TAKEN[name]).startswith(b"HTTP/1.1 200 ")
+        assert next_answer(client, TAKEN[name]).startswith(b"HTTP/1.1 200 ")
         assert told(client, LAST)[-1:] == FINE
 
 
@@ -285,7 +270,7 @@ def test_the_host_of_a_whole_url_counts(plain: Gateway) -> None:
 
 def test_options_of_everything(plain: Gateway) -> None:
     with plain.connected() as client:
-        found = answer(client, b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n")
+        found = next_answer(client, b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n")
     assert found.startswith(b"HTTP/1.1 204 ")
     assert b"allow: GET, HEAD, OPTIONS, POST\r\n" in found
 
@@ -322,7 +307,7 @@ def test_a_body_behind_an_upgrade(served: Gateway, *, used: bool) -> None:
 
 def test_a_connection_goes_on_behind_an_upgrade(served: Gateway) -> None:
     with served.connected() as client:
-        assert answer(client, get(headers=HOST + UPGRADE)).startswith(b"HTTP/1.1 200 ")
+        assert next_answer(client, get(headers=HOST + UPGRADE)).startswith(b"HTTP/1.1 200 ")
         assert told(client, post() + LAST) == FINE * 2
 
 
@@ -352,7 +337,7 @@ def test_a_broken_body_behind_its_answer(plain: Gateway) -> None:
     """Its request was answered already: there is no second answer to it."""
     head = b"POST /nothing HTTP/1.1\r\n" + HOST + b"transfer-encoding: chunked\r\n\r\n"
     with plain.connected() as client:
-        assert answer(client, head).startswith(b"HTTP/1.1 404 ")
+        assert next_answer(client, head).startswith(b"HTTP/1.1 404 ")
         assert told(client, b"no chunk\r\n" + post()) == []
 
 
@@ -361,7 +346,7 @@ def test_a_body_that_looks_like_a_request(plain: Gateway) -> None:
     before = plain.stored()
     head = b"POST /nothing HTTP/1.1\r\n" + HOST + b"content-length: %d\r\n\r\n" % len(post())
     with plain.connected() as client:
-        assert answer(client, head).startswith(b"HTTP/1.1 404 ")
+        assert next_answer(client, head).startswith(b"HTTP/1.1 404 ")
         assert told(client, post() + LAST) == FINE
     assert plain.stored() == before
 
