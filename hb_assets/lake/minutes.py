@@ -153,7 +153,7 @@ def _build_shard(
     shard = published.note.shard
     final = layout.minutes_file(lake.root, day, shard)
     if is_current(lake, day, shard, settings.device_priority):
-        with suppress(DamagedFileError):  # it is made anew
+        with suppress(DamagedFileError, ReplacedError):  # it is made anew
             return _ShardResult(final, False, _figures(final, published, connection))
     with TempFile(lake.root, final.parent) as temp:
         note = MinutesNote(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -158,6 +159,24 @@ def test_a_file_that_replaces_a_verified_one_is_not_read_for_it(
             count()
 
     with pytest.raises(ReplacedError):
+        read()
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_what_an_engine_says_of_two_files_is_not_believed(
+    path: Path, settings: Settings, tmp_path: Path, replaced: bool
+) -> None:
+    """It opens a file again for its rows, and those of another one don't fit the first footer."""
+    other = tmp_path / "other"
+    other.write_bytes(path.read_bytes())
+
+    def read() -> None:
+        with with_duckdb(path, settings):
+            if replaced:
+                other.replace(path)
+            raise duckdb.IOException("no magic bytes")
+
+    with pytest.raises(ReplacedError if replaced else duckdb.IOException):
         read()
 
 
