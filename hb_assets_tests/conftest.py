@@ -68,12 +68,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_slow(item: pytest.Item) -> bool:
-    """Whether a test is long, starts a whole system, or does again what it does on Valkey."""
+    """Whether a test is slow, starts a whole system, or does again what it does on Valkey."""
     again = getattr(item, "callspec", None)
-    return (
-        item.get_closest_marker("long") is not None
-        or item.get_closest_marker("system") is not None
-        or (again is not None and again.params.get("redis_url") == "redis")
+    return any(item.get_closest_marker(name) for name in ("long", "slow", "system")) or (
+        again is not None and again.params.get("redis_url") == "redis"
     )
 
 

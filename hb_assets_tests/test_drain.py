@@ -46,6 +46,8 @@ from hb_assets_tests.lake.deliveries import (
 )
 from hb_assets_tests.servers import wait_for
 
+pytestmark = pytest.mark.slow
+
 DAY = days.day_of(time.time_ns() // 1_000_000)
 MIDNIGHT = days.start_ms(DAY)
 

@@ -44,6 +44,8 @@ from hb_assets.record import shard_of
 from hb_assets.settings import Settings
 from hb_assets_tests.lake.deliveries import DAY, NOON, entry, line, minute_points
 
+pytestmark = pytest.mark.slow
+
 USER, OTHER = "Zoë-1234", "Zoë-12345"
 NEXT = NOON + 86_400_000
 

@@ -24,6 +24,8 @@ from hb_assets_tests.gateway.conftest import PATH, heartbeat, running
 from hb_assets_tests.lake.deliveries import DAY, NOON, consolidated, line
 from hb_assets_tests.servers import wait_for
 
+pytestmark = pytest.mark.slow
+
 ROOM = 2 * 2**20
 
 

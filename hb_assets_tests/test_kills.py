@@ -41,6 +41,8 @@ from hb_assets_tests.lake.deliveries import consolidated, line, raw, survivors
 from hb_assets_tests.servers import accepts, wait_for
 from hb_assets_tests.test_drain import append, beat, consuming, settled, users
 
+pytestmark = pytest.mark.slow
+
 VALKEY, BOTH = ("valkey",), ("valkey", "redis")
 AT_THE_BUFFER = ("claimed", "before acknowledge", "after acknowledge")
 

@@ -39,6 +39,8 @@ from hb_assets_tests.faults import Call, Fault, failing
 from hb_assets_tests.lake.deliveries import DAY, NOON, consolidated, left_behind, line
 from hb_assets_tests.servers import process_of, running_server, server_program, wait_for
 
+pytestmark = pytest.mark.slow
+
 USERS = 20
 
 

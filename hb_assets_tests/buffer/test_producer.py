@@ -23,6 +23,8 @@ from hb_assets.buffer.server import free_port
 from hb_assets.errors import BufferFullError, BufferUnavailableError
 from hb_assets.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 LINE = b'{"user_id":"u1"}'
 
 

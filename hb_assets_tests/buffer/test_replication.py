@@ -31,6 +31,8 @@ from hb_assets_tests.servers import (
     wait_for,
 )
 
+pytestmark = pytest.mark.slow
+
 LINE = b'{"user_id":"u1"}'
 
 

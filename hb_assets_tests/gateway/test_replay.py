@@ -36,6 +36,8 @@ from hb_assets_tests.gateway.test_metrics import samples
 from hb_assets_tests.gateway.test_server import Redis, process
 from hb_assets_tests.servers import wait_for
 
+pytestmark = pytest.mark.slow
+
 Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
 SHARDS = 4
 

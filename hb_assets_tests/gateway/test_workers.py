@@ -24,7 +24,7 @@ from hb_assets_tests.gateway.conftest import PATH, heartbeat, plain_client
 from hb_assets_tests.gateway.test_metrics import accepted, samples
 from hb_assets_tests.servers import wait_for
 
-pytestmark = VALKEY
+pytestmark = [VALKEY, pytest.mark.slow]
 
 
 @contextlib.contextmanager

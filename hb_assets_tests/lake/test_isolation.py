@@ -17,6 +17,8 @@ from hb_assets.lake.decode import Decoded, decode
 from hb_assets.settings import Settings
 from hb_assets_tests.lake.deliveries import Delivered, line
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(settings: Settings) -> Iterator[None]:

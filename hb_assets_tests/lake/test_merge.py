@@ -20,6 +20,8 @@ from hb_assets.schema import ARRIVAL, HEARTBEATS, ORDER
 from hb_assets.settings import Settings
 from hb_assets_tests.lake.deliveries import NOON
 
+pytestmark = pytest.mark.slow
+
 texts = st.sampled_from(["a", "b", "B", "é", "aa", "z" * 128, "\x00"])
 small = st.integers(0, 3)
 rows = st.tuples(texts, texts, small, st.integers(60, 62), small, small, small, small)
