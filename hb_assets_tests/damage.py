@@ -168,7 +168,9 @@ def full_disk(lake: Lake, settings: Settings) -> Iterator[Names]:
 
 @contextlib.contextmanager
 def closed_folder(lake: Lake, settings: Settings) -> Iterator[Names]:
-    seen(settings)  # loads all of our own code, which may be closed to nobody as well
+    with dg.DagsterInstance.ephemeral() as instance:
+        seen(settings, instance)  # loads all code, which may be closed to nobody as well
+        _nothing.execute_in_process(instance=instance)
     folder = pending(lake).parent
     if os.geteuid() == 0:
         for path in (settings.home_dir, *settings.home_dir.rglob("*")):
@@ -200,8 +202,12 @@ Damage = Callable[[Lake, Settings], contextlib.AbstractContextManager[Names]]
 # -- places
 
 
-def seen(settings: Settings) -> Seen:
-    """What people see wherever they look, in the order in which a table in the docs names it."""
+def seen(settings: Settings, instance: dg.DagsterInstance) -> Seen:
+    """What people see wherever they look, in the order in which a table in the docs names it.
+
+    The instance was made before: Dagster reads files of its own for that, and whom the damage has
+    made nobody may have no way to them.
+    """
     given = {
         "HB_HOME": str(settings.home),
         "HB_SHARDS": str(SHARDS),
@@ -226,7 +232,7 @@ def seen(settings: Settings) -> Seen:
                 for (name, labels), value_of in samples(http).items()
             }
         found["`hb status`"] = _told("status")
-        found["Dagster"] = _dagster(settings)
+        found["Dagster"] = _dagster(settings, instance)
         found["`hb audit`"] = _told("audit")
     return found
 
@@ -251,21 +257,23 @@ def _get(http: Any, day: dt.date) -> Seen:
     return {"code": answer.status_code, "said": answer.json()}
 
 
-def _dagster(settings: Settings) -> Seen:
+@dg.job
+def _nothing() -> None:
+    """What Dagster loads to run it, any job needs."""
+
+
+def _dagster(settings: Settings, instance: dg.DagsterInstance) -> Seen:
     """Names of the alarms that the sensors raise, and days whose check `complete` is red."""
     found: set[str] = set()
     red: list[str] = []
-    with dg.DagsterInstance.ephemeral() as instance:
-        for sensor in ("drain", "buffer", "consolidation", "damage"):
-            data = Ticks(settings, instance, sensor).tick()
-            raised = (
-                Cursor.parse(data.cursor).alarms if sensor == "drain" else alarms.load(data.cursor)
-            )
-            found |= raised.keys()
-            if sensor == "damage" and data.run_requests:
-                [request] = data.run_requests
-                job = of(settings).resolve_job_def("known_damage")
-                done = job.execute_in_process(instance=instance, run_config=request.run_config)
-                told = done.get_asset_check_evaluations()
-                red += [str(one.partition) for one in told if not one.passed]
+    for sensor in ("drain", "buffer", "consolidation", "damage"):
+        data = Ticks(settings, instance, sensor).tick()
+        raised = Cursor.parse(data.cursor).alarms if sensor == "drain" else alarms.load(data.cursor)
+        found |= raised.keys()
+        if sensor == "damage" and data.run_requests:
+            [request] = data.run_requests
+            job = of(settings).resolve_job_def("known_damage")
+            done = job.execute_in_process(instance=instance, run_config=request.run_config)
+            told = done.get_asset_check_evaluations()
+            red += [str(one.partition) for one in told if not one.passed]
     return {"alarms": sorted(found), "red": red}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 
 from hb_assets_tests import damage
@@ -54,8 +55,11 @@ def look(server_urls: Callable[[str], str]) -> Iterator[Callable[[str], Look]]:
                 Path(tempfile.mkdtemp(prefix="hb-damage-"))
             )  # others can't get at pytest's
             settings = damage.settings_of(homes[-1], emptied(server_urls("valkey")))
-            with DAMAGES[name](damage.build(settings), settings) as names_of_it:
-                seen = damage.seen(settings)
+            with (
+                dg.DagsterInstance.ephemeral() as instance,
+                DAMAGES[name](damage.build(settings), settings) as names_of_it,
+            ):
+                seen = damage.seen(settings, instance)
             looks[name] = Look(seen, names_of_it, str(settings.home))
         return looks[name]
 

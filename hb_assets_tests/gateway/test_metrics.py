@@ -29,14 +29,14 @@ redis_url = on_valkey
 
 Found = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 DOCS = Path(__file__).parents[2] / "docs" / "http.md"
+VERSION = re.search(r"text format, version ([\d.]+\d)", DOCS.read_text(encoding="utf-8"))
 
 
 def samples(http: httpx.Client) -> Found:
     response = http.get("/metrics")
     assert response.status_code == 200
-    version = re.search(r"text format, version ([\d.]+\d)", DOCS.read_text(encoding="utf-8"))
-    assert version
-    assert response.headers["content-type"] == f"text/plain; version={version[1]}; charset=utf-8"
+    assert VERSION
+    assert response.headers["content-type"] == f"text/plain; version={VERSION[1]}; charset=utf-8"
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(response.text)
