@@ -156,6 +156,8 @@ RESOLVED = {
             ("after restore's link", 1),
             ("before an acceptance is taken back", 1),
             ("after an acceptance is taken back", 1),
+            ("before set-aside's rename", 1),  # of the damaged one, which goes for good
+            ("after set-aside's rename", 1),
         ),
     },
     of_consolidated: {
