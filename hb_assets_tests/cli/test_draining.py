@@ -302,7 +302,7 @@ def test_exit_codes_of_an_import(outside: None, file: Path, tmp_path: Path) -> N
 def test_importing_what_a_pipe_brings(tmp_path: Path) -> None:
     """`-` and `/dev/stdin` alike; what isn't known by its name is asked for."""
     for name in ("-", "/dev/stdin"):
-        script = f'echo "$LINE" | {sys.executable} -m hb_assets import {name} --json "$@"'
+        script = f'echo "$LINE" | "{sys.executable}" -m hb_assets import {name} --json "$@"'
         home = tmp_path / "home"
         done = piped(home, script, "--format", "ndjson")
         assert done.returncode == 0, done.stderr
