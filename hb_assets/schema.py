@@ -21,7 +21,7 @@ ORDER = ("user_id", "timestamp", "device_id")
 ARRIVAL = tuple(field.name for field in msgspec.structs.fields(Arrival))
 """Columns of a row's identity, in arrival order."""
 IDENTITY = ", ".join(ARRIVAL)
-"""They, as SQL has them."""
+"""The same columns as a list in SQL."""
 
 
 def _integer(field: inspect.IntType) -> pa.DataType:

@@ -1,7 +1,7 @@
 """Real `hb` processes that meet their fate at a named point (chaos.points), for tests.
 
-They begin with the libraries that `hb` imports: a forkserver has imported these once, which takes
-most of a short life. Of our own modules they have none yet.
+A forkserver imports the libraries that `hb` needs once, which takes most of the time of a short
+command. Our own modules are imported by each process, so that a point is armed before that.
 """
 
 from __future__ import annotations

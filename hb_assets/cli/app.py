@@ -258,7 +258,7 @@ def load_commands() -> typer.Typer:
 
 def run(arguments: Sequence[str]) -> None:
     """Run the command that these arguments name, and exit; import no other."""
-    wanted = next((one for one in arguments if not one.startswith("-")), None)
+    wanted = arguments[0] if arguments else ""  # an option of `hb` itself runs no command
     if wanted in COMMANDS:
         importlib.import_module(f"hb_assets.cli.{COMMANDS[wanted][0]}")
     else:

@@ -159,7 +159,8 @@ def set_aside(lake: Lake, error: DamagedFileError, settings: Settings) -> str | 
     if target is None:
         return f"{path} was damaged; another process has moved it away"
     if is_sound_at(lake, target, place, settings):
-        # what came into its place after we had looked
+        # A whole copy came into its place after we had looked. It stays here until it is linked
+        # there: under tmp/ a forget could remove it.
         with suppress(FileExistsError):
             os.link(target, path)
             sync_folder(path.parent)

@@ -148,7 +148,7 @@ def _remove_aside(lake: Lake, final: Path, name: FragmentName) -> None:
     aside = lake.root / DAMAGED / final.relative_to(lake.root)
     if not aside.exists():
         return
-    with TempFile(lake.root, final.parent) as taken, suppress(FileNotFoundError):
+    with TempFile(lake.root, final.parent) as taken, suppress(FileNotFoundError, FileExistsError):
         aside.rename(taken.path)
         sync_folder(aside.parent)
         if not final.exists() and _seals(name, taken.path):

@@ -128,9 +128,9 @@ def scanned(paths: Sequence[Path]) -> Iterator[tuple[pl.LazyFrame, int]]:
 
 @contextmanager
 def _unchanged(seen: Mapping[Path, Look]) -> Iterator[None]:
-    """Raises ReplacedError where a file isn't the one that was seen, whatever an engine says of it.
+    """Raises ReplacedError when a file was replaced during the block, also when an engine failed.
 
-    An engine that opens a file twice takes two files for a broken one.
+    An engine that opens the path twice reads two different files, and calls that a broken one.
     """
     try:
         yield
