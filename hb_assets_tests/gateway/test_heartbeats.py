@@ -15,6 +15,7 @@ from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from hb_assets.buffer import keys
+from hb_assets.buffer.producer import AsyncProducer
 from hb_assets.gateway.bodies import split
 from hb_assets.gateway.heartbeats import SLICE
 from hb_assets.gateway.problems import MEDIA_TYPE, ProblemError
@@ -415,3 +416,20 @@ def test_media_type_decides_before_the_first_character() -> None:
 def test_split_takes_any_bytes(body: bytes) -> None:
     with contextlib.suppress(ProblemError):
         assert all(text.strip() for _, text in split(body, b"", 50).texts)
+
+
+@VALKEY
+def test_an_error_of_ours_is_a_problem_and_not_the_end(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "a heart rate of 77"
+
+    async def broken(*_: object) -> None:
+        raise ZeroDivisionError(secret)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncProducer, "_flush", broken)
+        assert http.post(PATH, json=heartbeat()).json()["status"] == 500
+    assert http.post(PATH, json=heartbeat()).status_code == 200
+    assert "ZeroDivisionError" in caplog.text
+    assert secret not in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import socket
 import ssl
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from hb_assets.errors import SettingsError
 from hb_assets.gateway import keyring, tls
 from hb_assets.gateway.server import serve
 from hb_assets.settings import Settings
-from hb_assets_tests.gateway.conftest import PATH, heartbeat, running
+from hb_assets_tests.gateway.conftest import PATH, heartbeat, next_answer, running
 from hb_assets_tests.gateway.test_server import process
 
 ENCRYPTED = """-----BEGIN ENCRYPTED PRIVATE KEY-----
@@ -80,6 +81,19 @@ def test_it_serves_tls_and_our_own_client_trusts_that_certificate_alone(
             sni = {"sni_hostname": "heartbeats.example"}
             answer = http.post(address, json=heartbeat(), headers=named, extensions=sni)
             assert answer.status_code == 200
+
+        # one connection for several, the last ones sent ahead
+        body = json.dumps(heartbeat()).encode()
+        head = f"POST {PATH} HTTP/1.1\r\nhost: hb\r\nauthorization: Bearer {token}\r\n"
+        post = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+        last = post.replace(b"host:", b"connection: close\r\nhost:", 1)
+        with (
+            socket.create_connection(("127.0.0.1", served.gateway_port), 20) as plain,
+            strangers.wrap_socket(plain, server_hostname="heartbeats.example") as client,
+        ):
+            assert next_answer(client, post).startswith(b"HTTP/1.1 200 ")
+            client.sendall(post + last)
+            assert b"".join(iter(lambda: client.recv(65536), b"")).count(b"HTTP/1.1 200 ") == 2
 
         twin = with_cert(served, authority, tmp_path, "twin")
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
