@@ -278,6 +278,24 @@ MUTANTS: tuple[Mutant, ...] = (
         "test_a_fragment_that_is_away_stays_listed_above_the_watermark",
     ),
     Mutant(
+        "rows that no fragment brought before are dropped as repeats of one that can't be read",
+        "consolidation and pruning",
+        f"{_LAKE}/unread.py",
+        "HAVING bool_and(",
+        "HAVING bool_or(true OR ",
+        f"{_TESTS}/lake/test_recovery.py::test_what_repeats_an_included_fragment_that_was_set_aside_"
+        "counts_once",
+    ),
+    Mutant(
+        "rows that a fragment that can't be read brought before count twice",
+        "consolidation and pruning",
+        f"{_LAKE}/external_sort.py",
+        "    if inputs.unread:\n",
+        "    if False:\n",
+        f"{_TESTS}/lake/test_recovery.py::test_what_repeats_an_included_fragment_that_was_set_aside_"
+        "counts_once",
+    ),
+    Mutant(
         "the first arrival survives out of core",
         "consolidation and pruning",
         f"{_LAKE}/external_sort.py",

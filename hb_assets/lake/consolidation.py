@@ -362,7 +362,7 @@ def _consolidate_shard(task: _Task) -> _ShardResult | None:
         base = None if task.rebuild else published
         if task.rebuild:
             _require_all(task, published, raw)
-        new = _told_apart(pending(base, raw), base, gaps)
+        new = pending(base, raw)
         restored = [one for one in new if base and str(one.name) in base.note.excepted]
         left = len(new) - 1 if restored else 0
         # Below the watermark and new all the same: each by itself, no other is taken for new.
@@ -397,22 +397,6 @@ def _if_nothing_is_pending(task: _Task) -> _ShardResult | None:
             raise
         return _PENDING
     return result if task.is_published(published) else _PENDING
-
-
-def _told_apart(new: list[Fragment], base: Current | None, gaps: Gaps) -> list[Fragment]:
-    """Pending fragments but for those that wait until the watermark tells their rows.
-
-    They may repeat rows of an included fragment that can't be read, after a drain that died before
-    it could acknowledge: survivors alone wouldn't tell.
-    """
-    if base is None:
-        return new
-    unread = [one for one in gaps.set_aside if str(one) in base.names]
-    return [
-        one
-        for one in new
-        if base.note.includes(one.name) or not any(one.name.overlaps(gone) for gone in unread)
-    ]
 
 
 def _require_all(task: _Task, published: Current | None, raw: Sequence[Fragment]) -> None:

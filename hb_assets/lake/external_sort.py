@@ -18,6 +18,7 @@ from hb_assets.lake import parquet, verified
 from hb_assets.lake.engine import engine, figures
 from hb_assets.lake.inputs import Inputs
 from hb_assets.lake.tombstones import Cutoffs
+from hb_assets.lake.unread import came_before
 from hb_assets.schema import ARRIVAL, IDENTITY, KEY, ORDER
 from hb_assets.schema import HEARTBEATS as SCHEMA
 from hb_assets.settings import Settings
@@ -51,17 +52,21 @@ _ERASED_BEFORE = f"""
     FROM erased_before
  ) AS before USING ({IDENTITY})
 """
+_UNREAD = """
+ ANTI JOIN came_before USING (arrival_ms, arrival_seq, arrival_shard)
+"""
 # Each part is there only where it is needed: most merges know of nothing that comes again.
 _NEW = {
-    (late, included, erased): f"""
+    (late, included, unread, erased): f"""
 SELECT arrived.*,
     {_LATE if late else "false"} OR {"coalesce(counted, false)" if erased else "false"} AS late
 FROM new AS arrived
 {"LEFT JOIN mark ON arrived.arrival_shard = mark.source" if late else ""}
-{_ERASED_BEFORE if erased else ""} {_UNKNOWN if included else ""}
+{_ERASED_BEFORE if erased else ""} {_UNKNOWN if included else ""} {_UNREAD if unread else ""}
 """
     for late in (False, True)
     for included in (False, True)
+    for unread in (False, True)
     for erased in (False, True)
 }
 _FRESH = {
@@ -127,13 +132,17 @@ def fresh_rows(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> int:
         return figures(connection, _FRESH[_kind(inputs)])[0]
 
 
-def _kind(inputs: Inputs) -> tuple[bool, bool, bool]:
-    return bool(inputs.watermark), bool(inputs.included), bool(inputs.erased_before)
+def _kind(inputs: Inputs) -> tuple[bool, bool, bool, bool]:
+    known = inputs.watermark, inputs.included, inputs.unread, inputs.erased_before
+    late, included, unread, erased = map(bool, known)
+    return late, included, unread, erased
 
 
 def _register(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> None:
     if inputs.watermark:
         connection.register("mark", _marks(inputs.watermark))
+    if inputs.unread:
+        connection.register("came_before", came_before(inputs, connection))
     if inputs.erased:
         connection.register("erased", _erased(inputs.erased))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from hb_assets.lake import erased
 from hb_assets.lake.consolidated import Current
 from hb_assets.lake.fragments import Fragment
+from hb_assets.lake.layout import FragmentName
 from hb_assets.lake.store import Lake
 from hb_assets.lake.tombstones import Cutoffs
 
@@ -26,6 +27,7 @@ class Inputs:
         new: pending fragments.
         included: fragments that `base` includes and that may hold rows of `new`, after a drain that
             died between publication and acknowledgement; survivors alone wouldn't tell.
+        unread: such fragments that can't be read any more.
         erased_before: lists of identities that were counted as erased before they came here.
         watermark: per source shard the entry id up to which `base` includes every row there ever
             was: such a row can only come again.
@@ -35,6 +37,7 @@ class Inputs:
     base: Path | None
     new: Sequence[Path]
     included: Sequence[Path] = ()
+    unread: Sequence[FragmentName] = ()
     erased_before: Sequence[Path] = ()
     watermark: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     erased: Mapping[str, Cutoffs] = field(default_factory=dict)
@@ -42,7 +45,8 @@ class Inputs:
     @property
     def plain(self) -> bool:
         """Whether no row came before, and none has to go: the key and the arrival tell all."""
-        return not (self.included or self.erased_before or self.watermark or self.erased)
+        known = self.included or self.unread or self.erased_before or self.watermark
+        return not (known or self.erased)
 
     @classmethod
     def of(
@@ -60,12 +64,15 @@ class Inputs:
         known = erased.near(lake, [one.name for one in new])
         if base is None:
             return cls(None, paths, erased_before=known)
-        listed = base.names
-        included = [
-            one.path
-            for one in raw
-            if str(one.name) in listed and any(one.name.overlaps(other.name) for other in new)
+        there = {str(one.name): one.path for one in raw}
+        near = [
+            name
+            for name in map(FragmentName.parse, sorted(base.names))
+            if name is not None and any(name.overlaps(other.name) for other in new)
         ]
+        included = [there[str(name)] for name in near if str(name) in there]
+        # one that was pruned lies below the mark
+        unread = [n for n in near if str(n) not in there and n.last > base.note.mark_of(n)]
         again = (one.name for one in new if base.note.reaches(one.name))
         watermark = {name.source: base.note.mark_of(name) for name in again}
-        return cls(base.path, paths, included, known, watermark)
+        return cls(base.path, paths, included, unread, known, watermark)

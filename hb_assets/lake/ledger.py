@@ -262,7 +262,7 @@ def _pending_rows(
 
     def count(some: Sequence[Fragment]) -> int:
         inputs = Inputs.of(lake, published, some, raw)
-        if inputs.included or inputs.watermark or inputs.erased_before:
+        if not inputs.plain:
             with engine(settings) as connection:
                 return fresh_rows(inputs, connection)
         return fragments.distinct_rows(some, settings)

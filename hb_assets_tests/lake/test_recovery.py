@@ -220,19 +220,37 @@ def test_how_many_rows_is_a_bound_where_they_may_have_come_twice(
     assert pruning.prune(lake, settings).fragments == 2
 
 
-def test_what_repeats_an_included_fragment_that_was_set_aside_waits_for_the_watermark(
-    lake: Lake, settings: Settings
+@pytest.mark.parametrize("then", ["stays", "is back", "is deleted"])
+def test_what_repeats_an_included_fragment_that_was_set_aside_counts_once(
+    lake: Lake, settings: Settings, copies: Path, then: str
 ) -> None:
-    """Its drain died before it could acknowledge: survivors alone don't tell what came before."""
-    [bad] = deliver(lake, settings, entry([line(), line(bpm=80)], 0))
+    """Its drain died before it could acknowledge; what came again has more entries, as a rule."""
+    first = [
+        entry([line(), line(bpm=80)], 0),
+        entry([line(at=NOON + 1)], 2),
+        entry([line(at=NOON + 1, bpm=81)], 3),
+    ]
+    [bad] = deliver(lake, settings, *first)
     consolidate(lake, DAY, settings).require()
+    copy = copied(bad.path, copies)
     bad.path.write_bytes(b"PAR1")
     damage.set_aside(lake, parquet.damaged(bad.path, "cut"), settings)
-    deliver(lake, settings, entry([line(), line(bpm=80)], 0))
-    assert consolidate(lake, DAY, settings).require().pending == 0
-    for _ in range(2):
-        done = consolidate(lake, DAY, settings, watermarks=LATEST).require()
-    assert (done.rows, done.unique, done.superseded) == (2, 1, 1)
+    if then == "is deleted":
+        aside = lake.root / layout.DAMAGED / bad.path.relative_to(lake.root)
+        recovery.accept(lake, aside, settings, reason="disk 3", shortfall=no_ledger, delete=True)
+    between = entry([line(), line(at=NOON + 2)], 1)
+    behind = entry([line(at=NOON + 1, bpm=82)], 4)
+    again = deliver(lake, settings, first[0], between, *first[1:], behind)
+    assert ledger.of_days(lake, settings)[0].pending == 3
+    done = consolidate(lake, DAY, settings, watermarks=LATEST).require()
+    assert done.pending == len(again) == 1
+    if then == "is back":
+        recovery.restore(lake, copy, settings)
+        done = consolidate(lake, DAY, settings, rewrite=True, watermarks=LATEST).require()
+    assert (done.rows, done.unique, done.superseded) == (7, 3, 4)
+    [day] = ledger.of_days(lake, settings, deep=True)
+    assert (day.rows, day.pending) == (7, 0)
+    assert day.faults == []
 
 
 def test_nobody_can_tell_how_many(lake: Lake, settings: Settings) -> None:
