@@ -68,7 +68,7 @@ mutants: $(READY) ## change lines one at a time: a test must notice each, ten mi
 	@exec $(BIN)/python -m mutants $(ARGS)
 
 docs: $(READY) ## the generated pages
-	@$(BIN)/python -m hb_assets.settings_page > docs/settings.md
+	@$(BIN)/python -m hb_assets.core.settings_page > docs/settings.md
 
 # Resolved for the oldest Python that we support: what it can install, newer ones can too.
 constraints: $(READY) ## renew constraints.txt: the newest releases that pyproject.toml allows

@@ -20,16 +20,18 @@ from pathlib import Path
 
 import dagster as dg
 
-from hb_assets import days
 from hb_assets.buffer import connection
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
+from hb_assets.core import days
+from hb_assets.core.record import Heartbeat, encode, shard_of
+from hb_assets.core.settings import Settings
 from hb_assets.defs.reports import PAUSE_SECONDS
-from hb_assets.drain import drain
-from hb_assets.lake import consolidation, layout, minutes
-from hb_assets.lake.store import Lake
-from hb_assets.record import Heartbeat, encode, shard_of
-from hb_assets.settings import Settings
+from hb_assets.lake import minutes
+from hb_assets.lake.compaction import consolidation
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline.drain import drain
 
 TODAY = days.day_of(time.time_ns() // 1_000_000)
 KINDS = (layout.RAW, layout.HEARTBEATS, layout.MINUTES)

@@ -6,8 +6,8 @@ without the bounds that connections have there.
 
 from __future__ import annotations
 
+from hb_assets.core.settings import Settings
 from hb_assets.gateway.app import Gateway
-from hb_assets.settings import Settings
 
 
 def gateway() -> Gateway:

@@ -20,7 +20,7 @@ from bench.ways import settings_in
 from hb_assets.buffer import connection, keys, server
 from hb_assets.buffer.consumer import Entry
 from hb_assets.buffer.producer import Producer
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
 
 Raw: TypeAlias = tuple[int, bytes, dict[bytes, bytes]]
 """Shard, id and fields of an entry."""

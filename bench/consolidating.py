@@ -16,8 +16,8 @@ from bench.measure import Cost, FailedMeasurementError, Found, measured
 from bench.run import MILLION, Bench
 from bench.table import Row, Study, Ways
 from bench.traffic import DAY, Traffic
-from hb_assets.lake import fragments
-from hb_assets.lake.store import Lake
+from hb_assets.lake.files import fragments
+from hb_assets.lake.storage.store import Lake
 
 GIGABYTE = 2**30
 OURS = "hb consolidate, checks and fsync included"

@@ -38,11 +38,11 @@ from hb_assets.buffer import server
 from hb_assets.buffer.server import free_port
 from hb_assets.cli import state
 from hb_assets.cli.control_room import ControlRoom
+from hb_assets.core.settings import PACKAGE, Settings
 from hb_assets.definitions import of
-from hb_assets.defs.installation import Installation
 from hb_assets.defs.jobs import CONSOLIDATE_DAY
+from hb_assets.defs.resources import Installation
 from hb_assets.defs.sensors.drain import MOST_EVENTS
-from hb_assets.settings import PACKAGE, Settings
 
 YEAR = 366
 MONTH = 30

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from hb_assets.lake.decode import pieces
-from hb_assets.record import Heartbeat, encode
-from hb_assets.settings import Settings
+from hb_assets.core.record import Heartbeat, encode
+from hb_assets.core.settings import Settings
+from hb_assets.lake.ingest.decode import pieces
 
 ENTRIES, LINES = 200, 500
 START = 1_736_899_200_000  # 2025-01-15

@@ -20,11 +20,11 @@ from bench.traffic import Traffic
 from bench.ways import settings_in
 from hb_assets.buffer import connection, server
 from hb_assets.buffer.consumer import Consumer
-from hb_assets.drain import drain
-from hb_assets.lake import fragments
-from hb_assets.lake.decode import pieces
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
+from hb_assets.lake.files import fragments
+from hb_assets.lake.ingest.decode import pieces
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline.drain import drain
 
 OURS = "hb drain, to fsynced fragments and acknowledgement"
 FLOOR = "floor: XREADGROUP, data thrown away"

@@ -20,14 +20,15 @@ import numpy as np
 import pyarrow as pa
 
 from bench.traffic import Traffic
-from hb_assets import days
-from hb_assets.lake import fragments, layout, parquet
-from hb_assets.lake.consolidated import ConsolidatedNote
-from hb_assets.lake.files import TempFile
-from hb_assets.lake.store import FORMAT, Lake
-from hb_assets.record import shard_of
-from hb_assets.schema import HEARTBEATS, ORDER
-from hb_assets.settings import Settings
+from hb_assets.core import days
+from hb_assets.core.record import shard_of
+from hb_assets.core.schema import HEARTBEATS, ORDER
+from hb_assets.core.settings import Settings
+from hb_assets.lake.files import fragments
+from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.storage import layout, parquet
+from hb_assets.lake.storage.durable_files import TempFile
+from hb_assets.lake.storage.store import FORMAT, Lake
 
 DAY = dt.date(2025, 1, 15)
 SECONDS = 86_400

@@ -1,7 +1,7 @@
 """A consolidated day laid out in several ways: what it weighs, and what questions cost.
 
 Belongs here: row groups, encodings and compression to choose from, and what they are judged by.
-Doesn't belong here: the choice (`hb_assets/lake/parquet.py`).
+Doesn't belong here: the choice (`hb_assets/lake/storage/parquet.py`).
 
 Each way is asked by our own reader and by DuckDB, which has a day's file to itself as any user's
 notebook would.
@@ -24,12 +24,13 @@ import pyarrow.parquet as pq
 
 from bench.measure import Found
 from bench.traffic import DAY
-from hb_assets import days
-from hb_assets.lake import layout, parquet, query
-from hb_assets.lake.query import Question
-from hb_assets.lake.store import Lake
-from hb_assets.schema import HEARTBEATS
-from hb_assets.settings import Settings
+from hb_assets.core import days
+from hb_assets.core.schema import HEARTBEATS
+from hb_assets.core.settings import Settings
+from hb_assets.lake.query import query
+from hb_assets.lake.query.query import Question
+from hb_assets.lake.storage import layout, parquet
+from hb_assets.lake.storage.store import Lake
 
 _QUESTIONS = 60
 _HOUR_MS = 3_600_000

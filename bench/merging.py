@@ -22,14 +22,17 @@ from bench import lakes
 from bench.engines import HOME
 from bench.traffic import DAY, Traffic
 from bench.ways import settings_in
-from hb_assets.lake import checks, external_sort, fragments, merge, parquet, verified
-from hb_assets.lake.columns import ENCODED, TEXTS, Columns
-from hb_assets.lake.consolidated import ConsolidatedNote
-from hb_assets.lake.inputs import Inputs
-from hb_assets.lake.merge import Tally
-from hb_assets.lake.store import Lake
-from hb_assets.schema import ORDER
-from hb_assets.settings import Settings
+from hb_assets.core.schema import ORDER
+from hb_assets.core.settings import Settings
+from hb_assets.lake.compaction import external_sort, merge
+from hb_assets.lake.compaction.inputs import Inputs
+from hb_assets.lake.compaction.merge import Tally
+from hb_assets.lake.files import fragments
+from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.integrity import checks
+from hb_assets.lake.storage import parquet, verified
+from hb_assets.lake.storage.columns import ENCODED, TEXTS, Columns
+from hb_assets.lake.storage.store import Lake
 
 _ROWS = 10_000_000
 

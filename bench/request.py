@@ -26,9 +26,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from bench import host, load, noop, posting, servers
+from hb_assets.core.settings import Settings
 from hb_assets.gateway.app import Gateway
-from hb_assets.gateway.connections import Guard, GuardedProtocol
-from hb_assets.settings import Settings
+from hb_assets.gateway.http.connections import Guard, GuardedProtocol
 
 CONNECTIONS = 32
 ROUNDS = 20

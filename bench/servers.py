@@ -21,8 +21,8 @@ import psutil
 import redis
 
 from hb_assets.buffer import keys, server
-from hb_assets.gateway import keyring
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
+from hb_assets.gateway.auth import keyring
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS = 60.0

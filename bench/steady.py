@@ -12,10 +12,12 @@ from pathlib import Path
 from bench.measure import Found
 from bench.traffic import DAY, Traffic
 from bench.ways import settings_in
-from hb_assets import days
-from hb_assets.lake import consolidation, fragments, inventory, policy
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core import days
+from hb_assets.core.settings import Settings
+from hb_assets.lake import inventory
+from hb_assets.lake.compaction import consolidation, policy
+from hb_assets.lake.files import fragments
+from hb_assets.lake.storage.store import Lake
 
 _STEP_MINUTES = 10
 

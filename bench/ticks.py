@@ -15,7 +15,7 @@ import dagster as dg
 from pydantic import SecretStr
 
 from bench.ways import settings_in
-from hb_assets.defs.installation import Installation
+from hb_assets.defs.resources import Installation
 from hb_assets.defs.sensors.drain import drain_sensor
 
 GRID_SECONDS = 5.0

@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from hb_assets import days
-from hb_assets.lake.decode import ROWS
-from hb_assets.record import BPM_RANGE, shard_of
+from hb_assets.core import days
+from hb_assets.core.record import BPM_RANGE, shard_of
+from hb_assets.lake.ingest.decode import ROWS
 
 Integers: TypeAlias = npt.NDArray[np.int64]
 

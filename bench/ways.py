@@ -15,11 +15,12 @@ from pathlib import Path
 
 from bench.measure import Found, needs
 from bench.traffic import DAY
-from hb_assets.lake import consolidation, layout
-from hb_assets.lake.layout import FragmentName
-from hb_assets.lake.store import Lake
-from hb_assets.schema import ARRIVAL, KEY, ORDER
-from hb_assets.settings import Settings
+from hb_assets.core.schema import ARRIVAL, KEY, ORDER
+from hb_assets.core.settings import Settings
+from hb_assets.lake.compaction import consolidation
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.layout import FragmentName
+from hb_assets.lake.storage.store import Lake
 
 _COPY = "COPY (FROM read_parquet($raw, hive_partitioning = false)) TO '{to}' ({written})"
 _ARRIVAL = ", ".join(ARRIVAL)
@@ -50,7 +51,7 @@ def settings_in(home: Path, **more: object) -> Settings:
     return Settings(home=home, **{**ample, **more})  # type: ignore[arg-type]  # pydantic checks
 
 
-@needs("hb_assets.contracts")
+@needs("hb_assets.core.contracts")
 def ours(home: str, memory: int = 2**30, rebuild: int = 0) -> Found:
     """The project's consolidation of what is pending, checks and fsync included."""
     settings = settings_in(Path(home), duckdb_memory=memory)

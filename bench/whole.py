@@ -32,11 +32,12 @@ from bench.measure import ROOT, FailedMeasurementError
 from bench.run import Bench
 from bench.table import Row
 from bench.ways import settings_in
-from hb_assets import audit
 from hb_assets.buffer import connection, depth
-from hb_assets.lake import fragments, inventory
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
+from hb_assets.lake import inventory
+from hb_assets.lake.files import fragments
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline import audit
 
 PER_SECOND = 100_000
 _LOOK_SECONDS = 0.25

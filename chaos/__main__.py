@@ -39,10 +39,10 @@ from chaos.load import Client
 from chaos.members import ROOT, Faults, environment
 from chaos.proxy import Proxy
 from chaos.report import Report
-from hb_assets import days
 from hb_assets.buffer import server
 from hb_assets.buffer.server import free_port
-from hb_assets.settings import Settings
+from hb_assets.core import days
+from hb_assets.core.settings import Settings
 
 CLIENTS = 8
 SHARDS = 4

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from chaos.proxy import Proxy
 from hb_assets.buffer import server
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
 
 _TORN = b"*4\r\n$4\r\nXADD\r\n$14\r\nhb:{00}:stream\r\n$1\r\n*\r\n$4\r\nda"
 """What a power cut leaves of a command that nobody was told is stored."""

@@ -14,8 +14,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from hb_assets import settings as settings_module
 from hb_assets.__main__ import main as hb_main
+from hb_assets.core import settings as settings_module
 
 COPIES = "chaos-copies"
 """Folder under HB_HOME that holds copies of files that are damaged now."""

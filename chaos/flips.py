@@ -44,13 +44,13 @@ from rich.table import Table
 
 from chaos import specimen
 from chaos.specimen import Answer, Asked
-from hb_assets import contracts
 from hb_assets.buffer import server
 from hb_assets.cli.app import load_commands
-from hb_assets.errors import HbError
+from hb_assets.core import contracts
+from hb_assets.core.errors import HbError
+from hb_assets.core.settings import Settings
 from hb_assets.gateway.server import Server, bound
-from hb_assets.lake import layout, parquet, sealed_json
-from hb_assets.settings import Settings
+from hb_assets.lake.storage import checksummed_json, layout, parquet
 
 Outcome = Literal["right", "told", "wrong", "trace"]
 GATEWAY = "http"
@@ -402,7 +402,7 @@ def _asked_by_stdin() -> None:
 @contextlib.contextmanager
 def unverified() -> Iterator[None]:
     """Turn every verification off, as if nobody had thought of it."""
-    plain, read = pq.ParquetFile, sealed_json.read
+    plain, read = pq.ParquetFile, checksummed_json.read
 
     def unchecked(*arguments: Any, **named: Any) -> Any:
         return plain(*arguments, **{**named, "page_checksum_verification": False})
@@ -421,7 +421,7 @@ def unverified() -> Iterator[None]:
         (parquet, "verify_open", parquet._footer),  # noqa: SLF001  # what a reader without verification would do
         (parquet, "_sealed", note),
         (pq, "ParquetFile", unchecked),
-        (sealed_json, "read", just_read),
+        (checksummed_json, "read", just_read),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     for owner, name, value in changes:

@@ -51,7 +51,7 @@ POINTS = (
         "entries are pending for a process that is gone",
     ),
     Point(
-        *("decoded", "drain", "hb_assets.lake.fragments:publish", "before"),
+        *("decoded", "drain", "hb_assets.lake.files.fragments:publish", "before"),
         "nothing is written yet",
     ),
     Point(
@@ -59,7 +59,7 @@ POINTS = (
         "rows are in a temp file that has no footer",
     ),
     Point(
-        *("before fsync", "drain", "hb_assets.lake.files:TempFile._sync", "before"),
+        *("before fsync", "drain", "hb_assets.lake.storage.durable_files:TempFile._sync", "before"),
         "a whole temp file, not durable",
     ),
     Point(
@@ -71,11 +71,16 @@ POINTS = (
         "some of the batch's fragments have their names, none is acknowledged",
     ),
     Point(
-        *("before folder's fsync", "drain", "hb_assets.lake.files:sync_folder", "before"),
+        *(
+            "before folder's fsync",
+            "drain",
+            "hb_assets.lake.storage.durable_files:sync_folder",
+            "before",
+        ),
         "a name that is not durable",
     ),
     Point(
-        *("fragments durable", "drain", "hb_assets.lake.quarantine:publish", "before"),
+        *("fragments durable", "drain", "hb_assets.lake.files.quarantine:publish", "before"),
         "fragments are durable, quarantined records aren't written",
     ),
     Point(
@@ -92,7 +97,12 @@ POINTS = (
         "all is done",
     ),
     Point(
-        *("temp file made", "consolidate", "hb_assets.lake.files:TempFile.__init__", "after"),
+        *(
+            "temp file made",
+            "consolidate",
+            "hb_assets.lake.storage.durable_files:TempFile.__init__",
+            "after",
+        ),
         "an empty temp file that nobody will publish",
     ),
     Point(
@@ -100,7 +110,7 @@ POINTS = (
         "a part of the merged rows is in a temp file",
     ),
     Point(
-        *("before checks", "consolidate", "hb_assets.lake.checks:require", "before"),
+        *("before checks", "consolidate", "hb_assets.lake.integrity.checks:require", "before"),
         "a whole merged file that wasn't checked",
     ),
     Point(
@@ -116,11 +126,11 @@ POINTS = (
         "the day is published, its minutes are those of the old one",
     ),
     Point(
-        *("temp files unlinked", "prune", "hb_assets.lake.pruning:fence", "after"),
+        *("temp files unlinked", "prune", "hb_assets.lake.compaction.pruning:fence", "after"),
         "consolidators are fenced off, nothing is deleted",
     ),
     Point(
-        *("published file read again", "prune", "hb_assets.lake.parquet:verify", "after"),
+        *("published file read again", "prune", "hb_assets.lake.storage.parquet:verify", "after"),
         "it is known what may be deleted",
     ),
     Point(
@@ -129,7 +139,12 @@ POINTS = (
         hit=2,
     ),
     Point(
-        *("before folder's fsync", "prune", "hb_assets.lake.pruning:sync_folder", "before"),
+        *(
+            "before folder's fsync",
+            "prune",
+            "hb_assets.lake.compaction.pruning:sync_folder",
+            "before",
+        ),
         "fragments are gone, which is not durable",
     ),
     Point(
@@ -141,11 +156,11 @@ POINTS = (
         "a damaged file was moved away, which is not durable",
     ),
     Point(
-        *("before acceptance", "damaged", "hb_assets.lake.accepted:put", "before"),
+        *("before acceptance", "damaged", "hb_assets.lake.files.accepted_losses:put", "before"),
         "a loss isn't accepted yet",
     ),
     Point(
-        *("after acceptance", "damaged", "hb_assets.lake.accepted:put", "after"),
+        *("after acceptance", "damaged", "hb_assets.lake.files.accepted_losses:put", "after"),
         "a loss is accepted; of a consolidated file nothing else is done yet",
     ),
     Point(
@@ -168,7 +183,7 @@ POINTS = (
         *(
             "before an acceptance is taken back",
             "damaged",
-            "hb_assets.lake.accepted:remove",
+            "hb_assets.lake.files.accepted_losses:remove",
             "before",
         ),
         "a file is back, its loss is still accepted",
@@ -177,7 +192,7 @@ POINTS = (
         *(
             "after an acceptance is taken back",
             "damaged",
-            "hb_assets.lake.accepted:remove",
+            "hb_assets.lake.files.accepted_losses:remove",
             "after",
         ),
         "a file is back, the damaged one may still lie under damaged/",

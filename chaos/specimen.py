@@ -19,31 +19,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typer.testing import CliRunner
 
-from hb_assets import days
 from hb_assets.cli.app import load_commands
-from hb_assets.errors import DamagedFileError, HbError
-from hb_assets.lake import (
-    accepted,
-    erased,
-    erasure,
-    fragments,
-    layout,
-    ledger,
-    minutes,
-    parquet,
-    pruning,
-    quarantine,
-    query,
-    tombstones,
-)
-from hb_assets.lake.accepted import Acceptance
-from hb_assets.lake.consolidation import consolidate, no_lock
-from hb_assets.lake.decode import decode
+from hb_assets.core import days
+from hb_assets.core.errors import DamagedFileError, HbError
+from hb_assets.core.record import shard_of
+from hb_assets.core.settings import Settings
+from hb_assets.lake import erasure, ledger, minutes
+from hb_assets.lake.compaction import pruning
+from hb_assets.lake.compaction.consolidation import consolidate, no_lock
 from hb_assets.lake.erasure import Whose
-from hb_assets.lake.query import Question
-from hb_assets.lake.store import Lake
-from hb_assets.record import shard_of
-from hb_assets.settings import Settings
+from hb_assets.lake.files import accepted_losses, erased, fragments, quarantine, tombstones
+from hb_assets.lake.files.accepted_losses import Acceptance
+from hb_assets.lake.ingest.decode import decode
+from hb_assets.lake.query import query
+from hb_assets.lake.query.query import Question
+from hb_assets.lake.storage import layout, parquet
+from hb_assets.lake.storage.store import Lake
 
 SHARDS = 2
 FIRST = dt.date(2025, 1, 15)
@@ -114,9 +105,9 @@ def made(settings: Settings, seed: int) -> None:
     for day in DAYS:
         minutes.build(lake, day, settings)
     loss = layout.FragmentName.new(0, (_ARRIVED, 30), (_ARRIVED, 30))
-    accepted.put(
+    accepted_losses.put(
         lake,
-        accepted.file_of(lake, layout.RAW, _GIVEN_UP, 0, str(loss).removesuffix(".parquet")),
+        accepted_losses.file_of(lake, layout.RAW, _GIVEN_UP, 0, str(loss).removesuffix(".parquet")),
         Acceptance(
             file=f"{layout.RAW}/day={_GIVEN_UP}/shard=00/{loss}",
             day=_GIVEN_UP.isoformat(),

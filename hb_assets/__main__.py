@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from hb_assets import private
+from hb_assets.core import private
 
 _INTERRUPTED = 130
 

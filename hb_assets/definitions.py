@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import dagster as dg
 
-from hb_assets import private
-from hb_assets import settings as configuration
+from hb_assets.core import private
+from hb_assets.core import settings as configuration
+from hb_assets.core.settings import Settings
 from hb_assets.defs import executors, jobs, partitions
 from hb_assets.defs.assets.heartbeats import heartbeats
 from hb_assets.defs.assets.minute_heart_rate import minute_heart_rate
 from hb_assets.defs.assets.raw_heartbeats import raw_heartbeats
 from hb_assets.defs.damage import known_damage
-from hb_assets.defs.installation import Installation
 from hb_assets.defs.maintenance import hourly_maintenance, maintenance
+from hb_assets.defs.resources import Installation
 from hb_assets.defs.sensors import now_ms
 from hb_assets.defs.sensors.buffer import buffer_sensor
 from hb_assets.defs.sensors.consolidation import consolidation_sensor
 from hb_assets.defs.sensors.damage import damage_sensor
 from hb_assets.defs.sensors.drain import drain_sensor
 from hb_assets.defs.sensors.failed_runs import failed_runs_sensor
-from hb_assets.settings import Settings
 
 
 @dg.definitions

@@ -16,8 +16,8 @@ import redis
 
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.servers import running_server, server_program
 
 SERVERS = ("valkey", "redis")

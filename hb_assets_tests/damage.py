@@ -18,28 +18,30 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from hb_assets import alarms
 from hb_assets.buffer import keys
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
-from hb_assets.coordination import coordinated
+from hb_assets.core.record import shard_of
+from hb_assets.core.settings import Settings
 from hb_assets.definitions import of
 from hb_assets.defs import partitions
 from hb_assets.defs.reports import Cursor
-from hb_assets.drain import drain
 from hb_assets.gateway import backend
-from hb_assets.lake import fragments, layout, minutes, parquet
-from hb_assets.lake.consolidated import ConsolidatedNote
-from hb_assets.lake.store import Lake
-from hb_assets.maintenance import maintain
-from hb_assets.record import shard_of
-from hb_assets.settings import Settings
+from hb_assets.lake import minutes
+from hb_assets.lake.files import fragments
+from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.storage import layout, parquet
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline import alarms
+from hb_assets.pipeline.coordination import coordinated
+from hb_assets.pipeline.drain import drain
+from hb_assets.pipeline.maintenance import maintain
 from hb_assets_tests.cli.commands import load_commands
 from hb_assets_tests.defs.conftest import Ticks
 from hb_assets_tests.faults import failing
 from hb_assets_tests.gateway.conftest import PATH, running
-from hb_assets_tests.gateway.test_metrics import samples
+from hb_assets_tests.gateway.observability.test_metrics import samples
 from hb_assets_tests.lake.deliveries import DAY, NOON, line
 from hb_assets_tests.servers import wait_for
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hb_assets.lake import decode, isolation
+from hb_assets.lake.ingest import decode, isolation
 
 
 def spin() -> None:

@@ -9,12 +9,12 @@ import os
 import signal
 from typing import Any
 
-from hb_assets import drain
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
-from hb_assets.lake.decode import pieces
-from hb_assets.lake.store import Lake
-from hb_assets.settings import load
+from hb_assets.core.settings import load
+from hb_assets.lake.ingest.decode import pieces
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline import drain
 
 
 def pieces_or_death(entries: Any, *arguments: Any) -> Any:

@@ -16,7 +16,7 @@ import pytest
 from chaos import checker, load, members, points, surprises
 from chaos.checker import Verdict
 from chaos.load import BATCH, Sent
-from hb_assets.days import MS_PER_DAY
+from hb_assets.core.days import MS_PER_DAY
 
 START = 20_000 * MS_PER_DAY
 BATCHES = 8

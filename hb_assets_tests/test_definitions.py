@@ -12,9 +12,9 @@ from pathlib import Path
 import dagster as dg
 import yaml
 
+from hb_assets.core.settings import PACKAGE, Settings
 from hb_assets.definitions import of
 from hb_assets.defs import partitions
-from hb_assets.settings import PACKAGE, Settings
 
 ROOT = Path(__file__).parents[1]
 

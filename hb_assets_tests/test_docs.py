@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from hb_assets import record, schema
-from hb_assets.lake.consolidated import ConsolidatedNote
+from hb_assets.core import record, schema
+from hb_assets.lake.files.consolidated import ConsolidatedNote
 
 DOCS = Path(__file__).parents[1] / "docs"
 LAKE = (DOCS / "lake.md").read_text()

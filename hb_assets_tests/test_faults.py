@@ -16,19 +16,20 @@ import redis
 
 from chaos.buffer_server import BufferServer
 from chaos.proxy import Proxy
-from hb_assets.audit import audit
 from hb_assets.buffer import depth, keys
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.producer import Producer
-from hb_assets.drain import drain
-from hb_assets.errors import BufferFullError
-from hb_assets.lake import fragments, inventory
-from hb_assets.lake.consolidation import consolidate
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.errors import BufferFullError
+from hb_assets.core.settings import Settings
+from hb_assets.lake import inventory
+from hb_assets.lake.compaction.consolidation import consolidate
+from hb_assets.lake.files import fragments
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline.audit import audit
+from hb_assets.pipeline.drain import drain
 from hb_assets_tests import victims
 from hb_assets_tests.conftest import VALKEY
-from hb_assets_tests.test_drain import MIDNIGHT, append, beat, consuming, settled, users
+from hb_assets_tests.pipeline.test_drain import MIDNIGHT, append, beat, consuming, settled, users
 
 
 @contextmanager

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import redis
 
-from hb_assets.audit import audit
 from hb_assets.buffer import keys
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.depth import depths, losses
 from hb_assets.buffer.producer import Producer
-from hb_assets.drain import drain
-from hb_assets.errors import BufferFullError
-from hb_assets.importing.importer import Importer
-from hb_assets.lake.consolidation import consolidate
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.errors import BufferFullError
+from hb_assets.core.settings import Settings
+from hb_assets.lake.compaction.consolidation import consolidate
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline.audit import audit
+from hb_assets.pipeline.drain import drain
+from hb_assets.pipeline.importing.importer import Importer
 from hb_assets_tests.gateway.conftest import PATH, heartbeat, running
 from hb_assets_tests.lake.deliveries import DAY, NOON, consolidated, line
 from hb_assets_tests.servers import wait_for

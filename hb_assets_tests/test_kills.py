@@ -15,31 +15,26 @@ import redis
 
 from chaos import points
 from chaos.points import Point
-from hb_assets import days
-from hb_assets.audit import audit
 from hb_assets.buffer import depth, keys
 from hb_assets.buffer.server import free_port
 from hb_assets.buffer.watermark import watermarks
-from hb_assets.drain import drain
-from hb_assets.errors import HbError
-from hb_assets.lake import (
-    fragments,
-    inventory,
-    layout,
-    minutes,
-    pruning,
-    quarantine,
-    recovery,
-    standing,
-)
-from hb_assets.lake.consolidation import consolidate
-from hb_assets.lake.store import Lake
-from hb_assets.record import shard_of
-from hb_assets.settings import Settings
+from hb_assets.core import days
+from hb_assets.core.errors import HbError
+from hb_assets.core.record import shard_of
+from hb_assets.core.settings import Settings
+from hb_assets.lake import inventory, minutes, recovery
+from hb_assets.lake.compaction import pruning
+from hb_assets.lake.compaction.consolidation import consolidate
+from hb_assets.lake.files import fragments, quarantine
+from hb_assets.lake.integrity import known_faults
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline.audit import audit
+from hb_assets.pipeline.drain import drain
 from hb_assets_tests import victims
 from hb_assets_tests.lake.deliveries import consolidated, line, raw, survivors
+from hb_assets_tests.pipeline.test_drain import append, beat, consuming, settled, users
 from hb_assets_tests.servers import accepts, wait_for
-from hb_assets_tests.test_drain import append, beat, consuming, settled, users
 
 pytestmark = pytest.mark.slow
 
@@ -230,7 +225,7 @@ def test_damaged(
             assert found.differences == []
             assert found.rows + found.written_off == rows
             assert found.written_off > 0
-    assert standing.faults(lake) == []
+    assert known_faults.faults(lake) == []
     consolidate(lake, day, settings, watermarks=watermarks(client, settings)).require()
     bpm = 91 if harmed is of_fragment else 75
     values_found = {row[0]: row[3] for row in consolidated(lake, day)}

@@ -17,16 +17,16 @@ import pytest
 
 from chaos.buffer_server import BufferServer
 from chaos.proxy import Proxy
-from hb_assets.audit import audit
 from hb_assets.buffer import depth
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.producer import Producer
-from hb_assets.drain import drain
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline.audit import audit
+from hb_assets.pipeline.drain import drain
 from hb_assets_tests import victims
+from hb_assets_tests.pipeline.test_drain import MIDNIGHT, beat, consuming
 from hb_assets_tests.servers import wait_for
-from hb_assets_tests.test_drain import MIDNIGHT, beat, consuming
 
 
 class Everything(random.Random):

@@ -28,23 +28,25 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hb_assets import drain as drain_module
-from hb_assets import erasure
-from hb_assets.audit import audit
 from hb_assets.buffer import consumer as consumer_module
-from hb_assets.buffer import foreign, keys
+from hb_assets.buffer import external, keys
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer, Entry
 from hb_assets.buffer.producer import Producer
-from hb_assets.coordination import coordinated
-from hb_assets.lake import erased, fragments, inventory, layout, minutes, quarantine
-from hb_assets.lake.consolidation import consolidate
-from hb_assets.lake.decode import decode
-from hb_assets.lake.files import TempFile
-from hb_assets.lake.store import Lake
-from hb_assets.maintenance import maintain
-from hb_assets.record import shard_of
-from hb_assets.settings import Settings
+from hb_assets.core.record import shard_of
+from hb_assets.core.settings import Settings
+from hb_assets.lake import inventory, minutes
+from hb_assets.lake.compaction.consolidation import consolidate
+from hb_assets.lake.files import erased, fragments, quarantine
+from hb_assets.lake.ingest.decode import decode
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.durable_files import TempFile
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline import drain as drain_module
+from hb_assets.pipeline import erasure
+from hb_assets.pipeline.audit import audit
+from hb_assets.pipeline.coordination import coordinated
+from hb_assets.pipeline.maintenance import maintain
 from hb_assets_tests.examples import examples
 from hb_assets_tests.lake.deliveries import NOON, line
 
@@ -147,7 +149,7 @@ class Pipeline(RuleBasedStateMachine):
     def append_as_a_stranger(self, beat: tuple[str, str, int, int], shard: int) -> None:
         """Without our library, by any stream; never in one millisecond with another entry."""
         self._tick()
-        foreign.append(self.client, shard, line(*beat))
+        external.append(self.client, shard, line(*beat))
         self._note(shard, [beat])
         self._tick()
 

@@ -22,19 +22,21 @@ import pyarrow.parquet as pq
 import pytest
 import redis
 
-from hb_assets.audit import audit
 from hb_assets.buffer import durability
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.depth import depths, scanned
 from hb_assets.buffer.producer import Producer
-from hb_assets.drain import drain, drain_cycle
-from hb_assets.errors import BufferUnavailableError, HbError
-from hb_assets.lake import fragments, minutes, pruning, quarantine, tombstones
-from hb_assets.lake.consolidation import consolidate
-from hb_assets.lake.store import Lake
-from hb_assets.lake.tombstones import Tombstone
-from hb_assets.settings import Settings, environment
+from hb_assets.core.errors import BufferUnavailableError, HbError
+from hb_assets.core.settings import Settings, environment
+from hb_assets.lake import minutes
+from hb_assets.lake.compaction import pruning
+from hb_assets.lake.compaction.consolidation import consolidate
+from hb_assets.lake.files import fragments, quarantine, tombstones
+from hb_assets.lake.files.tombstones import Tombstone
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline.audit import audit
+from hb_assets.pipeline.drain import drain, drain_cycle
 from hb_assets_tests.faults import Call, Fault, failing
 from hb_assets_tests.lake.deliveries import DAY, NOON, consolidated, left_behind, line
 from hb_assets_tests.servers import process_of, running_server, server_program, wait_for

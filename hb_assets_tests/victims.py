@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from chaos import points, victim
-from hb_assets.settings import Settings, environment
+from hb_assets.core.settings import Settings, environment
 from hb_assets_tests.servers import wait_for
 
 ROOT = Path(__file__).parents[1]

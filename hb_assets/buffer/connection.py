@@ -17,8 +17,8 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
 from hb_assets.buffer import keys, server
-from hb_assets.errors import BufferUnavailableError, SettingsError
-from hb_assets.settings import Settings
+from hb_assets.core.errors import BufferUnavailableError, SettingsError
+from hb_assets.core.settings import Settings
 
 Client: TypeAlias = redis.Redis
 AsyncClient: TypeAlias = redis.asyncio.Redis

@@ -21,12 +21,12 @@ import msgspec
 import psutil
 import redis.exceptions as failures
 
-from hb_assets.buffer import beats, keys
+from hb_assets.buffer import keys, liveness
 from hb_assets.buffer.clock import ServerClock
 from hb_assets.buffer.connection import Client, is_wrong_type, unavailable
 from hb_assets.buffer.roundtrip import Command, exchange, script
-from hb_assets.errors import BufferUnavailableError
-from hb_assets.settings import Settings
+from hb_assets.core.errors import BufferUnavailableError
+from hb_assets.core.settings import Settings
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -230,9 +230,9 @@ class Consumer:
         if not counts and time.monotonic() < self._next_beat:
             return
         self._next_beat = time.monotonic() + self._beat_seconds
-        seen = [beats.drained(shard) for shard in self._shards if shard not in self.unusable]
+        seen = [liveness.drained(shard) for shard in self._shards if shard not in self.unusable]
         try:
-            self._clock.hear(beats.beat(self._client, seen, counts or {}))
+            self._clock.hear(liveness.beat(self._client, seen, counts or {}))
         except BufferUnavailableError as error:
             _log.debug("no beat: %s", error)
 

@@ -12,8 +12,8 @@ from hb_assets.buffer import keys
 from hb_assets.buffer.connection import Client
 from hb_assets.buffer.consumer import Entry
 from hb_assets.buffer.roundtrip import exchange_by_shard, script
-from hb_assets.errors import BufferTooLargeError
-from hb_assets.settings import Settings
+from hb_assets.core.errors import BufferTooLargeError
+from hb_assets.core.settings import Settings
 
 _PAGE_ENTRIES = 50
 _PAGE_BYTES = 2**20

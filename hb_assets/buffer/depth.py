@@ -13,7 +13,7 @@ from hb_assets.buffer import keys
 from hb_assets.buffer.connection import Client
 from hb_assets.buffer.producer import Bound
 from hb_assets.buffer.roundtrip import exchange_by_shard, script
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
 
 _PAGE = 200
 

@@ -22,8 +22,8 @@ import redis.exceptions as failures
 from hb_assets.buffer import keys
 from hb_assets.buffer.connection import AsyncClient, Client, UnfitError, address, unavailable
 from hb_assets.buffer.roundtrip import Command, exchange_confirmed, script
-from hb_assets.errors import BufferUnavailableError, UnconfirmedError
-from hb_assets.settings import Settings
+from hb_assets.core.errors import BufferUnavailableError, UnconfirmedError
+from hb_assets.core.settings import Settings
 
 _FSYNC = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no"}
 _POLICY = "maxmemory-policy"

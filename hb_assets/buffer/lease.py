@@ -15,7 +15,7 @@ from redis.lock import Lock
 
 from hb_assets.buffer import keys
 from hb_assets.buffer.connection import Client
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
 
 SECONDS = 900
 """A lease of somebody who died ends by itself; a longer work goes on without it."""

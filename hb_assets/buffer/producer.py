@@ -22,16 +22,11 @@ from hb_assets.buffer import keys
 from hb_assets.buffer.clock import ServerClock
 from hb_assets.buffer.connection import AsyncClient, Client, address, unavailable
 from hb_assets.buffer.durability import Confirmation, verified, verified_async
-from hb_assets.buffer.limits import Limiter
+from hb_assets.buffer.rate_limit import Limiter
 from hb_assets.buffer.receipts import Receipts
-from hb_assets.buffer.roundtrip import (
-    Command,
-    exchange_confirmed,
-    exchange_confirmed_async,
-    script,
-)
-from hb_assets.errors import BufferFullError, BufferUnavailableError, HbError
-from hb_assets.settings import Settings
+from hb_assets.buffer.roundtrip import Command, exchange_confirmed, exchange_confirmed_async, script
+from hb_assets.core.errors import BufferFullError, BufferUnavailableError, HbError
+from hb_assets.core.settings import Settings
 
 Lines: TypeAlias = Mapping[int, Sequence[bytes]]
 """JSON texts, each without a line end, by shard; `Joined` where they are one text already."""

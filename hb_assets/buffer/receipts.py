@@ -26,9 +26,9 @@ import weakref
 from collections.abc import Mapping
 from itertools import zip_longest
 
-from hb_assets import private
-from hb_assets.errors import SettingsError
-from hb_assets.settings import Settings
+from hb_assets.core import private
+from hb_assets.core.errors import SettingsError
+from hb_assets.core.settings import Settings
 
 _COUNT = struct.Struct("<Q")
 _TRIES = 50

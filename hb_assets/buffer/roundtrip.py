@@ -17,7 +17,7 @@ import redis.exceptions as failures
 
 from hb_assets.buffer import scripts
 from hb_assets.buffer.connection import AsyncClient, Client, is_wrong_type, unavailable
-from hb_assets.errors import BufferUnavailableError
+from hb_assets.core.errors import BufferUnavailableError
 
 Command: TypeAlias = Sequence[str | bytes | int]
 

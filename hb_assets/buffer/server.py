@@ -36,10 +36,10 @@ from filelock import FileLock, ReadWriteLock, Timeout
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from hb_assets import private
 from hb_assets.buffer import launch
-from hb_assets.errors import AlreadyRunningError, BufferUnavailableError, SettingsError
-from hb_assets.settings import SOCKET_PATH_BYTES, Settings
+from hb_assets.core import private
+from hb_assets.core.errors import AlreadyRunningError, BufferUnavailableError, SettingsError
+from hb_assets.core.settings import SOCKET_PATH_BYTES, Settings
 
 _START_SECONDS = 60.0
 """Loading a full buffer's AOF takes seconds; a server that needs longer than this is stuck."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from hb_assets.buffer import keys
 from hb_assets.buffer.connection import Client
 from hb_assets.buffer.roundtrip import Replies, exchange_by_shard, script
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
 
 _LAST_SEQ = 2**64 - 1
 

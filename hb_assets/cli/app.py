@@ -28,13 +28,13 @@ import typer
 from typer.core import TyperGroup
 
 from hb_assets import __version__
-from hb_assets.errors import HbError, SettingsError
+from hb_assets.core.errors import HbError, SettingsError
 
 if TYPE_CHECKING:
     import datetime as dt
 
-    from hb_assets.lake.store import Lake
-    from hb_assets.settings import Settings
+    from hb_assets.core.settings import Settings
+    from hb_assets.lake.storage.store import Lake
 
 COMMANDS = {
     "up": ("up", "Start everything: buffer, gateway, Dagster. One Ctrl-C ends all of it."),
@@ -171,8 +171,8 @@ def settings_of(context: typer.Context, *, agree: bool = True) -> Settings:
     Raises:
         SettingsError: a value can't be used, or differs from that of the running `hb up`.
     """
-    from hb_assets import settings as loading
     from hb_assets.cli import output
+    from hb_assets.core import settings as loading
 
     root = context.find_root()
     if root.obj is None:
@@ -220,7 +220,7 @@ def existing_lake(settings: Settings) -> Lake:
         SettingsError: HB_HOME or the lake isn't there.
         HbError: the lake can't be used, as `Lake.open`.
     """
-    from hb_assets.lake.store import Lake
+    from hb_assets.lake.storage.store import Lake
 
     if not settings.home_dir.is_dir():
         raise SettingsError(
@@ -232,7 +232,7 @@ def existing_lake(settings: Settings) -> Lake:
 
 def day_of(text: str, hint: str | None = None) -> dt.date:
     """The day that an argument names. Raises typer.BadParameter."""
-    from hb_assets.days import parse_day
+    from hb_assets.core.days import parse_day
 
     try:
         return parse_day(text)

@@ -13,12 +13,12 @@ from hb_assets.cli import output, state
 from hb_assets.cli.app import FAILED, AsJson, app, existing_lake, settings_of
 from hb_assets.cli.control_room import ControlRoom, Run
 from hb_assets.cli.interrupts import Interrupts
-from hb_assets.days import parse_day
-from hb_assets.errors import HbError
-from hb_assets.settings import Settings
+from hb_assets.core.days import parse_day
+from hb_assets.core.errors import HbError
+from hb_assets.core.settings import Settings
 
 if TYPE_CHECKING:
-    from hb_assets.lake.store import Lake
+    from hb_assets.lake.storage.store import Lake
 
 _POLL_SECONDS = 0.5
 _FAILED = ("damaged", "not_adding_up", "check_failed", "consolidation_failed")
@@ -126,9 +126,10 @@ def _chosen(first: str, last: str, settings: Settings, *, missing: bool) -> list
 
 def undone(lake: Lake, held: Sequence[dt.date], settings: Settings) -> list[dt.date]:
     """Of these days those with pending rows, stale minutes, or a consolidation that failed."""
-    from hb_assets.lake import inventory, standing
+    from hb_assets.lake import inventory
+    from hb_assets.lake.integrity import known_faults
 
-    failed = {one.day for one in standing.faults(lake, held) if one.kind in _FAILED}
+    failed = {one.day for one in known_faults.faults(lake, held) if one.kind in _FAILED}
     found = []
     for day in held:
         try:

@@ -15,8 +15,8 @@ from typing import Any, Self
 
 import httpx
 
-from hb_assets.errors import HbError
-from hb_assets.settings import Settings
+from hb_assets.core.errors import HbError
+from hb_assets.core.settings import Settings
 
 JOB = "consolidate_day"
 """The job that consolidates one day and builds its minutes; partitioned by day."""

@@ -11,20 +11,23 @@ from typing import Annotated
 
 import typer
 
-from hb_assets.audit import audit
 from hb_assets.buffer import connection, server
 from hb_assets.cli import output
 from hb_assets.cli.app import FAILED, AsJson, app, existing_lake, settings_of
-from hb_assets.coordination import coordinated
-from hb_assets.days import EPOCH
-from hb_assets.errors import DamagedFileError, HbError
-from hb_assets.lake import accepted, parquet, recovery, standing
-from hb_assets.lake.accepted import Acceptance
-from hb_assets.lake.layout import DAMAGED, HEARTBEATS, RAW, FragmentName
+from hb_assets.core.days import EPOCH
+from hb_assets.core.errors import DamagedFileError, HbError
+from hb_assets.core.settings import Settings
+from hb_assets.lake import recovery
+from hb_assets.lake.files import accepted_losses
+from hb_assets.lake.files.accepted_losses import Acceptance
+from hb_assets.lake.integrity import known_faults
+from hb_assets.lake.integrity.known_faults import Fault
 from hb_assets.lake.recovery import GivenUp
-from hb_assets.lake.standing import Fault
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.lake.storage import parquet
+from hb_assets.lake.storage.layout import DAMAGED, HEARTBEATS, RAW, FragmentName
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline.audit import audit
+from hb_assets.pipeline.coordination import coordinated
 
 group = typer.Typer(no_args_is_help=True, help="Damaged files, and what was lost with them.")
 app.add_typer(group, name="damaged")
@@ -48,9 +51,11 @@ class _State:
 
 
 def _state(lake: Lake) -> _State:
-    faults = standing.faults(lake)
+    faults = known_faults.faults(lake)
     unread: list[str] = []
-    losses = [one for _, one in accepted.standing(lake, lambda error: unread.append(str(error)))]
+    losses = [
+        one for _, one in accepted_losses.standing(lake, lambda error: unread.append(str(error)))
+    ]
     missed = {fault.path for fault in faults}
     aside = (path for path in sorted((lake.root / DAMAGED).rglob("*.parquet")))
     return _State(faults, losses, [path for path in aside if path not in missed], unread)
@@ -203,7 +208,7 @@ def _shortfall(lake: Lake, settings: Settings) -> Callable[[], int]:
     """Asks the ledger how many heartbeats are missing, known losses left out."""
 
     def ask() -> int:
-        known = sum(one.rows or 0 for one in standing.faults(lake) if one.kind == "set_aside")
+        known = sum(one.rows or 0 for one in known_faults.faults(lake) if one.kind == "set_aside")
         with server.borrowed(settings), closing(connection.connect(settings)) as client:
             connection.ping(client)
             return max(0, audit(client, lake, settings).missing_at_most - known)
@@ -232,9 +237,9 @@ def _named(lake: Lake, name: str) -> Iterator[Path]:
     if not FragmentName.is_one(name):
         return
     yield from sorted((lake.root / DAMAGED).rglob(name))
-    known = [one.path for one in standing.faults(lake) if one.path is not None]
+    known = [one.path for one in known_faults.faults(lake) if one.path is not None]
     yield from (path for path in known if path.name == name)
-    losses = (one.file for _, one in accepted.standing(lake, lambda _: None))
+    losses = (one.file for _, one in accepted_losses.standing(lake, lambda _: None))
     yield from (lake.root / file for file in losses if Path(file).name == name)
     yield from sorted((lake.root / RAW).rglob(name))
 

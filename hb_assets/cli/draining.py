@@ -18,20 +18,20 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from hb_assets import alarms
-from hb_assets.alarms import Raised
 from hb_assets.buffer import connection, durability, server
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
 from hb_assets.cli import output
 from hb_assets.cli.app import FAILED, REFUSED, AsJson, app, settings_of
 from hb_assets.cli.interrupts import Interrupts
-from hb_assets.drain import Drained, drain
-from hb_assets.errors import HbError
-from hb_assets.importing.importer import Imported, Importer, RefusedLine
-from hb_assets.importing.sources import FORMATS, Format
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.errors import HbError
+from hb_assets.core.settings import Settings
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline import alarms
+from hb_assets.pipeline.alarms import Raised
+from hb_assets.pipeline.drain import Drained, drain
+from hb_assets.pipeline.importing.importer import Imported, Importer, RefusedLine
+from hb_assets.pipeline.importing.sources import FORMATS, Format
 
 _SHOWN = 20
 

@@ -14,13 +14,13 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from rich.text import Text
 
-from hb_assets import record
 from hb_assets.cli import output
 from hb_assets.cli.app import AsJson, app, settings_of, text_of
-from hb_assets.errors import HbError
-from hb_assets.gateway import keyring
-from hb_assets.gateway.keyring import ADMIN, NAME_MAX, READ, SCOPES, Key, ScopeName
-from hb_assets.settings import PositiveDuration
+from hb_assets.core import record
+from hb_assets.core.errors import HbError
+from hb_assets.core.settings import PositiveDuration
+from hb_assets.gateway.auth import keyring
+from hb_assets.gateway.auth.keyring import ADMIN, NAME_MAX, READ, SCOPES, Key, ScopeName
 
 group = typer.Typer(no_args_is_help=True, help="API keys of the gateway.")
 app.add_typer(group, name="keys")

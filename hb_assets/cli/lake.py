@@ -12,19 +12,20 @@ from typing import Annotated
 
 import typer
 
-from hb_assets import days, record
-from hb_assets.audit import Audit, audit
 from hb_assets.buffer import connection, server
 from hb_assets.cli import output
 from hb_assets.cli.app import FAILED, AsJson, app, day_of, existing_lake, settings_of, text_of
-from hb_assets.coordination import coordinated
-from hb_assets.errors import HbError
-from hb_assets.lake import inventory, minutes, query
-from hb_assets.lake.buckets import GRANULARITIES
-from hb_assets.lake.consolidation import Consolidated
-from hb_assets.lake.query import Question
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core import days, record
+from hb_assets.core.errors import HbError
+from hb_assets.core.settings import Settings
+from hb_assets.lake import inventory, minutes
+from hb_assets.lake.compaction.consolidation import Consolidated
+from hb_assets.lake.query import query
+from hb_assets.lake.query.aggregate import GRANULARITIES
+from hb_assets.lake.query.query import Question
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline.audit import Audit, audit
+from hb_assets.pipeline.coordination import coordinated
 
 
 @app.command()

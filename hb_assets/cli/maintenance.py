@@ -16,12 +16,12 @@ from hb_assets.buffer import connection, server
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.cli import output
 from hb_assets.cli.app import FAILED, AsJson, app, day_of, existing_lake, settings_of, text_of
-from hb_assets.coordination import coordinated
-from hb_assets.days import EPOCH
-from hb_assets.erasure import Forgotten
-from hb_assets.erasure import forget as forget_user
-from hb_assets.gateway.spool import Spool
-from hb_assets.maintenance import maintain
+from hb_assets.core.days import EPOCH
+from hb_assets.gateway.spool.queue import Spool
+from hb_assets.pipeline.coordination import coordinated
+from hb_assets.pipeline.erasure import Forgotten
+from hb_assets.pipeline.erasure import forget as forget_user
+from hb_assets.pipeline.maintenance import maintain
 
 
 @app.command()

@@ -21,9 +21,9 @@ import msgspec
 
 from hb_assets.buffer import connection, server
 from hb_assets.cli.control_room import ControlRoom
-from hb_assets.errors import HbError
-from hb_assets.gateway import tls
-from hb_assets.settings import PACKAGE, SOCKET_PATH_BYTES, Settings, environment
+from hb_assets.core.errors import HbError
+from hb_assets.core.settings import PACKAGE, SOCKET_PATH_BYTES, Settings, environment
+from hb_assets.gateway.http import tls
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
-from hb_assets import private
 from hb_assets.buffer import connection, durability, server
 from hb_assets.cli import state, supervision
-from hb_assets.errors import AlreadyRunningError, SettingsError
-from hb_assets.gateway import tls
-from hb_assets.gateway.access import Access
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core import private
+from hb_assets.core.errors import AlreadyRunningError, SettingsError
+from hb_assets.core.settings import Settings
+from hb_assets.gateway.auth.access import Access
+from hb_assets.gateway.http import tls
+from hb_assets.lake.storage.store import Lake
 
 _LEFTOVERS_SECONDS = 20.0
 _BORROWERS_SECONDS = 60.0

@@ -17,17 +17,17 @@ from typing import Annotated
 import msgspec
 import typer
 
-from hb_assets import days, record
 from hb_assets.buffer import connection, durability, server
 from hb_assets.buffer.producer import Producer
 from hb_assets.cli import output
 from hb_assets.cli.app import FAILED, AsJson, app, day_of, existing_lake, settings_of
-from hb_assets.errors import DamagedFileError, HbError
-from hb_assets.lake import quarantine, tombstones
-from hb_assets.lake.quarantine import Choice, Quarantined, parse_id
-from hb_assets.lake.store import Lake
-from hb_assets.record import Arrival, Refusal
-from hb_assets.settings import Settings
+from hb_assets.core import days, record
+from hb_assets.core.errors import DamagedFileError, HbError
+from hb_assets.core.record import Arrival, Refusal
+from hb_assets.core.settings import Settings
+from hb_assets.lake.files import quarantine, tombstones
+from hb_assets.lake.files.quarantine import Choice, Quarantined, parse_id
+from hb_assets.lake.storage.store import Lake
 
 group = typer.Typer(no_args_is_help=True, help="Records that couldn't be used.")
 app.add_typer(group, name="quarantine")

@@ -20,20 +20,22 @@ import pyarrow as pa
 from rich.table import Table
 from rich.text import Text
 
-from hb_assets import days, fleet, record, schema
-from hb_assets.audit import audit
-from hb_assets.buffer import connection, depth, foreign
+from hb_assets.buffer import connection, depth, external
 from hb_assets.buffer.connection import Client
 from hb_assets.cli import output
 from hb_assets.cli.backfill import follow
 from hb_assets.cli.control_room import ControlRoom, Run
-from hb_assets.errors import HbError
-from hb_assets.fleet import Figures, Fleet, Line
-from hb_assets.gateway import keyring, tls
-from hb_assets.lake import layout, verified
-from hb_assets.lake.store import Lake
-from hb_assets.schema import ARRIVAL, KEY
-from hb_assets.settings import Settings
+from hb_assets.core import days, record, schema
+from hb_assets.core.errors import HbError
+from hb_assets.core.schema import ARRIVAL, KEY
+from hb_assets.core.settings import Settings
+from hb_assets.demo import fleet
+from hb_assets.demo.fleet import Figures, Fleet, Line
+from hb_assets.gateway.auth import keyring
+from hb_assets.gateway.http import tls
+from hb_assets.lake.storage import layout, verified
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline.audit import audit
 
 _NDJSON = {"content-type": "application/x-ndjson"}
 _SEND_SECONDS = 120.0
@@ -151,7 +153,7 @@ def _send(made: Fleet, settings: Settings, gateway: str, client: Client) -> dict
             progress.advance(task)
         for entry in made.foreign:
             data = b"\n".join(line.data for line in entry.lines)
-            foreign.append(client, record.shard_of(entry.user_id, settings.shards), data)
+            external.append(client, record.shard_of(entry.user_id, settings.shards), data)
             for line in entry.lines:
                 found[line.day].sent += 1
             progress.advance(task, len(entry.lines))

@@ -12,7 +12,7 @@ import typer
 from hb_assets.cli import output, state
 from hb_assets.cli.app import AsJson, app, settings_of
 from hb_assets.cli.control_room import ControlRoom, Sensor
-from hb_assets.errors import HbError
+from hb_assets.core.errors import HbError
 
 sensors = typer.Typer(no_args_is_help=True, help="Dagster's sensors: list, start and stop them.")
 app.add_typer(sensors, name="sensors")

@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from hb_assets import private
-from hb_assets.settings import Settings
+from hb_assets.core import private
+from hb_assets.core.settings import Settings
 
 
 class Identity(msgspec.Struct, frozen=True):

@@ -15,25 +15,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from hb_assets import vitals
-from hb_assets.buffer import beats, connection, depth, durability, server
+from hb_assets.buffer import connection, depth, durability, liveness, server
 from hb_assets.buffer.clock import ServerClock
 from hb_assets.buffer.depth import ShardDepth
 from hb_assets.cli import output, state
 from hb_assets.cli.app import FAILED, AsJson, app, settings_of
 from hb_assets.cli.members import gateway_url
 from hb_assets.cli.state import MemberState, UpState
-from hb_assets.errors import HbError, SettingsError, SpoolUnavailableError
-from hb_assets.gateway import keyring, tls
-from hb_assets.lake import layout, modes, store
-from hb_assets.lake.layout import RAW
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.errors import HbError, SettingsError, SpoolUnavailableError
+from hb_assets.core.settings import Settings
+from hb_assets.gateway.auth import keyring
+from hb_assets.gateway.http import tls
+from hb_assets.lake.storage import layout, permissions, store
+from hb_assets.lake.storage.layout import RAW
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline import vitals
 
 if TYPE_CHECKING:
     import datetime as dt
 
-    from hb_assets.gateway.spool import Holdings
+    from hb_assets.gateway.spool.queue import Holdings
     from hb_assets.lake.inventory import DayState
 
 
@@ -89,7 +90,7 @@ def look(settings: Settings, *, latest: int = 14) -> Status:
     _look_at_buffer(found, settings, up)
     _look_at_spool(found, settings)
     _look_at_keys(found, settings)
-    found.warnings += modes.warnings(settings)
+    found.warnings += permissions.warnings(settings)
     _look_at_lake(found, settings, latest)
     return found
 
@@ -125,7 +126,7 @@ def _look_at_buffer(found: Status, settings: Settings, up: UpState | None) -> No
             clock = ServerClock()
             clock.ask(client)
             found.warnings += clock.warnings()
-            signs = beats.look(client)
+            signs = liveness.look(client)
     except HbError as error:
         found.alarms.append(str(error))
     if found.buffer is not None and signs is not None:
@@ -139,10 +140,10 @@ def _look_at_buffer(found: Status, settings: Settings, up: UpState | None) -> No
 
 
 def _look_at_spool(found: Status, settings: Settings) -> None:
-    from hb_assets.gateway import spool
+    from hb_assets.gateway.spool import queue
 
     try:
-        found.spool = spool.look(settings)
+        found.spool = queue.look(settings)
     except SpoolUnavailableError as error:
         found.alarms.append(str(error))
     if found.spool is not None:
@@ -185,9 +186,11 @@ def _look_at_lake(found: Status, settings: Settings, latest: int) -> None:
     except (HbError, OSError) as error:
         found.alarms.append(output.line(error))
         return
-    from hb_assets.lake import inventory, policy, standing
+    from hb_assets.lake import inventory
+    from hb_assets.lake.compaction import policy
+    from hb_assets.lake.integrity import known_faults
 
-    faults = [fault.message for fault in standing.faults(lake)]
+    faults = [fault.message for fault in known_faults.faults(lake)]
     every = inventory.days_found(lake, faults)
     found.days_in_lake = len(every)
     found.days = [inventory.day_state(lake, day, settings) for day in every[-latest:]]

@@ -32,8 +32,8 @@ from supervisor.xmlrpc import SupervisorTransport
 from hb_assets.buffer import server
 from hb_assets.cli import state
 from hb_assets.cli.state import Identity, MemberState
-from hb_assets.errors import HbError, SettingsError
-from hb_assets.settings import PACKAGE, SOCKET_PATH_BYTES, Settings
+from hb_assets.core.errors import HbError, SettingsError
+from hb_assets.core.settings import PACKAGE, SOCKET_PATH_BYTES, Settings
 
 STOP_SECONDS = 15
 """How long one member may take to end before it is killed."""

@@ -25,8 +25,8 @@ from hb_assets.cli.interrupts import Interrupts
 from hb_assets.cli.members import Member
 from hb_assets.cli.state import Identity, MemberState, UpState
 from hb_assets.cli.supervision import Supervisor
-from hb_assets.errors import HbError
-from hb_assets.settings import Settings
+from hb_assets.core.errors import HbError
+from hb_assets.core.settings import Settings
 
 _START_SECONDS = 120.0
 _FAILED_STARTS = 3

@@ -22,9 +22,9 @@ from dagster._cli.code_server import start_command  # no public name
 from dagster._core.errors import DagsterUserCodeUnreachableError  # no public name
 from dagster._grpc.client import DagsterGrpcClient  # no public name
 
-from hb_assets import settings as configuration
+from hb_assets.core import settings as configuration
+from hb_assets.core.settings import Settings
 from hb_assets.defs import partitions
-from hb_assets.settings import Settings
 
 _log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from hb_assets import days
+from hb_assets.core import days
 from hb_assets.defs import outcomes
-from hb_assets.defs.installation import Installation
-from hb_assets.lake import standing
+from hb_assets.defs.resources import Installation
+from hb_assets.lake.integrity import known_faults
 
 KNOWN_DAMAGE = "known_damage"
 
@@ -30,7 +30,9 @@ def tell_damage(
 ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
     """The one step."""
     with outcomes.failures():
-        faults = standing.faults(installation.lake(), [days.parse_day(day) for day in config.days])
+        faults = known_faults.faults(
+            installation.lake(), [days.parse_day(day) for day in config.days]
+        )
     for day in config.days:
         of_day = [fault for fault in faults if fault.day == days.parse_day(day)]
         yield outcomes.completeness(context.instance, day, of_day)

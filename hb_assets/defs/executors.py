@@ -12,8 +12,8 @@ import importlib
 
 import dagster as dg
 
-from hb_assets.errors import SettingsError
-from hb_assets.settings import Settings
+from hb_assets.core.errors import SettingsError
+from hb_assets.core.settings import Settings
 
 
 def chosen(settings: Settings) -> dg.ExecutorDefinition:

@@ -7,11 +7,11 @@ Belongs here: its one step and when it runs. Doesn't belong here: the work itsel
 
 import dagster as dg
 
-from hb_assets.coordination import coordinated
+from hb_assets.core.errors import HbError
 from hb_assets.defs import outcomes
-from hb_assets.defs.installation import Installation
-from hb_assets.errors import HbError
-from hb_assets.maintenance import maintain
+from hb_assets.defs.resources import Installation
+from hb_assets.pipeline.coordination import coordinated
+from hb_assets.pipeline.maintenance import maintain
 
 MAINTENANCE = "maintenance"
 

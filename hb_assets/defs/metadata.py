@@ -14,13 +14,13 @@ from typing import TypeAlias
 import dagster as dg
 import pyarrow as pa
 
-from hb_assets.errors import HbError
-from hb_assets.lake import layout, verified
-from hb_assets.lake.consolidation import Consolidated
+from hb_assets.core.errors import HbError
+from hb_assets.core.settings import Settings
+from hb_assets.lake.compaction.consolidation import Consolidated
 from hb_assets.lake.inventory import DayState
 from hb_assets.lake.minutes import MinutesBuilt
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.lake.storage import layout, verified
+from hb_assets.lake.storage.store import Lake
 
 Metadata: TypeAlias = dict[str, dg.MetadataValue]
 

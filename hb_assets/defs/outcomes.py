@@ -15,13 +15,13 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (
     AssetCheckEvaluationTargetMaterializationData,  # no public name
 )
 
+from hb_assets.core.errors import BufferUnavailableError, FencedError, HbError
 from hb_assets.defs.assets import HEARTBEATS
-from hb_assets.drain import Drained
-from hb_assets.errors import BufferUnavailableError, FencedError, HbError
-from hb_assets.lake import checks
-from hb_assets.lake.checks import Figure
-from hb_assets.lake.consolidation import Consolidated
-from hb_assets.lake.standing import Fault
+from hb_assets.lake.compaction.consolidation import Consolidated
+from hb_assets.lake.integrity import checks
+from hb_assets.lake.integrity.checks import Figure
+from hb_assets.lake.integrity.known_faults import Fault
+from hb_assets.pipeline.drain import Drained
 
 COMPLETE = "complete"
 """The check that stays red for a day until what stands wrong with it is resolved."""

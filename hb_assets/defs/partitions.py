@@ -11,10 +11,10 @@ from contextlib import suppress
 
 import dagster as dg
 
-from hb_assets import days, private
-from hb_assets.lake import layout
-from hb_assets.lake.layout import HEARTBEATS, RAW
-from hb_assets.settings import Settings
+from hb_assets.core import days, private
+from hb_assets.core.settings import Settings
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.layout import HEARTBEATS, RAW
 
 TAG = "dagster/partition"
 """Run tag that names the run's day; runs of one day exclude each other (dagster.yaml)."""

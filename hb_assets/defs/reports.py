@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
-from hb_assets.alarms import Raised
+from hb_assets.core.errors import HbError
 from hb_assets.defs.outcomes import line
-from hb_assets.drain import LONGEST_PAUSE, pause_after
-from hb_assets.errors import HbError
-from hb_assets.lake import inventory, layout
-from hb_assets.lake.folders import Folders
-from hb_assets.lake.layout import RAW
-from hb_assets.lake.store import Lake
+from hb_assets.lake import inventory
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.folders import Folders
+from hb_assets.lake.storage.layout import RAW
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline.alarms import Raised
+from hb_assets.pipeline.drain import LONGEST_PAUSE, pause_after
 
 PAUSE_SECONDS = 60
 """A day that changes all the time is reported so often: each report stays in the log for ever.

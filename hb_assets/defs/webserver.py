@@ -17,9 +17,9 @@ from dagster._core.workspace.load_target import WorkspaceFileTarget  # no public
 from dagster_webserver.version import __version__
 from dagster_webserver.webserver import DagsterWebserver
 
-from hb_assets import settings as configuration
+from hb_assets.core import settings as configuration
+from hb_assets.core.settings import Settings
 from hb_assets.defs.same_origin import App, SameOrigin
-from hb_assets.settings import Settings
 
 _POLL_MS = 2000
 """How often the UI asks for news of assets; as `dagster-webserver` has it."""

@@ -16,17 +16,17 @@ from starlette.responses import Response
 from starlette.routing import Router, request_response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hb_assets.gateway.access import Access
+from hb_assets.core.settings import Settings
+from hb_assets.gateway.auth.access import Access
+from hb_assets.gateway.auth.keyring import ADMIN, INGEST, READ, ScopeName
+from hb_assets.gateway.auth.rate_limits import Asking, Limits
 from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.documentation import Documentation
 from hb_assets.gateway.edge import Edge
-from hb_assets.gateway.health import Health
-from hb_assets.gateway.heartbeats import Batch, One
-from hb_assets.gateway.keyring import ADMIN, INGEST, READ, ScopeName
-from hb_assets.gateway.limits import Asking, Limits
-from hb_assets.gateway.metrics import Exposition, Metrics
-from hb_assets.gateway.readings import Readings
-from hb_assets.settings import Settings
+from hb_assets.gateway.ingest.heartbeats import Batch, One
+from hb_assets.gateway.observability.health import Health
+from hb_assets.gateway.observability.metrics import Exposition, Metrics
+from hb_assets.gateway.reads.readings import Readings
 
 HEART_RATE = "/metrics/heart-rate"
 BATCH = "/metrics/heart-rate/batch"

@@ -18,23 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from hb_assets.buffer import beats, connection, depth, durability
-from hb_assets.buffer.beats import Signs
+from hb_assets.buffer import connection, depth, durability, liveness
 from hb_assets.buffer.depth import Depths
-from hb_assets.buffer.limits import Limiter
+from hb_assets.buffer.liveness import Signs
 from hb_assets.buffer.producer import AsyncProducer, Lines, Outcomes
-from hb_assets.errors import BufferUnavailableError, SpoolUnavailableError
-from hb_assets.gateway.access import Access
-from hb_assets.gateway.bodies import Room
-from hb_assets.gateway.intake import Intake
-from hb_assets.gateway.probes import LIMIT_SECONDS, Probe
-from hb_assets.gateway.readers import Asked, Readers, Reply
-from hb_assets.gateway.replay import Replayer
-from hb_assets.gateway.spool import Holdings, Spool
-from hb_assets.lake.layout import HEARTBEATS, RAW
-from hb_assets.lake.store import Lake
+from hb_assets.buffer.rate_limit import Limiter
+from hb_assets.core.errors import BufferUnavailableError, SpoolUnavailableError
+from hb_assets.core.settings import Settings
+from hb_assets.gateway.auth.access import Access
+from hb_assets.gateway.http.bodies import Room
+from hb_assets.gateway.ingest.intake import Intake
+from hb_assets.gateway.observability.probes import LIMIT_SECONDS, Probe
+from hb_assets.gateway.reads.readers import Asked, Readers, Reply
+from hb_assets.gateway.spool.queue import Holdings, Spool
+from hb_assets.gateway.spool.replay import Replayer
+from hb_assets.lake.storage.layout import HEARTBEATS, RAW
+from hb_assets.lake.storage.store import Lake
 from hb_assets.lake.survey import Survey, Surveyor
-from hb_assets.settings import Settings
 
 SURVEY_SECONDS = 15.0
 """How long a survey of the lake counts, and longer where it would take more of a core than this:"""
@@ -200,7 +200,7 @@ class Backend:
         client, lake, settings = self._client, self._lake, self.settings
         self._ask_depths = Probe(lambda: depth.depths(client, settings))
         self._ask_standing = Probe(lambda: durability.standing(client, settings))
-        self._ask_signs = Probe(lambda: beats.look(client))
+        self._ask_signs = Probe(lambda: liveness.look(client))
         self._ask_lake = Probe(lambda: _look_at_disk(lake))
         self._ask_survey = Probe(
             Surveyor(lake, settings).look, fresh=SURVEY_SECONDS, limit=1.0, share=SURVEY_SHARE

@@ -19,8 +19,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hb_assets import __version__
+from hb_assets.core.settings import Settings
 from hb_assets.gateway.openapi import Json, document
-from hb_assets.settings import Settings
 
 FRESH_SECONDS = 60
 """How long a document is kept: it states the latest timestamp that is taken."""

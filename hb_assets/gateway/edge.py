@@ -15,9 +15,9 @@ from collections.abc import Awaitable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hb_assets.gateway import problems
-from hb_assets.gateway.bodies import ClientGoneError
-from hb_assets.gateway.metrics import Metrics
+from hb_assets.gateway.http import problems
+from hb_assets.gateway.http.bodies import ClientGoneError
+from hb_assets.gateway.observability.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 CLIENT_GONE = 499

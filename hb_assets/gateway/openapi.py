@@ -13,16 +13,18 @@ from typing import Any
 
 import msgspec
 
-from hb_assets import record
-from hb_assets.days import EPOCH
-from hb_assets.gateway import bodies, edge, formats, problems
-from hb_assets.gateway.formats import Answer, Reading
-from hb_assets.gateway.heartbeats import Refused
-from hb_assets.gateway.keyring import ADMIN, INGEST, READ, ScopeName
-from hb_assets.gateway.readings import EXAMPLE, NO, YES
-from hb_assets.lake.buckets import GRANULARITIES
-from hb_assets.record import Wire
-from hb_assets.settings import Settings
+from hb_assets.core import record
+from hb_assets.core.days import EPOCH
+from hb_assets.core.record import Wire
+from hb_assets.core.settings import Settings
+from hb_assets.gateway import edge
+from hb_assets.gateway.auth.keyring import ADMIN, INGEST, READ, ScopeName
+from hb_assets.gateway.http import bodies, problems
+from hb_assets.gateway.ingest.heartbeats import Refused
+from hb_assets.gateway.reads import formats
+from hb_assets.gateway.reads.formats import Answer, Reading
+from hb_assets.gateway.reads.readings import EXAMPLE, NO, YES
+from hb_assets.lake.query.aggregate import GRANULARITIES
 
 Json = dict[str, Any]
 

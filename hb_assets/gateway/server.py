@@ -23,13 +23,13 @@ import uvicorn
 import uvloop
 from typing_extensions import override
 
-from hb_assets.errors import AlreadyRunningError, SettingsError
-from hb_assets.gateway import tls
-from hb_assets.gateway.access import Access
+from hb_assets.core.errors import AlreadyRunningError, SettingsError
+from hb_assets.core.settings import Settings
 from hb_assets.gateway.app import Gateway
-from hb_assets.gateway.connections import Guard, GuardedProtocol
+from hb_assets.gateway.auth.access import Access
+from hb_assets.gateway.http import tls
+from hb_assets.gateway.http.connections import Guard, GuardedProtocol
 from hb_assets.gateway.workers import Workers
-from hb_assets.settings import Settings
 
 BACKLOG = 2048
 GRACE_SECONDS = 10

@@ -22,9 +22,9 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, TypeAlias
 
-from hb_assets import errors
-from hb_assets.errors import HbError, WorkerError
-from hb_assets.settings import Settings
+from hb_assets.core import errors
+from hb_assets.core.errors import HbError, WorkerError
+from hb_assets.core.settings import Settings
 
 Serving: TypeAlias = Callable[[socket.socket, Settings, Callable[[], None]], None]
 """`server.serve_on`: serves until SIGTERM, and calls its last argument when it does."""

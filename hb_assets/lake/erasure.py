@@ -19,29 +19,21 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hb_assets.errors import DamagedFileError, FencedError
-from hb_assets.lake import (
-    erased,
-    fragments,
-    inventory,
-    layout,
-    minutes,
-    parquet,
-    pruning,
-    quarantine,
-    tombstones,
-    verified,
-)
-from hb_assets.lake.consolidation import Lock, Watermarks, consolidate
-from hb_assets.lake.engine import engine
-from hb_assets.lake.files import sync_folder
-from hb_assets.lake.layout import DAMAGED, QUARANTINE, FragmentName
-from hb_assets.lake.store import Lake
-from hb_assets.lake.tombstones import Cutoffs
-from hb_assets.record import shard_of
-from hb_assets.schema import ARRIVAL, IDENTITY
-from hb_assets.schema import QUARANTINE as QUARANTINE_SCHEMA
-from hb_assets.settings import Settings
+from hb_assets.core.errors import DamagedFileError, FencedError
+from hb_assets.core.record import shard_of
+from hb_assets.core.schema import ARRIVAL, IDENTITY
+from hb_assets.core.schema import QUARANTINE as QUARANTINE_SCHEMA
+from hb_assets.core.settings import Settings
+from hb_assets.lake import inventory, minutes
+from hb_assets.lake.compaction import pruning
+from hb_assets.lake.compaction.consolidation import Lock, Watermarks, consolidate
+from hb_assets.lake.files import erased, fragments, quarantine, tombstones
+from hb_assets.lake.files.tombstones import Cutoffs
+from hb_assets.lake.storage import layout, parquet, verified
+from hb_assets.lake.storage.durable_files import sync_folder
+from hb_assets.lake.storage.engine import engine
+from hb_assets.lake.storage.layout import DAMAGED, QUARANTINE, FragmentName
+from hb_assets.lake.storage.store import Lake
 
 _ATTEMPTS = 5
 _HOLDING = f"""

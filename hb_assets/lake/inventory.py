@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from hb_assets.errors import DamagedFileError
-from hb_assets.lake import consolidated, fragments, layout, minutes, parquet
-from hb_assets.lake.consolidated import ConsolidatedNote
-from hb_assets.lake.files import Look, barred, look
-from hb_assets.lake.fragments import Fragment
-from hb_assets.lake.layout import HEARTBEATS, RAW
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.errors import DamagedFileError
+from hb_assets.core.settings import Settings
+from hb_assets.lake import minutes
+from hb_assets.lake.files import consolidated, fragments
+from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.fragments import Fragment
+from hb_assets.lake.storage import layout, parquet
+from hb_assets.lake.storage.durable_files import Look, barred, look
+from hb_assets.lake.storage.layout import HEARTBEATS, RAW
+from hb_assets.lake.storage.store import Lake
 
 
 @dataclass(frozen=True, slots=True)

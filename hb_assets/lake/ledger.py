@@ -15,28 +15,20 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from hb_assets.errors import DamagedFileError
-from hb_assets.lake import (
-    accepted,
-    consolidated,
-    damage,
-    erased,
-    fragments,
-    inventory,
-    layout,
-    parquet,
-    quarantine,
-    verified,
-)
-from hb_assets.lake.consolidated import Current
-from hb_assets.lake.engine import engine, figures
-from hb_assets.lake.external_sort import fresh_rows
-from hb_assets.lake.fragments import Fragment
-from hb_assets.lake.inputs import Inputs
-from hb_assets.lake.layout import RAW
-from hb_assets.lake.store import Lake
-from hb_assets.schema import IDENTITY, KEY, MINUTES
-from hb_assets.settings import Settings
+from hb_assets.core.errors import DamagedFileError
+from hb_assets.core.schema import IDENTITY, KEY, MINUTES
+from hb_assets.core.settings import Settings
+from hb_assets.lake import inventory
+from hb_assets.lake.compaction.external_sort import fresh_rows
+from hb_assets.lake.compaction.inputs import Inputs
+from hb_assets.lake.files import accepted_losses, consolidated, erased, fragments, quarantine
+from hb_assets.lake.files.consolidated import Current
+from hb_assets.lake.files.fragments import Fragment
+from hb_assets.lake.integrity import damage
+from hb_assets.lake.storage import layout, parquet, verified
+from hb_assets.lake.storage.engine import engine, figures
+from hb_assets.lake.storage.layout import RAW
+from hb_assets.lake.storage.store import Lake
 
 
 @dataclass(slots=True)
@@ -359,7 +351,9 @@ class WrittenOff:
 def of_accepted(lake: Lake) -> WrittenOff:
     """The accepted losses whose files aren't back."""
     faults: list[str] = []
-    found = [one for _, one in accepted.standing(lake, lambda error: faults.append(str(error)))]
+    found = [
+        one for _, one in accepted_losses.standing(lake, lambda error: faults.append(str(error)))
+    ]
     return WrittenOff(
         sum(one.rows or 0 for one in found),
         sum(one.at_most or 0 for one in found if one.rows is None),

@@ -17,16 +17,18 @@ import duckdb
 import msgspec
 import pyarrow as pa
 
-from hb_assets.errors import DamagedFileError
-from hb_assets.lake import checks, consolidated, layout, parquet, standing, verified
-from hb_assets.lake.checks import Figure
-from hb_assets.lake.consolidated import Current
-from hb_assets.lake.engine import engine, figures
-from hb_assets.lake.files import TempFile
-from hb_assets.lake.store import FORMAT, Lake
-from hb_assets.lake.verified import ReplacedError
-from hb_assets.schema import MINUTES as SCHEMA
-from hb_assets.settings import Settings
+from hb_assets.core.errors import DamagedFileError
+from hb_assets.core.schema import MINUTES as SCHEMA
+from hb_assets.core.settings import Settings
+from hb_assets.lake.files import consolidated
+from hb_assets.lake.files.consolidated import Current
+from hb_assets.lake.integrity import checks, known_faults
+from hb_assets.lake.integrity.checks import Figure
+from hb_assets.lake.storage import layout, parquet, verified
+from hb_assets.lake.storage.durable_files import TempFile
+from hb_assets.lake.storage.engine import engine, figures
+from hb_assets.lake.storage.store import FORMAT, Lake
+from hb_assets.lake.storage.verified import ReplacedError
 
 MINUTE_MS = 60_000
 _UNLISTED = 1_000_000
@@ -115,7 +117,7 @@ def build(
                 try:
                     shards.append(_build_shard(lake, day, published, connection, settings))
                 except DamagedFileError as error:
-                    standing.notice(lake, error, day=day, shard=shard)
+                    known_faults.notice(lake, error, day=day, shard=shard)
                     raise
                 except parquet.engine_errors() as error:
                     paths = (published.path, layout.minutes_file(lake.root, day, shard))

@@ -23,36 +23,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hb_assets.errors import DamagedFileError, HbError
-from hb_assets.lake import (
-    accepted,
-    checks,
-    damage,
-    fragments,
-    layout,
-    parquet,
-    standing,
-    tombstones,
-)
-from hb_assets.lake.accepted import Acceptance
-from hb_assets.lake.columns import ENCODED
-from hb_assets.lake.consolidated import (
+from hb_assets.core.errors import DamagedFileError, HbError
+from hb_assets.core.schema import HEARTBEATS as SCHEMA
+from hb_assets.core.schema import ORDER
+from hb_assets.core.settings import Settings
+from hb_assets.lake.compaction.consolidation import Lock, consolidate, no_lock
+from hb_assets.lake.compaction.inputs import Inputs
+from hb_assets.lake.compaction.merge import Tally, merged
+from hb_assets.lake.files import accepted_losses, fragments, tombstones
+from hb_assets.lake.files.accepted_losses import Acceptance
+from hb_assets.lake.files.consolidated import (
     ConsolidatedNote,
     current,
     incomplete_since,
     mark_complete,
 )
-from hb_assets.lake.consolidation import Lock, consolidate, no_lock
-from hb_assets.lake.damage import Place
-from hb_assets.lake.files import TempFile, make_folder, sync_folder
-from hb_assets.lake.fragments import FragmentNote
-from hb_assets.lake.inputs import Inputs
-from hb_assets.lake.layout import DAMAGED, HEARTBEATS, RAW, FragmentName
-from hb_assets.lake.merge import Tally, merged
-from hb_assets.lake.store import Lake
-from hb_assets.schema import HEARTBEATS as SCHEMA
-from hb_assets.schema import ORDER
-from hb_assets.settings import Settings
+from hb_assets.lake.files.fragments import FragmentNote
+from hb_assets.lake.integrity import checks, damage, known_faults
+from hb_assets.lake.integrity.damage import Place
+from hb_assets.lake.storage import layout, parquet
+from hb_assets.lake.storage.columns import ENCODED
+from hb_assets.lake.storage.durable_files import TempFile, make_folder, sync_folder
+from hb_assets.lake.storage.layout import DAMAGED, HEARTBEATS, RAW, FragmentName
+from hb_assets.lake.storage.store import Lake
 
 Shortfall = Callable[[], int]
 """How many heartbeats the ledger misses at most, known losses left out; it may take a while."""
@@ -133,9 +126,9 @@ def _restore_fragment(
             temp.publish_new(final)
         except FileExistsError:
             sync_folder(final.parent)  # it is back already
-    given_up = accepted.file_of(lake, RAW, place.day, place.shard, final.stem)
+    given_up = accepted_losses.file_of(lake, RAW, place.day, place.shard, final.stem)
     was_accepted = given_up.exists()
-    accepted.remove(given_up)
+    accepted_losses.remove(given_up)
     _remove_aside(lake, final, name)
     return Restored(final, rows, was_accepted)
 
@@ -159,7 +152,9 @@ def _restore_consolidated(lake: Lake, copy: Path, place: Place, settings: Settin
     day, shard = place.day, place.shard
     final = layout.consolidated_file(lake.root, day, shard)
     note = parquet.note(copy, ConsolidatedNote)
-    stems = [one for one in accepted.stems(lake, HEARTBEATS, day, shard) if one not in note.losses]
+    stems = [
+        one for one in accepted_losses.stems(lake, HEARTBEATS, day, shard) if one not in note.losses
+    ]
     with TempFile(lake.root, final.parent) as temp:
         _copy(copy, temp.path)
         damage.examine_at(lake, temp.path, place, settings)
@@ -173,11 +168,11 @@ def _restore_consolidated(lake: Lake, copy: Path, place: Place, settings: Settin
             raise HbError(f"{final} is sound and lacks nothing: nothing was put back")
         temp.publish_replacing(final)
     for stem in stems:
-        accepted.remove(accepted.file_of(lake, HEARTBEATS, day, shard, stem))
+        accepted_losses.remove(accepted_losses.file_of(lake, HEARTBEATS, day, shard, stem))
     if any(tombstone.shard == shard for tombstone in tombstones.listed(lake)):
         # It may hold somebody who was forgotten since.
         consolidate(lake, day, settings, rewrite=True, shards=[shard]).require()
-    standing.resolved(lake, day, shard)
+    known_faults.resolved(lake, day, shard)
     return Restored(final, note.unique, bool(stems))
 
 
@@ -288,8 +283,10 @@ def _accept_fragment(
             )
         _delete(aside, delete=True)
         return GivenUp(None)
-    target = accepted.file_of(lake, RAW, place.day, place.shard, path.stem)
-    before = next((one for at, one in accepted.standing(lake, _ignore) if at == target), None)
+    target = accepted_losses.file_of(lake, RAW, place.day, place.shard, path.stem)
+    before = next(
+        (one for at, one in accepted_losses.standing(lake, _ignore) if at == target), None
+    )
     if before is None and not aside.exists() and not _is_noticed(lake, path, place):
         raise HbError(f"there is no file {name} among the damaged ones: see `hb damaged list`")
     found = before or _acceptance(
@@ -301,7 +298,7 @@ def _accept_fragment(
         name=name,
     )
     if before is None:
-        accepted.put(lake, target, found)
+        accepted_losses.put(lake, target, found)
     _delete(aside, delete=delete)
     return GivenUp(found)
 
@@ -311,7 +308,7 @@ def _ignore(_: DamagedFileError) -> None:
 
 
 def _is_noticed(lake: Lake, path: Path, place: Place) -> bool:
-    return any(fault.path == path for fault in standing.faults(lake, [place.day]))
+    return any(fault.path == path for fault in known_faults.faults(lake, [place.day]))
 
 
 def _delete(aside: Path, *, delete: bool) -> None:
@@ -405,7 +402,7 @@ def _give_up_whole(
     found = next(
         (
             one
-            for _, one in accepted.standing(lake, _ignore)
+            for _, one in accepted_losses.standing(lake, _ignore)
             if (one.day, one.shard, one.pruned_ms) == (day.isoformat(), shard, since)
             and one.pruned_ms is not None
         ),
@@ -414,7 +411,9 @@ def _give_up_whole(
     if found is None:
         found = _acceptance(lake, path, place, reason, None, shortfall(), pruned_ms=since)
         stem = f"{path.stem}-{found.accepted_ms}"
-        accepted.put(lake, accepted.file_of(lake, HEARTBEATS, day, shard, stem), found)
+        accepted_losses.put(
+            lake, accepted_losses.file_of(lake, HEARTBEATS, day, shard, stem), found
+        )
     if path.exists():
         damage.move_aside(lake, path)
     mark_complete(lake, day, shard)
@@ -456,7 +455,7 @@ def _salvage(
                 for rows in merged(inputs, arrived, tally, settings, in_memory=False):
                     out.write(rows)
             superseded = note.repeats + note.corrections
-            stems = {*accepted.stems(lake, HEARTBEATS, day, shard), stem}
+            stems = {*accepted_losses.stems(lake, HEARTBEATS, day, shard), stem}
             made = msgspec.structs.replace(
                 note,
                 edition=os.urandom(8).hex(),
@@ -471,14 +470,16 @@ def _salvage(
         wrong = note.contradictions(day, shard, footer.num_rows)
         lost = (None, shortfall()) if wrong else (note.rows - made.rows, None)
         found = _acceptance(lake, path, place, reason, *lost)
-        accepted.put(lake, accepted.file_of(lake, HEARTBEATS, day, shard, stem), found)
+        accepted_losses.put(
+            lake, accepted_losses.file_of(lake, HEARTBEATS, day, shard, stem), found
+        )
         aside = lake.root / DAMAGED / path.relative_to(lake.root).with_name(f"{stem}.parquet")
         make_folder(aside.parent, lake.root)
         if not aside.exists():
             os.link(path, aside)
         sync_folder(aside.parent)
         temp.publish_replacing(path)
-    standing.resolved(lake, day, shard)
+    known_faults.resolved(lake, day, shard)
     return GivenUp(found, kept=made.unique)
 
 

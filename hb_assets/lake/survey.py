@@ -14,13 +14,16 @@ import os
 import time
 from dataclasses import dataclass
 
-from hb_assets.lake import inventory, layout, policy, standing
-from hb_assets.lake.consolidated import ConsolidatedNote
-from hb_assets.lake.folders import Folders
-from hb_assets.lake.layout import HEARTBEATS, RAW, FragmentName
-from hb_assets.lake.standing import Fault
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
+from hb_assets.lake import inventory
+from hb_assets.lake.compaction import policy
+from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.integrity import known_faults
+from hb_assets.lake.integrity.known_faults import Fault
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.folders import Folders
+from hb_assets.lake.storage.layout import HEARTBEATS, RAW, FragmentName
+from hb_assets.lake.storage.store import Lake
 
 _BREATH_SECONDS = 0.001
 """Rest after each day that was read: requests are served by the same interpreter."""
@@ -106,7 +109,7 @@ class Surveyor:
             days=len(found),
             overdue=overdue,
             overdue_seconds=seconds,
-            faults=tuple(standing.faults(self._lake)),
+            faults=tuple(known_faults.faults(self._lake)),
             **sums,
         )
 

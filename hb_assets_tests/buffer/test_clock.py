@@ -14,11 +14,11 @@ from hb_assets.buffer.clock import ServerClock
 from hb_assets.buffer.connection import connect_async
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import AsyncProducer, Producer
-from hb_assets.drain import drain
-from hb_assets.importing.importer import Importer
-from hb_assets.lake import quarantine
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
+from hb_assets.lake.files import quarantine
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline.drain import drain
+from hb_assets.pipeline.importing.importer import Importer
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, running
 from hb_assets_tests.lake.deliveries import line
 

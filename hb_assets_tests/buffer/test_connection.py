@@ -12,8 +12,8 @@ import trustme
 from hb_assets.buffer.connection import address, connect, connect_async, ping
 from hb_assets.buffer.producer import Producer
 from hb_assets.buffer.server import free_port
-from hb_assets.errors import BufferUnavailableError, SettingsError
-from hb_assets.settings import Settings, load
+from hb_assets.core.errors import BufferUnavailableError, SettingsError
+from hb_assets.core.settings import Settings, load
 from hb_assets_tests.servers import running_server, server_program
 
 

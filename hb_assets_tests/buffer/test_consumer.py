@@ -20,7 +20,7 @@ from hb_assets.buffer import keys
 from hb_assets.buffer.consumer import Consumer, Entry, _is_dead, _new_name, _started
 from hb_assets.buffer.depth import depths, losses, scanned
 from hb_assets.buffer.producer import Producer
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
 from hb_assets_tests.servers import wait_for
 
 LINE = b'{"user_id":"u1"}'
@@ -313,7 +313,7 @@ CLAIM_AND_DIE = """
 import os, signal, sys
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.consumer import Consumer
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
 settings = Settings(redis_url=sys.argv[1], shards=4)
 consumer = Consumer(connect(settings), settings)
 consumer.open()

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import redis
 
-from hb_assets.buffer import contents, depth, foreign
+from hb_assets.buffer import contents, depth, external
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
-from hb_assets.errors import BufferTooLargeError, BufferUnavailableError
-from hb_assets.settings import Settings
+from hb_assets.core.errors import BufferTooLargeError, BufferUnavailableError
+from hb_assets.core.settings import Settings
 
 
 def state(client: redis.Redis, settings: Settings) -> list[depth.ShardDepth]:
@@ -23,11 +23,11 @@ def test_own_shard_and_foreign_entries_claimed_or_not(
 ) -> None:
     producer = Producer(client, settings)
     producer.append({1: [b"one", b"two"], 2: [b"other"]})
-    foreign.append(client, 2, b"foreign\nlines")
+    external.append(client, 2, b"foreign\nlines")
     client.xadd("hb:{03}:stream", {"nothing": "of ours"})
     assert len(consumer.claim(100, 10**6)) == 4
     for n in range(120):  # more than a page
-        foreign.append(client, 1, b"%d" % n)
+        external.append(client, 1, b"%d" % n)
     before = state(client, settings)
     found = contents.that_may_concern(client, 1, settings)
     assert [(one.own, one.data) for one in found if one.shard == 1] == [
@@ -44,7 +44,7 @@ def test_own_shard_and_foreign_entries_claimed_or_not(
 
 def test_more_than_may_be_read(client: redis.Redis, settings: Settings) -> None:
     small = settings.model_copy(update={"fresh_max_bytes": 1024})
-    foreign.append(client, 0, b"x" * 1024)
+    external.append(client, 0, b"x" * 1024)
     assert len(contents.that_may_concern(client, 1, small)) == 1
     Producer(client, settings).append({2: [b"x" * 100] * 100})
     assert len(contents.that_may_concern(client, 1, small)) == 1, "nobody's of shard 1"
@@ -56,11 +56,11 @@ def test_our_own_appends_of_other_shards_are_not_gone_through(
     client: redis.Redis, settings: Settings, consumer: Consumer
 ) -> None:
     producer = Producer(client, settings)
-    foreign.append(client, 3, b"drained")
+    external.append(client, 3, b"drained")
     producer.append({shard: [b"drained"] for shard in range(4)})
     consumer.acknowledge([(entry, 1) for entry in consumer.claim(100, 10**6)])
     producer.append({shard: [b"one"] for shard in range(4)})
-    foreign.append(client, 2, b"foreign")
+    external.append(client, 2, b"foreign")
     client.config_resetstat()
     found = contents.that_may_concern(client, 1, settings)
     assert [(one.shard, one.data) for one in found] == [(1, b"one"), (2, b"foreign")]

@@ -7,7 +7,7 @@ from hb_assets.buffer import keys
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.depth import ShardDepth, depths, high_water, losses, scanned
 from hb_assets.buffer.producer import Producer
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
 
 
 def test_an_untouched_buffer_is_empty(client: redis.Redis, settings: Settings) -> None:

@@ -10,8 +10,8 @@ import redis
 from hb_assets.buffer import durability
 from hb_assets.buffer.connection import connect, connect_async
 from hb_assets.buffer.producer import AsyncProducer, Outcomes, Producer
-from hb_assets.errors import BufferUnavailableError
-from hb_assets.settings import Settings
+from hb_assets.core.errors import BufferUnavailableError
+from hb_assets.core.settings import Settings
 from hb_assets_tests.conftest import SERVERS
 from hb_assets_tests.servers import running_server, server_program
 

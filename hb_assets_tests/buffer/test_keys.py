@@ -10,7 +10,7 @@ import redis
 
 from hb_assets.buffer import keys
 from hb_assets.buffer.consumer import Consumer
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
 
 
 def documented_example() -> list[str]:

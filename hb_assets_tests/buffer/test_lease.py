@@ -10,7 +10,7 @@ import redis
 from hb_assets.buffer import keys
 from hb_assets.buffer.connection import connect
 from hb_assets.buffer.lease import SECONDS, Leases
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
 
 DAY = date(2025, 1, 15)
 

@@ -20,8 +20,8 @@ from hb_assets.buffer.connection import connect_async
 from hb_assets.buffer.depth import depths, scanned
 from hb_assets.buffer.producer import AsyncProducer, Joined, Producer
 from hb_assets.buffer.server import free_port
-from hb_assets.errors import BufferFullError, BufferUnavailableError
-from hb_assets.settings import Settings
+from hb_assets.core.errors import BufferFullError, BufferUnavailableError
+from hb_assets.core.settings import Settings
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,8 @@ from hb_assets.buffer import keys
 from hb_assets.buffer.depth import depths
 from hb_assets.buffer.producer import Producer
 from hb_assets.buffer.receipts import Receipts
-from hb_assets.errors import SettingsError
-from hb_assets.settings import Settings
+from hb_assets.core.errors import SettingsError
+from hb_assets.core.settings import Settings
 from hb_assets_tests.lake.deliveries import line
 
 
@@ -63,7 +63,7 @@ def test_many_at_once_keep_the_highest(settings: Settings) -> None:
     program = (
         "import sys\n"
         "from hb_assets.buffer.receipts import Receipts\n"
-        "from hb_assets.settings import load\n"
+        "from hb_assets.core.settings import load\n"
         "receipts = Receipts(load(home=sys.argv[1], shards=4))\n"
         "for count in range(int(sys.argv[2]), 4000, 3): receipts.enter({1: count})\n"
     )
@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_the_receipt_behind_and_ends_nobody(settings: Setting
     program = (
         "import resource, signal, sys\n"
         "from hb_assets.buffer.receipts import Receipts\n"
-        "from hb_assets.settings import load\n"
+        "from hb_assets.core.settings import load\n"
         "receipts = Receipts(load(home=sys.argv[1], shards=4))\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))\n"

@@ -18,18 +18,12 @@ from hb_assets.buffer import durability
 from hb_assets.buffer.connection import connect, connect_async
 from hb_assets.buffer.depth import scanned
 from hb_assets.buffer.producer import AsyncProducer, Outcomes, Producer
-from hb_assets.errors import BufferUnavailableError
-from hb_assets.gateway.spool import Spool
-from hb_assets.settings import Settings
+from hb_assets.core.errors import BufferUnavailableError
+from hb_assets.core.settings import Settings
+from hb_assets.gateway.spool.queue import Spool
 from hb_assets_tests.gateway.conftest import PATH, heartbeat, running
-from hb_assets_tests.gateway.test_heartbeats import problem
-from hb_assets_tests.servers import (
-    process_of,
-    replica_of,
-    running_server,
-    server_program,
-    wait_for,
-)
+from hb_assets_tests.gateway.ingest.test_heartbeats import problem
+from hb_assets_tests.servers import process_of, replica_of, running_server, server_program, wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -23,8 +23,8 @@ from hb_assets.buffer import launch, server
 from hb_assets.buffer.connection import connect, connect_async, ping
 from hb_assets.buffer.depth import scanned
 from hb_assets.buffer.producer import AsyncProducer
-from hb_assets.errors import AlreadyRunningError, BufferUnavailableError, SettingsError
-from hb_assets.settings import Settings
+from hb_assets.core.errors import AlreadyRunningError, BufferUnavailableError, SettingsError
+from hb_assets.core.settings import Settings
 from hb_assets_tests.servers import wait_for
 
 COMMAND = """
@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 from hb_assets.buffer import server
 from hb_assets.buffer.connection import connect, ping
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
 settings = Settings(home=Path(sys.argv[1]))
 with server.borrowed(settings):
     try:

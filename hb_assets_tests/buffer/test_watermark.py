@@ -9,8 +9,8 @@ from hb_assets.buffer import keys
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
 from hb_assets.buffer.watermark import latest, passed, watermarks
-from hb_assets.errors import BufferUnavailableError
-from hb_assets.settings import Settings
+from hb_assets.core.errors import BufferUnavailableError
+from hb_assets.core.settings import Settings
 
 LINE = b'{"user_id":"u1","device_id":"d","timestamp_ms":1736942400000,"heart_rate":75}'
 

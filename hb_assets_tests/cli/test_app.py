@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from hb_assets.cli import app as frame
 from hb_assets.cli import state
 from hb_assets.cli.state import UpState
-from hb_assets.errors import HbError
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.errors import HbError
+from hb_assets.core.settings import Settings
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.cli.commands import complaint, hb
 
 
@@ -68,7 +68,7 @@ def test_the_list_of_commands_says_what_they_say() -> None:
 @pytest.mark.parametrize("options", [["--help"], ["--version"], ["--help", "audit"]])
 def test_the_list_of_commands_imports_none_of_them(options: list[str]) -> None:
     """It came after two seconds, for what no reader of it wants."""
-    heavy = {"duckdb", "pyarrow", "pydantic", "redis", "uvicorn", "hb_assets.settings"}
+    heavy = {"duckdb", "pyarrow", "pydantic", "redis", "uvicorn", "hb_assets.core.settings"}
     program = (
         "import atexit, sys; from hb_assets.cli.app import run; "
         f"atexit.register(lambda: print('heavy:', {heavy}.intersection(sys.modules))); "

@@ -14,9 +14,11 @@ from hb_assets.cli import backfill, state
 from hb_assets.cli.app import INTERRUPTED
 from hb_assets.cli.control_room import ControlRoom
 from hb_assets.cli.state import UpState
-from hb_assets.lake import consolidation, layout, minutes
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
+from hb_assets.lake import minutes
+from hb_assets.lake.compaction import consolidation
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.cli.commands import hb
 from hb_assets_tests.lake.deliveries import deliver, entry, line
 

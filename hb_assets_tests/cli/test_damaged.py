@@ -11,18 +11,18 @@ import redis
 from click.testing import Result
 from typer.testing import CliRunner
 
-from hb_assets.audit import audit
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.cli.app import load_commands
-from hb_assets.drain import drain
-from hb_assets.lake import fragments
-from hb_assets.lake.consolidation import consolidate
-from hb_assets.lake.store import Lake
-from hb_assets.record import shard_of
-from hb_assets.settings import Settings, environment
+from hb_assets.core.record import shard_of
+from hb_assets.core.settings import Settings, environment
+from hb_assets.lake.compaction.consolidation import consolidate
+from hb_assets.lake.files import fragments
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline.audit import audit
+from hb_assets.pipeline.drain import drain
 from hb_assets_tests.conftest import VALKEY
 from hb_assets_tests.lake.deliveries import DAY, NOON, line
-from hb_assets_tests.test_audit import append
+from hb_assets_tests.pipeline.test_audit import append
 
 pytestmark = VALKEY
 SHARD = shard_of("u1", 4)

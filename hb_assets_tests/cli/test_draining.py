@@ -20,8 +20,8 @@ from hb_assets.buffer import depth
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
 from hb_assets.cli import draining
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.cli.commands import complaint, hb, told
 from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.lake.deliveries import line, raw

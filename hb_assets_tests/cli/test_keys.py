@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from hb_assets.cli import status
-from hb_assets.gateway import keyring
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
+from hb_assets.gateway.auth import keyring
 from hb_assets_tests.cli.commands import complaint, hb, told
 
 

@@ -9,10 +9,12 @@ import pytest
 import redis
 
 from hb_assets.buffer import keys
-from hb_assets.lake import consolidation, layout, minutes
-from hb_assets.lake.store import Lake
-from hb_assets.record import shard_of
-from hb_assets.settings import Settings
+from hb_assets.core.record import shard_of
+from hb_assets.core.settings import Settings
+from hb_assets.lake import minutes
+from hb_assets.lake.compaction import consolidation
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.cli.commands import complaint, hb, told
 from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.lake.deliveries import (

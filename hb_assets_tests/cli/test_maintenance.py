@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from hb_assets.lake import fragments, layout
-from hb_assets.lake.store import Lake
-from hb_assets.record import shard_of
-from hb_assets.settings import Settings
+from hb_assets.core.record import shard_of
+from hb_assets.core.settings import Settings
+from hb_assets.lake.files import fragments
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.cli.commands import complaint, hb, told
 from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.lake.deliveries import DAY, line

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import redis
 
-from hb_assets import days
-from hb_assets.audit import audit
 from hb_assets.buffer import clock
 from hb_assets.buffer.producer import Producer
 from hb_assets.cli import quarantine as commands
-from hb_assets.lake import quarantine, tombstones
-from hb_assets.lake.store import Lake
-from hb_assets.lake.tombstones import Tombstone
-from hb_assets.settings import Settings
+from hb_assets.core import days
+from hb_assets.core.settings import Settings
+from hb_assets.lake.files import quarantine, tombstones
+from hb_assets.lake.files.tombstones import Tombstone
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline.audit import audit
 from hb_assets_tests.cli.commands import complaint, hb, told
 from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.lake.deliveries import line
@@ -195,7 +195,7 @@ def test_lines_that_are_no_records(lake: Lake, tmp_path: Path) -> None:
 KILLED = """
 import os, signal
 from hb_assets.cli.app import load_commands
-from hb_assets.lake import quarantine, tombstones
+from hb_assets.lake.files import quarantine; from hb_assets.lake.files import tombstones
 quarantine.release = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 load_commands()()
 """

@@ -13,7 +13,7 @@ import psutil
 
 from hb_assets.cli import state
 from hb_assets.cli.state import Identity, UpState
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
 
 
 def up_state(identity: Identity) -> UpState:

@@ -12,12 +12,14 @@ import pytest
 import redis
 
 from hb_assets.buffer import keys
-from hb_assets.gateway import keyring
-from hb_assets.lake import fragments, layout, minutes
-from hb_assets.lake.consolidation import consolidate
-from hb_assets.lake.store import Lake
-from hb_assets.record import shard_of
-from hb_assets.settings import Settings
+from hb_assets.core.record import shard_of
+from hb_assets.core.settings import Settings
+from hb_assets.gateway.auth import keyring
+from hb_assets.lake import minutes
+from hb_assets.lake.compaction.consolidation import consolidate
+from hb_assets.lake.files import fragments
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.cli.commands import told
 from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.damage import nobody

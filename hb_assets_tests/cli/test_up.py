@@ -21,8 +21,8 @@ import psutil
 import pytest
 
 from hb_assets.buffer.server import free_port
-from hb_assets.gateway.spool import Spool
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
+from hb_assets.gateway.spool.queue import Spool
 
 pytestmark = pytest.mark.system
 

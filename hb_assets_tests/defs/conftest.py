@@ -12,12 +12,12 @@ import dagster as dg
 import pytest
 import redis
 
-from hb_assets import days, record
 from hb_assets.buffer.producer import Producer
+from hb_assets.core import days, record
+from hb_assets.core.settings import Settings
 from hb_assets.definitions import of
 from hb_assets.defs import partitions
-from hb_assets.defs.installation import Installation
-from hb_assets.settings import Settings
+from hb_assets.defs.resources import Installation
 from hb_assets_tests.receiver import Receiver, receiving
 
 Append = Callable[..., None]

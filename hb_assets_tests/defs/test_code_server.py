@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from dagster._core.errors import DagsterUserCodeUnreachableError
 
+from hb_assets.core.settings import Settings
 from hb_assets.defs import code_server
-from hb_assets.settings import Settings
 
 TODAY = dt.date(2025, 3, 1)
 

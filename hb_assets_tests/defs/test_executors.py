@@ -5,9 +5,9 @@ from __future__ import annotations
 import dagster as dg
 import pytest
 
+from hb_assets.core.errors import SettingsError
+from hb_assets.core.settings import Settings
 from hb_assets.defs import executors
-from hb_assets.errors import SettingsError
-from hb_assets.settings import Settings
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import dagster as dg
 import psutil
 import pytest
 
+from hb_assets.core.settings import Settings, environment
 from hb_assets.defs.assets import HEARTBEATS, MINUTE_HEART_RATE, RAW_HEARTBEATS
-from hb_assets.lake import checks
-from hb_assets.settings import Settings, environment
+from hb_assets.lake.integrity import checks
 from hb_assets_tests.servers import wait_for
 
 ROOT = Path(__file__).parents[2]

@@ -8,11 +8,12 @@ from datetime import timedelta
 import dagster as dg
 import pytest
 
+from hb_assets.core.settings import Settings
 from hb_assets.definitions import of
 from hb_assets.defs.maintenance import MAINTENANCE
-from hb_assets.lake import fragments, layout
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.lake.files import fragments
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.defs.conftest import Append, Ticks
 from hb_assets_tests.lake.deliveries import DAY
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hb_assets import days
+from hb_assets.core import days
+from hb_assets.core.settings import Settings
 from hb_assets.defs import partitions
-from hb_assets.settings import Settings
 
 TODAY = dt.date(2025, 3, 1)
 FIRST = dt.date(2025, 1, 15)

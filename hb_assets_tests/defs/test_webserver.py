@@ -15,8 +15,8 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from hb_assets.buffer.server import free_port
+from hb_assets.core.settings import Settings, environment
 from hb_assets.defs.same_origin import refusal
-from hb_assets.settings import Settings, environment
 from hb_assets_tests.servers import wait_for
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hb_assets.gateway import keyring
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
+from hb_assets.gateway.auth import keyring
 from hb_assets_tests.conftest import VALKEY
 from hb_assets_tests.gateway.conftest import running
 

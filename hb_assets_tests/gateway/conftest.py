@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from hb_assets.core.settings import Settings
 from hb_assets.gateway.server import Server, bound
-from hb_assets.settings import Settings
 from hb_assets_tests.servers import wait_for
 
 PATH = "/metrics/heart-rate"

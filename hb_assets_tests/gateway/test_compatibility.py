@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
 from hb_assets_tests.conftest import VALKEY
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat
-from hb_assets_tests.gateway.test_heartbeats import stored
+from hb_assets_tests.gateway.ingest.test_heartbeats import stored
 
 pytestmark = VALKEY
 

@@ -9,11 +9,11 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from hb_assets.errors import CheckFailedError, DamagedFileError, HbError
+from hb_assets.core.errors import CheckFailedError, DamagedFileError, HbError
+from hb_assets.core.settings import Settings
 from hb_assets.gateway.edge import Edge
-from hb_assets.gateway.metrics import Metrics
-from hb_assets.gateway.problems import MEDIA_TYPE
-from hb_assets.settings import Settings
+from hb_assets.gateway.http.problems import MEDIA_TYPE
+from hb_assets.gateway.observability.metrics import Metrics
 from hb_assets_tests.gateway.conftest import BATCH, PATH
 
 

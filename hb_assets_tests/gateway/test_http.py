@@ -18,8 +18,8 @@ import trustme
 
 from hb_assets.buffer import depth
 from hb_assets.buffer.connection import connect
-from hb_assets.gateway import keyring
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
+from hb_assets.gateway.auth import keyring
 from hb_assets_tests.conftest import emptied
 from hb_assets_tests.gateway.conftest import next_answer, running
 from hb_assets_tests.servers import wait_for

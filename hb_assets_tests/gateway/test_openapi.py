@@ -5,11 +5,11 @@ import html.parser
 
 import httpx
 
+from hb_assets.core.settings import Settings
 from hb_assets.gateway.app import _routes
 from hb_assets.gateway.backend import Backend
-from hb_assets.gateway.metrics import Metrics
+from hb_assets.gateway.observability.metrics import Metrics
 from hb_assets.gateway.openapi import document
-from hb_assets.settings import Settings
 from hb_assets_tests.conftest import VALKEY
 
 NOW = dt.datetime.now(dt.UTC)

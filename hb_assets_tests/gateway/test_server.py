@@ -17,22 +17,22 @@ import pytest
 from pydantic import SecretStr
 
 from hb_assets.buffer.server import free_port
-from hb_assets.errors import (
+from hb_assets.core.errors import (
     AlreadyRunningError,
     BufferUnavailableError,
     LakeMismatchError,
     SettingsError,
 )
+from hb_assets.core.settings import Settings
 from hb_assets.gateway.server import bound, serve
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, plain_client, running
-from hb_assets_tests.gateway.test_heartbeats import stored
+from hb_assets_tests.gateway.ingest.test_heartbeats import stored
 from hb_assets_tests.servers import accepts, server_program, wait_for
 
 PROGRAM = """
-from hb_assets import settings
-from hb_assets.errors import HbError
+from hb_assets.core import settings
+from hb_assets.core.errors import HbError
 from hb_assets.gateway.server import serve
 try:
     serve(settings.load(), ready=lambda: print("ready", flush=True))

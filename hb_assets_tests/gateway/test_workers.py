@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from hb_assets.buffer.server import free_port
-from hb_assets.errors import SettingsError
+from hb_assets.core.errors import SettingsError
+from hb_assets.core.settings import Settings, environment
 from hb_assets.gateway.workers import Workers
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings, environment
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.conftest import VALKEY
 from hb_assets_tests.gateway.conftest import PATH, heartbeat, plain_client
-from hb_assets_tests.gateway.test_metrics import accepted, samples
+from hb_assets_tests.gateway.observability.test_metrics import accepted, samples
 from hb_assets_tests.servers import wait_for
 
 pytestmark = [VALKEY, pytest.mark.slow]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.core.settings import Settings
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.lake.deliveries import left_behind
 
 

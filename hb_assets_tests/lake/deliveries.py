@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hb_assets import days
-from hb_assets.lake import fragments, layout, quarantine, query
-from hb_assets.lake.decode import decode
-from hb_assets.lake.fragments import Fragment
-from hb_assets.lake.query import Question
-from hb_assets.lake.store import Lake
-from hb_assets.schema import ARRIVAL
-from hb_assets.settings import Settings
+from hb_assets.core import days
+from hb_assets.core.schema import ARRIVAL
+from hb_assets.core.settings import Settings
+from hb_assets.lake.files import fragments, quarantine
+from hb_assets.lake.files.fragments import Fragment
+from hb_assets.lake.ingest.decode import decode
+from hb_assets.lake.query import query
+from hb_assets.lake.query.query import Question
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.store import Lake
 
 DAY = dt.date(2025, 1, 15)
 NOON = days.start_ms(DAY) + 12 * 3_600_000

@@ -7,11 +7,13 @@ import time
 
 import pytest
 
-from hb_assets.lake import fragments, inventory, layout, minutes
-from hb_assets.lake.consolidation import consolidate
-from hb_assets.lake.store import Lake
-from hb_assets.record import shard_of
-from hb_assets.settings import Settings
+from hb_assets.core.record import shard_of
+from hb_assets.core.settings import Settings
+from hb_assets.lake import inventory, minutes
+from hb_assets.lake.compaction.consolidation import consolidate
+from hb_assets.lake.files import fragments
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.lake.deliveries import DAY, NOON, deliver, entry, line
 
 

@@ -10,13 +10,15 @@ import msgspec
 import pyarrow.parquet as pq
 import pytest
 
-from hb_assets.lake import fragments, layout, ledger, parquet
-from hb_assets.lake.consolidated import ConsolidatedNote
-from hb_assets.lake.consolidation import consolidate
-from hb_assets.lake.fragments import Fragment
-from hb_assets.lake.store import Lake
-from hb_assets.record import shard_of
-from hb_assets.settings import Settings
+from hb_assets.core.record import shard_of
+from hb_assets.core.settings import Settings
+from hb_assets.lake import ledger
+from hb_assets.lake.compaction.consolidation import consolidate
+from hb_assets.lake.files import fragments
+from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.fragments import Fragment
+from hb_assets.lake.storage import layout, parquet
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.lake.deliveries import DAY, NOON, deliver, entry, line
 
 

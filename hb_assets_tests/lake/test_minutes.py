@@ -14,13 +14,17 @@ from hypothesis import given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
-from hb_assets import days
-from hb_assets.errors import DamagedFileError
-from hb_assets.lake import checks, fragments, layout, minutes, query, rows, standing
-from hb_assets.lake.consolidation import consolidate
-from hb_assets.lake.store import Lake
-from hb_assets.record import shard_of
-from hb_assets.settings import Settings
+from hb_assets.core import days
+from hb_assets.core.errors import DamagedFileError
+from hb_assets.core.record import shard_of
+from hb_assets.core.settings import Settings
+from hb_assets.lake import minutes
+from hb_assets.lake.compaction.consolidation import consolidate
+from hb_assets.lake.files import fragments
+from hb_assets.lake.integrity import checks, known_faults
+from hb_assets.lake.query import query, user_scan
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.examples import examples
 from hb_assets_tests.lake.deliveries import (
     DAY,
@@ -207,7 +211,7 @@ def test_a_damaged_page_of_the_published_file_is_an_error_that_stands(
     path.write_bytes(whole[:60] + b"?" + whole[61:])
     with pytest.raises(DamagedFileError):
         minutes.build(lake, DAY, settings)
-    assert [fault.path for fault in standing.faults(lake, [DAY])] == [path]
+    assert [fault.path for fault in known_faults.faults(lake, [DAY])] == [path]
 
 
 def test_consolidated_again_meanwhile(
@@ -276,7 +280,7 @@ def test_file_that_vanishes_meanwhile(
     """A pruner takes the fragments between the list and the reading: asked again, all are there."""
     deliver(lake, settings, entry([line()]))
     once = [True]
-    original = rows._pending
+    original = user_scan._pending
 
     def pending(*arguments: Any) -> Any:
         found = original(*arguments)
@@ -287,7 +291,7 @@ def test_file_that_vanishes_meanwhile(
                 fragment.path.unlink()
         return found
 
-    monkeypatch.setattr(rows, "_pending", pending)
+    monkeypatch.setattr(user_scan, "_pending", pending)
     assert len(minute_points(lake, "u1", NOON, NOON + 1, None, settings)) == 1
 
 
@@ -302,7 +306,7 @@ def test_file_that_is_replaced_meanwhile_by_an_older_list(
     deliver(lake, settings, entry([line(at=NOON + 1)], 1))
     consolidate(lake, DAY, settings)
     once = [True]
-    original = rows._pending
+    original = user_scan._pending
 
     def pending(*arguments: Any) -> Any:
         found = original(*arguments)
@@ -312,7 +316,7 @@ def test_file_that_is_replaced_meanwhile_by_an_older_list(
             path.with_name("other").replace(path)
         return found
 
-    monkeypatch.setattr(rows, "_pending", pending)
+    monkeypatch.setattr(user_scan, "_pending", pending)
     deliver(lake, settings, entry([line(at=NOON + MINUTE)], 2))
     found = minute_points(lake, "u1", NOON, NOON + 2 * MINUTE, None, settings)
     assert found == points(raw(lake), "u1", NOON, NOON + 2 * MINUTE, None, settings.device_priority)

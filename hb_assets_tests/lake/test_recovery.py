@@ -10,26 +10,19 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from hb_assets import days
-from hb_assets.errors import DamagedFileError, HbError
-from hb_assets.lake import (
-    accepted,
-    consolidated,
-    damage,
-    fragments,
-    layout,
-    ledger,
-    parquet,
-    pruning,
-    recovery,
-    standing,
-)
-from hb_assets.lake.accepted import Acceptance
-from hb_assets.lake.consolidation import consolidate
-from hb_assets.lake.fragments import Fragment
-from hb_assets.lake.store import Lake
-from hb_assets.record import shard_of
-from hb_assets.settings import Settings
+from hb_assets.core import days
+from hb_assets.core.errors import DamagedFileError, HbError
+from hb_assets.core.record import shard_of
+from hb_assets.core.settings import Settings
+from hb_assets.lake import ledger, recovery
+from hb_assets.lake.compaction import pruning
+from hb_assets.lake.compaction.consolidation import consolidate
+from hb_assets.lake.files import accepted_losses, consolidated, fragments
+from hb_assets.lake.files.accepted_losses import Acceptance
+from hb_assets.lake.files.fragments import Fragment
+from hb_assets.lake.integrity import damage, known_faults
+from hb_assets.lake.storage import layout, parquet
+from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.lake.deliveries import DAY, NOON, deliver, entry, line, minute_points, rows_of
 from hb_assets_tests.lake.deliveries import consolidated as rows_consolidated
 
@@ -91,7 +84,7 @@ def accept(lake: Lake, path: Path, settings: Settings, missing: int | None = Non
 
 
 def losses(lake: Lake) -> list[Acceptance]:
-    return [one for _, one in accepted.standing(lake, lambda error: pytest.fail(str(error)))]
+    return [one for _, one in accepted_losses.standing(lake, lambda error: pytest.fail(str(error)))]
 
 
 def counted(lake: Lake, settings: Settings) -> tuple[int, int]:
@@ -121,8 +114,8 @@ def test_a_fragment_given_up_and_put_back(lake: Lake, settings: Settings, copies
         done = accept(lake, aside, settings)
         assert (done.acceptance.rows, done.acceptance.first) == (3, bad.name.first)
         assert counted(lake, settings) == (3, 3)
-        assert standing.faults(lake) == []
-        [told] = standing.losses(lake, DAY, SHARD)
+        assert known_faults.faults(lake) == []
+        [told] = known_faults.losses(lake, DAY, SHARD)
         assert (told.kind, told.rows) == ("accepted", 3)
     consolidate(lake, DAY, settings, rewrite=True, watermarks=LATEST).require()
     assert note(lake).mark(0) == LATEST[0]
@@ -132,7 +125,7 @@ def test_a_fragment_given_up_and_put_back(lake: Lake, settings: Settings, copies
 
     for _ in range(2):
         recovery.restore(lake, copy, settings)
-        assert losses(lake) == standing.losses(lake, DAY, SHARD) == []
+        assert losses(lake) == known_faults.losses(lake, DAY, SHARD) == []
         assert not aside.exists()
         assert counted(lake, settings) == (6, 0)
     late = deliver(lake, settings, entry([line(at=NOON + 3)], 11, ms=SOON + 1))
@@ -148,7 +141,7 @@ def test_a_fragment_given_up_and_put_back(lake: Lake, settings: Settings, copies
     }
     assert note(lake).excepted == {}
     assert counted(lake, settings) == (7, 0)
-    assert standing.faults(lake) == []
+    assert known_faults.faults(lake) == []
 
 
 def test_a_fragment_put_back_before_anybody_gave_it_up(
@@ -158,7 +151,7 @@ def test_a_fragment_put_back_before_anybody_gave_it_up(
     copy = copied(bad.path, copies)
     lose(lake, settings, bad)
     assert not recovery.restore(lake, copy, settings).was_accepted
-    assert standing.faults(lake) == []
+    assert known_faults.faults(lake) == []
     assert consolidate(lake, DAY, settings).require().unique == 1
 
 
@@ -181,7 +174,7 @@ def test_a_damaged_fragment_in_its_place_is_replaced(
     copy = copied(bad.path, copies)
     flip(bad.path, 10)
     recovery.restore(lake, copy, settings)
-    assert standing.faults(lake) == []
+    assert known_faults.faults(lake) == []
     assert consolidate(lake, DAY, settings).require().set_aside == []
 
 
@@ -260,7 +253,7 @@ def test_nobody_can_tell_how_many(lake: Lake, settings: Settings) -> None:
     assert (found.rows, found.at_most) == (None, 7)
     assert ledger.of_accepted(lake).at_most == 7
     assert not bad.path.exists()
-    assert standing.faults(lake) == []
+    assert known_faults.faults(lake) == []
 
 
 def test_nothing_is_lost_with_what_is_sound_or_included(lake: Lake, settings: Settings) -> None:
@@ -317,7 +310,7 @@ def test_sound_row_groups_are_kept(
     for _ in range(2):
         done = accept(lake, published(lake), settings)
         assert (done.acceptance.rows, done.kept) == (groups[1], 40 - groups[1])
-        assert standing.faults(lake) == []
+        assert known_faults.faults(lake) == []
         first, behind = groups[0], groups[0] + groups[1]
         assert rows_of(published(lake)) == rows[:first] + rows[behind:]
         after = note(lake)
@@ -376,7 +369,7 @@ def test_a_file_without_a_footer_is_given_up_as_a_whole(
     assert len(consolidate(lake, DAY, settings).failed) == 1
     done = accept(lake, path, settings, missing=41)
     assert (done.acceptance.rows, done.acceptance.at_most, done.kept) == (None, 41, 1)
-    assert standing.faults(lake) == []
+    assert known_faults.faults(lake) == []
     assert counted(lake, settings) == (1, 0)
     assert len(losses(lake)) == 1
     assert recovery.restore(lake, copy, settings).was_accepted
@@ -406,7 +399,7 @@ def test_giving_up_as_a_whole_dies_half_way(
     else:
         accept(lake, path, settings)
     assert [one.at_most for one in losses(lake)] == [41]
-    assert standing.faults(lake) == []
+    assert known_faults.faults(lake) == []
     assert consolidate(lake, DAY, settings).require().unique == 0
 
 
@@ -478,13 +471,13 @@ def test_a_restored_fragment_that_was_set_aside_meanwhile_is_put_back(
     whole = path.read_bytes()
     moved = damage.move_aside(lake, path)
     assert moved is not None
-    remove = accepted.remove
+    remove = accepted_losses.remove
 
     def late(given_up: Path) -> None:
         damage.move_aside(lake, path)
         remove(given_up)
 
-    monkeypatch.setattr(accepted, "remove", late)
+    monkeypatch.setattr(accepted_losses, "remove", late)
     recovery.restore(lake, moved, settings)
     assert path.read_bytes() == whole
     assert not moved.exists()

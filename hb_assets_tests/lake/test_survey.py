@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from hb_assets.lake import layout, survey
-from hb_assets.lake.consolidation import consolidate
-from hb_assets.lake.store import Lake
+from hb_assets.core.settings import Settings
+from hb_assets.lake import survey
+from hb_assets.lake.compaction.consolidation import consolidate
+from hb_assets.lake.storage import layout
+from hb_assets.lake.storage.store import Lake
 from hb_assets.lake.survey import Survey, Surveyor
-from hb_assets.settings import Settings
 from hb_assets_tests.lake.deliveries import DAY, NOON, deliver, entry, line
 
 DAY_MS = 86_400_000

@@ -17,15 +17,16 @@ from typing import Any
 
 import dagster as dg
 
-from hb_assets import alarms, days, schema
-from hb_assets.coordination import coordinated
+from hb_assets.core import days, schema
 from hb_assets.defs import metadata, outcomes
 from hb_assets.defs.assets import HEARTBEATS, OWNERS, RAW_HEARTBEATS, TAGS
-from hb_assets.defs.installation import Installation
+from hb_assets.defs.resources import Installation
 from hb_assets.defs.sensors import now_ms
-from hb_assets.lake import checks, standing
-from hb_assets.lake.checks import HEARTBEAT_CHECKS, Figure
-from hb_assets.lake.consolidation import Consolidated
+from hb_assets.lake.compaction.consolidation import Consolidated
+from hb_assets.lake.integrity import checks, known_faults
+from hb_assets.lake.integrity.checks import HEARTBEAT_CHECKS, Figure
+from hb_assets.pipeline import alarms
+from hb_assets.pipeline.coordination import coordinated
 
 SHARDS_A_STEP = 4
 """As many share a step, at least: a step of its own for each costs more than it tells."""
@@ -179,7 +180,7 @@ def check_day(
         if done.rows and not done.failed:
             yield dg.Output(None, "result", metadata=metadata.of_heartbeats(lake, done))
         yield from outcomes.evaluations(context, HEARTBEATS, judged(done))
-        faults = standing.faults(lake, [day])
+        faults = known_faults.faults(lake, [day])
         if done.rows or done.failed or faults:
             yield outcomes.completeness(context.instance, context.partition_key, faults)
         else:

@@ -7,13 +7,13 @@ from typing import Any
 
 import dagster as dg
 
-from hb_assets import days, schema
+from hb_assets.core import days, schema
+from hb_assets.core.errors import CheckFailedError
 from hb_assets.defs import metadata, outcomes
 from hb_assets.defs.assets import HEARTBEATS, MINUTE_HEART_RATE, OWNERS, TAGS
-from hb_assets.defs.installation import Installation
-from hb_assets.errors import CheckFailedError
+from hb_assets.defs.resources import Installation
 from hb_assets.lake import minutes
-from hb_assets.lake.checks import MINUTE_CHECKS
+from hb_assets.lake.integrity.checks import MINUTE_CHECKS
 
 _DESCRIPTION = """\
 One row per user, minute and device: sum, count, min and max over all readings, and again (`kept_*`)

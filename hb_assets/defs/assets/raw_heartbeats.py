@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from hb_assets import days, schema
 from hb_assets.buffer import server
+from hb_assets.core import days, schema
 from hb_assets.defs import metadata, outcomes
 from hb_assets.defs.assets import OWNERS, RAW_HEARTBEATS, TAGS
-from hb_assets.defs.installation import Installation
-from hb_assets.drain import drain
+from hb_assets.defs.resources import Installation
 from hb_assets.lake import inventory
+from hb_assets.pipeline.drain import drain
 
 _SECONDS = 60.0
 _DESCRIPTION = f"""\

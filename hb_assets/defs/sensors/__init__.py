@@ -8,10 +8,10 @@ from contextlib import suppress
 import dagster as dg
 from dagster._core.scheduler.instigation import InstigatorStatus, InstigatorType  # no public name
 
-from hb_assets.buffer import beats
-from hb_assets.buffer.beats import DAGSTER
-from hb_assets.defs.installation import Installation
-from hb_assets.errors import HbError
+from hb_assets.buffer import liveness
+from hb_assets.buffer.liveness import DAGSTER
+from hb_assets.core.errors import HbError
+from hb_assets.defs.resources import Installation
 
 
 def now_ms() -> int:
@@ -30,6 +30,6 @@ def beat(context: dg.SensorEvaluationContext, installation: Installation) -> Non
         known = context.instance.all_instigator_state(
             instigator_type=InstigatorType.SENSOR, instigator_statuses={InstigatorStatus.STOPPED}
         )
-        stopped = {beats.stopped(state.instigator_name) for state in known}
+        stopped = {liveness.stopped(state.instigator_name) for state in known}
     with suppress(HbError), installation.client() as client:
-        beats.beat(client, [DAGSTER, *sorted(stopped)], {})
+        liveness.beat(client, [DAGSTER, *sorted(stopped)], {})

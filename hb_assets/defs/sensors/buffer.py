@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from hb_assets import alarms, vitals
-from hb_assets.buffer import beats, depth
-from hb_assets.buffer.beats import Signs
+from hb_assets.buffer import depth, liveness
 from hb_assets.buffer.depth import Depths
-from hb_assets.defs.installation import Installation
+from hb_assets.buffer.liveness import Signs
+from hb_assets.core.errors import HbError
+from hb_assets.core.settings import Settings
+from hb_assets.defs.resources import Installation
 from hb_assets.defs.sensors import beat, now_ms
-from hb_assets.errors import HbError
-from hb_assets.gateway import spool
-from hb_assets.settings import Settings
+from hb_assets.gateway.spool import queue
+from hb_assets.pipeline import alarms, vitals
 
 BUFFER_ALARMS = (
     "buffer_high_water",
@@ -54,7 +54,7 @@ def _tick(
     try:
         with installation.client() as client:
             buffer = depth.depths(client, settings)
-            signs = beats.look(client)
+            signs = liveness.look(client)
     except HbError as error:
         said = str(error)
         # nothing is known, so that what was wrong isn't over
@@ -72,7 +72,7 @@ def _tick(
 
 def _spool_faults(settings: Settings) -> dict[str, str]:
     try:
-        holdings = spool.look(settings)
+        holdings = queue.look(settings)
     except HbError as error:
         return {"spool": str(error)}
     lines = holdings.alarms() if holdings else []

@@ -14,17 +14,18 @@ from itertools import takewhile
 
 import dagster as dg
 
-from hb_assets import alarms, vitals
+from hb_assets.core.errors import HbError
+from hb_assets.core.settings import Settings
 from hb_assets.defs import partitions
-from hb_assets.defs.installation import Installation
 from hb_assets.defs.jobs import CONSOLIDATE_DAY
+from hb_assets.defs.resources import Installation
 from hb_assets.defs.sensors import beat, now_ms
-from hb_assets.errors import HbError
-from hb_assets.lake import inventory, policy
+from hb_assets.lake import inventory
+from hb_assets.lake.compaction import policy
 from hb_assets.lake.inventory import DayState
-from hb_assets.lake.layout import HEARTBEATS, MINUTES, RAW
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.lake.storage.layout import HEARTBEATS, MINUTES, RAW
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline import alarms, vitals
 
 REASON = "hb/reason"
 """Run tag: why the day was due."""

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from hb_assets import alarms
+from hb_assets.core.errors import HbError
 from hb_assets.defs import outcomes, partitions
 from hb_assets.defs.damage import KNOWN_DAMAGE, tell_damage
-from hb_assets.defs.installation import Installation
+from hb_assets.defs.resources import Installation
 from hb_assets.defs.sensors import beat, now_ms
-from hb_assets.errors import HbError
-from hb_assets.lake import standing
+from hb_assets.lake.integrity import known_faults
+from hb_assets.pipeline import alarms
 
 MOST_DAYS = 50
 """Days of one run; others wait for the next tick."""
@@ -46,7 +46,7 @@ def _tick(
 ) -> dg.SensorResult | dg.SkipReason:
     beat(context, installation)
     try:
-        faults = standing.faults(installation.lake())
+        faults = known_faults.faults(installation.lake())
     except HbError as error:
         return dg.SkipReason(str(error))  # the drain sensor raises the alarm
     now = now_ms()

@@ -11,16 +11,16 @@ import time
 
 import dagster as dg
 
-from hb_assets import alarms, drain
+from hb_assets.core.errors import HbError
+from hb_assets.core.settings import Settings
 from hb_assets.defs import metadata, outcomes, partitions
 from hb_assets.defs.assets import RAW_HEARTBEATS
-from hb_assets.defs.installation import Installation
 from hb_assets.defs.reports import Cursor, unreported
+from hb_assets.defs.resources import Installation
 from hb_assets.defs.sensors import beat, now_ms
-from hb_assets.errors import HbError
 from hb_assets.lake import inventory
-from hb_assets.lake.store import Lake
-from hb_assets.settings import Settings
+from hb_assets.lake.storage.store import Lake
+from hb_assets.pipeline import alarms, drain
 
 MOST_EVENTS = 50
 """Asset events of one tick: Dagster writes them one by one, before it saves the cursor."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dagster as dg
 
-from hb_assets import alarms
 from hb_assets.defs import partitions
-from hb_assets.defs.installation import Installation
+from hb_assets.defs.resources import Installation
 from hb_assets.defs.sensors import now_ms
+from hb_assets.pipeline import alarms
 
 _WILL_RETRY = "dagster/will_retry"
 

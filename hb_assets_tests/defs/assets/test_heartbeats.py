@@ -8,11 +8,14 @@ import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 
-from hb_assets import alarms
-from hb_assets.days import parse_day
+from hb_assets.core.days import parse_day
 from hb_assets.defs.assets import HEARTBEATS, MINUTE_HEART_RATE, heartbeats
-from hb_assets.lake import checks, consolidation, inventory, layout
-from hb_assets.lake.checks import Figure
+from hb_assets.lake import inventory
+from hb_assets.lake.compaction import consolidation
+from hb_assets.lake.integrity import checks
+from hb_assets.lake.integrity.checks import Figure
+from hb_assets.lake.storage import layout
+from hb_assets.pipeline import alarms
 from hb_assets_tests.lake.deliveries import spoil_for_good
 
 DAY = "2025-01-15"

@@ -9,7 +9,7 @@ import pytest
 
 from hb_assets.defs.sensors import consolidation
 from hb_assets.defs.sensors.consolidation import BACKOFF_MINUTES, REASON
-from hb_assets.lake import layout
+from hb_assets.lake.storage import layout
 from hb_assets_tests.defs.conftest import Ticks
 
 DAY = "2025-01-15"

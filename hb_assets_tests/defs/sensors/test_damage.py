@@ -8,10 +8,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from hb_assets.days import parse_day
+from hb_assets.core.days import parse_day
 from hb_assets.defs.assets import HEARTBEATS
 from hb_assets.defs.sensors import damage
-from hb_assets.lake import layout
+from hb_assets.lake.storage import layout
 from hb_assets_tests.defs.conftest import Ticks
 
 DAY = "2025-01-15"

@@ -8,13 +8,13 @@ import time
 
 import pytest
 
-from hb_assets import drain
 from hb_assets.buffer import keys
 from hb_assets.defs import partitions, reports
-from hb_assets.defs.installation import Installation
 from hb_assets.defs.reports import Cursor
+from hb_assets.defs.resources import Installation
 from hb_assets.defs.sensors import drain as drain_sensor
 from hb_assets.lake import inventory
+from hb_assets.pipeline import drain
 from hb_assets_tests.defs.conftest import Ticks
 from hb_assets_tests.servers import wait_for
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dagster as dg
 
 from hb_assets.definitions import of
-from hb_assets.defs.installation import Installation
-from hb_assets.lake import layout
+from hb_assets.defs.resources import Installation
+from hb_assets.lake.storage import layout
 from hb_assets_tests.lake.deliveries import spoil_for_good
 
 DAY = "2025-01-15"

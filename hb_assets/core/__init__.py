@@ -1,0 +1,1 @@
+"""The record and its rules: what a heartbeat is, its schemas, its days, settings and errors."""

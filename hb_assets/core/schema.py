@@ -1,0 +1,105 @@
+"""Storage types, derived from the record: Arrow and DuckDB columns.
+
+Belongs here: the projections of `record`'s fields to other type systems. Doesn't belong here: a
+field that `record` doesn't know (but for the minute-level table, which only exists in the lake),
+pandera's models (`contracts`), and anything that reads or writes files.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import pyarrow as pa
+from msgspec import inspect
+
+from hb_assets.core.record import Arrival, Heartbeat
+
+TIMESTAMP = pa.timestamp("ms", tz="UTC")
+KEY = ("user_id", "device_id", "timestamp")
+"""What makes a heartbeat unique; the latest arrival of a key wins."""
+ORDER = ("user_id", "timestamp", "device_id")
+"""Sort order of consolidated files: one user's readings side by side, in time order."""
+ARRIVAL = tuple(field.name for field in msgspec.structs.fields(Arrival))
+"""Columns of a row's identity, in arrival order."""
+IDENTITY = ", ".join(ARRIVAL)
+"""The same columns as a list in SQL."""
+
+
+def _integer(field: inspect.IntType) -> pa.DataType:
+    """Smallest signed type that holds the field's bounds; 64 unsigned bits for entry ids."""
+    if field.le is None:
+        return pa.uint64()
+    for arrow in (pa.int16(), pa.int32()):
+        if field.le < 2 ** (arrow.bit_width - 1):
+            return arrow
+    return pa.int64()
+
+
+def _fields(struct: type[msgspec.Struct]) -> list[pa.Field]:
+    info = inspect.type_info(struct)
+    assert isinstance(info, inspect.StructType)
+    fields = []
+    for field in info.fields:
+        described = field.type
+        extra = described.extra_json_schema if isinstance(described, inspect.Metadata) else {}
+        kind = described.type if isinstance(described, inspect.Metadata) else described
+        note = {"comment": (extra or {}).get("description", "")}
+        if field.name == "timestamp_ms":
+            fields.append(pa.field("timestamp", TIMESTAMP, nullable=False, metadata=note))
+        elif isinstance(kind, inspect.StrType):
+            fields.append(pa.field(field.name, pa.string(), nullable=False, metadata=note))
+        elif isinstance(kind, inspect.IntType):
+            fields.append(pa.field(field.name, _integer(kind), nullable=False, metadata=note))
+        else:
+            raise TypeError(f"no storage type for field {field.name}")
+    return fields
+
+
+HEARTBEATS: pa.Schema = pa.schema(_fields(Heartbeat) + _fields(Arrival))
+"""Columns of fragments and consolidated files alike: the record and its row's identity."""
+
+MINUTES: pa.Schema = pa.schema(
+    [
+        HEARTBEATS.field("user_id"),
+        pa.field("minute", TIMESTAMP, nullable=False, metadata={"comment": "start of the minute"}),
+        HEARTBEATS.field("device_id"),
+    ]
+    + [
+        pa.field(prefix + name, arrow, nullable=name in ("min", "max"), metadata={"comment": text})
+        for prefix, which in (("", "all readings"), ("kept_", "readings that device priority kept"))
+        for name, arrow, text in (
+            ("sum", pa.int64(), f"sum of bpm over {which}"),
+            ("count", pa.int32(), f"number of {which}"),
+            ("min", HEARTBEATS.field("heart_rate").type, f"lowest bpm of {which}"),
+            ("max", HEARTBEATS.field("heart_rate").type, f"highest bpm of {which}"),
+        )
+    ]
+)
+"""One row per user, minute and device; `kept_min`, `kept_max` are null where nothing was kept."""
+
+QUARANTINE: pa.Schema = pa.schema(
+    [
+        pa.field(
+            "raw", pa.binary(), nullable=False, metadata={"comment": "the bytes as they came"}
+        ),
+        pa.field("reason", pa.string(), nullable=False, metadata={"comment": "reason code"}),
+        pa.field("message", pa.string(), nullable=False, metadata={"comment": "what was wrong"}),
+        *_fields(Arrival),
+        pa.field("attempts", pa.int32(), nullable=False, metadata={"comment": "deliveries so far"}),
+        pa.field("quarantined_at", TIMESTAMP, nullable=False, metadata={"comment": "drain's time"}),
+    ]
+)
+
+_DUCKDB = {
+    pa.string(): "VARCHAR",
+    pa.binary(): "BLOB",
+    pa.int16(): "SMALLINT",
+    pa.int32(): "INTEGER",
+    pa.int64(): "BIGINT",
+    pa.uint64(): "UBIGINT",
+    TIMESTAMP: "TIMESTAMP WITH TIME ZONE",
+}
+
+
+def duckdb_columns(schema: pa.Schema) -> dict[str, str]:
+    """Column names and DuckDB types of an Arrow schema of ours."""
+    return {field.name: _DUCKDB[field.type] for field in schema}

@@ -1,0 +1,1 @@
+"""What `hb up` shows itself with: a simulated fleet of wearables."""

@@ -1,0 +1,1 @@
+"""HTTP as such: connections, request bodies, problem details, TLS."""

@@ -1,0 +1,1 @@
+"""Health, metrics, and the probes that they are made of."""

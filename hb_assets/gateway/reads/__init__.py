@@ -1,0 +1,1 @@
+"""GET: heart rate of one user over time."""

@@ -1,0 +1,1 @@
+"""The spool: heartbeats accepted while Redis was away, on disk until they are replayed."""

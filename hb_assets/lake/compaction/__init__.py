@@ -1,0 +1,1 @@
+"""Fragments into consolidated files: when, out of what, the merge, and pruning what is left."""

@@ -1,0 +1,196 @@
+"""The consolidated file of a (day, shard), as it is published.
+
+Belongs here: what its footer says, and so which fragments are pending. Doesn't belong here: making
+one (`consolidation`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from hb_assets.core.errors import DamagedFileError
+from hb_assets.lake.files.fragments import Fragment
+from hb_assets.lake.storage import checksummed_json, layout, parquet
+from hb_assets.lake.storage.durable_files import TempFile, sync_folder
+from hb_assets.lake.storage.layout import FragmentName
+from hb_assets.lake.storage.store import FORMAT, Lake
+
+
+class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
+    """What a consolidated file's footer says of it. Counts are cumulative: they outlive pruning.
+
+    `fragments` are the fragments it includes; what it doesn't list is pending. It includes `pruned`
+    more, which aren't there any more: of each source shard every row up to the entry id in
+    `watermark` is included. `rows` distinct rows came in, of which `unique` survived, `superseded`
+    didn't (`repeats` + `corrections`), and `erased` were forgotten; `replayed` rows came again with
+    an identity that was there already. `uncounted` rows of the fragments count elsewhere: they came
+    again after theirs were pruned, or were erased before they came here. `edition` is new with
+    every publication; `rows_written` counts all rows that publications of this file wrote.
+
+    Of the fragments in `excepted` rows are included only up to the entry id that stands there:
+    their loss was accepted before the watermark passed them. `losses` names the accepted losses of
+    earlier files of this place, which this file was made without.
+    """
+
+    format: int
+    day: str
+    shard: int
+    edition: str
+    fragments: tuple[str, ...]
+    rows: int
+    unique: int
+    superseded: int
+    repeats: int
+    corrections: int
+    replayed: int
+    rows_written: int
+    erased: int = 0
+    uncounted: int = 0
+    pruned: int = 0
+    watermark: dict[int, tuple[int, int]] = {}
+    excepted: dict[str, tuple[int, int]] = {}
+    losses: tuple[str, ...] = ()
+
+    @classmethod
+    def nothing(cls) -> ConsolidatedNote:
+        """The note of a file that was never written: nothing came in."""
+        return cls(
+            format=FORMAT,
+            day="",
+            shard=0,
+            edition="",
+            fragments=(),
+            rows=0,
+            unique=0,
+            superseded=0,
+            repeats=0,
+            corrections=0,
+            replayed=0,
+            rows_written=0,
+        )
+
+    def mark(self, source: int) -> tuple[int, int]:
+        """The watermark of a source shard; below every entry id where there is none."""
+        return self.watermark.get(source, (0, 0))
+
+    def mark_of(self, name: FragmentName) -> tuple[int, int]:
+        """The entry id up to which the fragment's rows are included, listed or not."""
+        return self.excepted.get(str(name), self.mark(name.source))
+
+    def includes(self, name: FragmentName) -> bool:
+        """Whether the fragment's rows are in the file, by its list or as one that was pruned."""
+        return str(name) in self.fragments or name.last <= self.mark_of(name)
+
+    def contradictions(self, day: dt.date, shard: int, rows_in_file: int) -> list[str]:
+        """What a file at this place with so many rows can't be, in a few words each."""
+        wrong = []
+        if (self.day, self.shard) != (day.isoformat(), shard):
+            wrong.append(f"it is the file of day {self.day}, shard {self.shard:02d}")
+        if self.rows != self.unique + self.superseded + self.erased:
+            wrong.append(
+                f"{self.rows:,} rows came in, {self.unique:,} unique + {self.superseded:,} "
+                f"superseded + {self.erased:,} erased"
+            )
+        if self.superseded != self.repeats + self.corrections:
+            wrong.append(
+                f"{self.superseded:,} superseded, {self.repeats:,} repeats + "
+                f"{self.corrections:,} corrections"
+            )
+        if rows_in_file != self.unique:
+            wrong.append(f"the file has {rows_in_file:,} rows, {self.unique:,} are unique")
+        return wrong
+
+    def reaches(self, name: FragmentName) -> bool:
+        """Whether the fragment may hold rows at or below the watermark."""
+        return name.first <= self.mark_of(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Current:
+    """A published consolidated file."""
+
+    path: Path
+    note: ConsolidatedNote
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the fragments it includes."""
+        return frozenset(self.note.fragments)
+
+
+def current(lake: Lake, day: dt.date, shard: int) -> Current | None:
+    """The published file of a (day, shard), or None.
+
+    Raises:
+        DamagedFileError: it can't be read, or it is gone although raw alone hasn't all of it.
+    """
+    path = layout.consolidated_file(lake.root, day, shard)
+    try:
+        return Current(path, parquet.note(path, ConsolidatedNote))
+    except FileNotFoundError:
+        mark = layout.pruned_mark(lake.root, day, shard)
+        if not mark.exists():
+            return None
+        if path.exists():  # published and pruned meanwhile
+            return current(lake, day, shard)
+        raise DamagedFileError(
+            f"{path} is gone, and raw fragments that it included were pruned: hb damaged restore "
+            f"puts a copy in its place, hb damaged accept goes on with what raw still holds"
+        ) from None
+
+
+class _Mark(msgspec.Struct, frozen=True):
+    format: int
+    since_ms: int
+
+
+def mark_incomplete(lake: Lake, day: dt.date, shard: int) -> None:
+    """Note that raw alone has no longer all of a (day, shard); durable on return. See `current`."""
+    path = layout.pruned_mark(lake.root, day, shard)
+    if path.exists():
+        sync_folder(path.parent)  # whoever made it may not have got so far
+        return
+    with TempFile(lake.root, path.parent) as temp:
+        checksummed_json.write(temp.path, _Mark(FORMAT, int(time.time() * 1000)))
+        temp.publish_replacing(path)
+
+
+def incomplete_since(lake: Lake, day: dt.date, shard: int) -> int | None:
+    """When it was noted that raw alone has no longer all of a (day, shard), epoch milliseconds.
+
+    None where it wasn't; 0 where the note can't be read.
+    """
+    try:
+        return checksummed_json.read(layout.pruned_mark(lake.root, day, shard), _Mark).since_ms
+    except FileNotFoundError:
+        return None
+    except DamagedFileError:
+        return 0
+
+
+def mark_complete(lake: Lake, day: dt.date, shard: int) -> None:
+    """Take that note back: what raw lacks was given up. Durable on return."""
+    path = layout.pruned_mark(lake.root, day, shard)
+    path.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def is_published(lake: Lake, seen: Current | None, day: dt.date, shard: int) -> bool:
+    """Whether what was published when `seen` was read still is.
+
+    A note and its rows are read one after the other; ask this after both, and read again if not.
+    """
+    now = current(lake, day, shard)
+    return (now and now.note.edition) == (seen and seen.note.edition)
+
+
+def pending(published: Current | None, raw: Sequence[Fragment]) -> list[Fragment]:
+    """Fragments that the published file doesn't include."""
+    names = published.names if published else frozenset()
+    return [fragment for fragment in raw if str(fragment.name) not in names]

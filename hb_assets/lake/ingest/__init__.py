@@ -1,0 +1,1 @@
+"""Entries of the buffer into rows: decoding, and isolating what kills a decoder."""

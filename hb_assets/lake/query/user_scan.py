@@ -1,0 +1,309 @@
+"""Rows of one user: out of the files that may hold them, and out of no more of each than needed.
+
+Belongs here: which files of a (day, shard) are asked (invariant 5), which row groups of each, and
+what is remembered of footers, so that the cost depends on what is asked and not on what is stored.
+Doesn't belong here: what the rows mean (`buckets`), and days (`query`).
+
+A file is verified whole when it is met first, and when it looks changed; what its footer says is
+remembered until then. Once it is open for its rows, it is looked at again: still the one that was
+verified, or else note and rows could be of two versions. Each page that is read is held to its
+checksum every time. Rows are held to the record's bounds before they are answered: a fragment with
+a row that no drain can have written is damaged, however well its checksums fit.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hb_assets.core import days
+from hb_assets.core.record import ID_LENGTH
+from hb_assets.core.schema import ARRIVAL, HEARTBEATS
+from hb_assets.lake.files import consolidated, fragments, tombstones
+from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.tombstones import Cutoffs
+from hb_assets.lake.query.aggregate import Integers, Readings
+from hb_assets.lake.storage import layout, parquet, verified
+from hb_assets.lake.storage.durable_files import Look, look
+from hb_assets.lake.storage.layout import FragmentName
+from hb_assets.lake.storage.store import Lake
+from hb_assets.lake.storage.verified import Remembered, ReplacedError
+
+_PLAIN = ("user_id", "device_id", "timestamp", "heart_rate")
+_FEW_DEVICES = 16
+_USER, _TIMESTAMP = HEARTBEATS.get_field_index("user_id"), HEARTBEATS.get_field_index("timestamp")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which rows: one user's, of the half-open range, of one device or of all.
+
+    `cutoffs` are those of a user who was forgotten: what arrived up to them isn't there any more.
+    """
+
+    user_id: str
+    start_ms: int
+    end_ms: int
+    device_id: str | None = None
+    cutoffs: Cutoffs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What a footer says of a row group: least and greatest user and timestamp (None: nothing)."""
+
+    users: tuple[str, str] | None
+    times: tuple[int, int] | None
+
+    def may_hold(self, wanted: Wanted) -> bool:
+        if self.users and not self.users[0] <= wanted.user_id <= self.users[1]:
+            return False
+        return not self.times or (
+            self.times[0] < wanted.end_ms and self.times[1] >= wanted.start_ms
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """What a consolidated file's footer says."""
+
+    footer: pq.FileMetaData
+    included: frozenset[str]
+    groups: tuple[_Group, ...]
+
+
+def of_user(
+    lake: Lake,
+    day: dt.date,
+    shard: int,
+    wanted: Wanted,
+    *,
+    identified: bool = False,
+    raw_alone: bool = False,
+) -> list[Readings]:
+    """Every durable row that is wanted, in parts; a key as often as it was delivered.
+
+    Args:
+        lake: which lake.
+        day: which day.
+        shard: the user's.
+        wanted: which rows.
+        identified: with arrivals, even where the lake alone needs none to tell what is latest.
+        raw_alone: out of raw fragments, as if there were no consolidated file.
+
+    Raises:
+        FileNotFoundError: a file was pruned or replaced meanwhile: ask again.
+        DamagedFileError: a file isn't what was written, or holds what no drain can have written.
+        OSError: the disk can't be read.
+    """
+    folder = layout.shard_folder(lake.root, layout.RAW, day, shard)
+    raw = _listings.names(folder)
+    path = layout.consolidated_file(lake.root, day, shard)
+    seen, published = (None, None) if raw_alone else _of_published(path)
+    if published is None and not raw_alone and consolidated.current(lake, day, shard) is not None:
+        raise ReplacedError(f"day {day.isoformat()} was consolidated meanwhile")
+    pending = [
+        (one, *_of_fragment(one))
+        for one in _pending(folder, raw, published.included if published else frozenset())
+    ]
+    chosen = [(one, seen_so, _chosen(groups, wanted)) for one, seen_so, groups in pending]
+    # A consolidated file has each key once: alone it needs no arrivals.
+    identified |= wanted.cutoffs is not None or any(groups for *_, groups in chosen)
+    found: list[Readings] = []
+    if published is not None and seen is not None:
+        groups = _chosen(published.groups, wanted)
+        found += _read(path, seen, groups, wanted, identified=identified, footer=published.footer)
+    for fragment, seen_so, groups in chosen:
+        found += _read(fragment, seen_so, groups, wanted, identified=True)
+    return found
+
+
+def in_table(rows: pa.Table, wanted: Wanted) -> list[Readings]:
+    """What is wanted of rows in memory (HEARTBEATS columns, maybe more)."""
+    rows = rows.select(HEARTBEATS.names)
+    for at in (_USER, HEARTBEATS.get_field_index("device_id")):
+        rows = rows.set_column(at, rows.schema.names[at], rows.column(at).dictionary_encode())
+    return list(_matching(rows, wanted))
+
+
+def _of_published(path: Path) -> tuple[Look | None, _Published | None]:
+    try:
+        return _files.of(path)
+    except FileNotFoundError:
+        return None, None
+
+
+def _make_published(footer: pq.FileMetaData, path: Path) -> _Published:
+    note = parquet.note_in(footer, path, ConsolidatedNote)
+    return _Published(footer, frozenset(note.fragments), _groups(footer))
+
+
+_files = Remembered(_make_published, 512)
+
+
+@lru_cache(maxsize=64)
+def _pending(folder: Path, raw: frozenset[str], included: frozenset[str]) -> tuple[Path, ...]:
+    """Fragments that the consolidated file doesn't include."""
+    return tuple(folder / name for name in sorted(raw - included) if FragmentName.parse(name))
+
+
+class _Listings:
+    """Names in folders, remembered until the folder changes: raw fragments stay for days.
+
+    A folder's time of change may stand still while two changes follow each other closely. So a
+    list is kept only if it was made a while after that time had been seen first: by then another
+    change would have another time, whoever's clock it is.
+    """
+
+    _SETTLED_SECONDS = 1.0
+    _MOST = 2_000
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Path, tuple[Look, float, frozenset[str] | None]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def names(self, folder: Path) -> frozenset[str]:
+        """Names of all that lies in the folder now."""
+        looked_at = time.monotonic()
+        try:
+            now = look(folder)
+        except FileNotFoundError:
+            return frozenset()
+        with self._lock:
+            seen, since, names = self._known.get(folder, (None, looked_at, None))
+        if seen != now:
+            since, names = looked_at, None
+        if names is None:
+            try:
+                with os.scandir(folder) as found:
+                    names = frozenset(entry.name for entry in found)
+            except FileNotFoundError:
+                return frozenset()
+            settled = looked_at - since >= self._SETTLED_SECONDS
+            with self._lock:
+                self._known[folder] = now, since, names if settled else None
+                self._known.move_to_end(folder)
+                if len(self._known) > self._MOST:
+                    self._known.popitem(last=False)
+        return names
+
+
+_listings = _Listings()
+
+
+def _make_fragment(footer: pq.FileMetaData, path: Path) -> tuple[_Group, ...]:
+    fragments.judge_footer(footer, path)
+    return _groups(footer)
+
+
+_fragments = Remembered(_make_fragment, 50_000)
+
+
+def _of_fragment(path: Path) -> tuple[Look, tuple[_Group, ...]]:
+    return _fragments.of(path)
+
+
+def _groups(footer: pq.FileMetaData) -> tuple[_Group, ...]:
+    found = []
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        users = group.column(_USER).statistics
+        times = group.column(_TIMESTAMP).statistics
+        found.append(
+            _Group(
+                (users.min, users.max) if users is not None and users.has_min_max else None,
+                (days.ms_of(times.min), days.ms_of(times.max))
+                if times is not None and times.has_min_max
+                else None,
+            )
+        )
+    return tuple(found)
+
+
+def _judge(found: Readings, path: Path) -> None:
+    """Hold rows to the record's bounds before they are answered."""
+    fragments.require_bpm(found.heart_rate.min(), found.heart_rate.max(), path)
+    shortest, longest = ID_LENGTH
+    if not all(shortest <= len(device) <= longest for device in found.devices):
+        raise parquet.damaged(path, "device_id is out of bounds: no drain wrote it")
+
+
+def _chosen(groups: tuple[_Group, ...], wanted: Wanted) -> list[int]:
+    return [number for number, group in enumerate(groups) if group.may_hold(wanted)]
+
+
+def _read(
+    path: Path,
+    seen: Look,
+    groups: list[int],
+    wanted: Wanted,
+    *,
+    identified: bool,
+    footer: pq.FileMetaData | None = None,
+) -> Iterator[Readings]:
+    """Wanted rows of these row groups; with arrivals where they are to be `identified`."""
+    if not groups:
+        return
+    columns = [*_PLAIN, *ARRIVAL] if identified else [*_PLAIN]
+    with verified.reopened(path, seen, ("user_id", "device_id"), footer) as file:
+        for number in groups:
+            rows = file.read_row_group(number, columns=columns, use_threads=False)
+            for found in _matching(rows, wanted):
+                _judge(found, path)
+                yield found
+
+
+def _matching(rows: pa.Table, wanted: Wanted) -> Iterator[Readings]:
+    for batch in rows.to_batches():
+        devices = batch["device_id"]
+        mine = _positions(_are(batch["user_id"], wanted.user_id))
+        at = batch["timestamp"].view(pa.int64()).to_numpy()[mine]
+        chosen = (at >= wanted.start_ms) & (at < wanted.end_ms)
+        if wanted.device_id is not None:
+            chosen &= _are(devices, wanted.device_id)[mine]
+        found = Readings(
+            at,
+            batch["heart_rate"].to_numpy()[mine],
+            *_in_use(devices.indices.to_numpy()[mine], devices.dictionary),
+            tuple(batch[name].to_numpy()[mine] for name in ARRIVAL if name in batch.schema.names),
+        ).taken(_positions(chosen))
+        if wanted.cutoffs is not None:
+            found = found.taken(~tombstones.reached_by(found.arrival, wanted.cutoffs))
+        if len(found):
+            yield found
+
+
+def _positions(flags: npt.NDArray[np.bool_]) -> Integers | slice:
+    """Where they are true; in a sorted file that is one stretch, of which nothing is copied."""
+    found = np.flatnonzero(flags)
+    if len(found) and found[-1] - found[0] + 1 == len(found):
+        return slice(int(found[0]), int(found[-1]) + 1)
+    return found
+
+
+def _in_use(codes: Integers, names: pa.Array) -> tuple[Integers, list[str]]:
+    """Codes and names of devices; of very many only those that occur."""
+    if len(names) <= _FEW_DEVICES:
+        return codes, names.to_pylist()
+    used, codes = np.unique(codes, return_inverse=True)
+    return codes, names.take(pa.array(used)).to_pylist()
+
+
+def _are(values: pa.DictionaryArray, value: str) -> npt.NDArray[np.bool_]:
+    same: npt.NDArray[np.bool_] = (
+        values.indices.to_numpy() == pc.index(values.dictionary, value).as_py()
+    )
+    return same

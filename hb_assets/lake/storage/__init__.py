@@ -1,0 +1,1 @@
+"""How the lake's files are named, written durably, locked, verified and read."""

@@ -1,0 +1,238 @@
+"""Rows out of the lake's Parquet files, none of a file that isn't what was written.
+
+Every read of rows goes through here. A file is verified whole, by the CRC-32 in a fragment's name
+or in the footer, before anybody gets a row of it; pyarrow checks each page once more as it reads
+it. DuckDB and Polars check no checksum at all: they get the names of files that were verified just
+now, as `relations`, and as `scanned`. `Remembered` is for readers that ask for the same file again
+and again: the whole file is verified again when it looks changed, its pages each time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hb_assets.core.errors import DamagedFileError
+from hb_assets.lake.storage import parquet
+from hb_assets.lake.storage.durable_files import Look, look
+
+if TYPE_CHECKING:
+    import duckdb
+    import polars as pl
+
+Made = TypeVar("Made")
+
+
+class ReplacedError(FileNotFoundError):
+    """The file that was verified isn't the one that was read: ask again."""
+
+
+@contextmanager
+def opened(path: Path, texts: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+    """A file that was found to be what was written, for reading rows of it with pyarrow.
+
+    Args:
+        path: the file.
+        texts: columns of text to read as dictionaries, as they are stored.
+
+    Raises:
+        DamagedFileError: it isn't what was written.
+        FileNotFoundError: it isn't there (any more).
+        HbError: memory is short.
+        OSError: the disk can't be read.
+    """
+    with _file(path) as source:
+        seen = _seen(source)
+        footer = parquet.verify_open(source, path)
+        with parquet.opened(source, path, texts, footer) as file:
+            yield file
+        if not _seen(source).has_bytes_of(seen):
+            raise parquet.damaged(path, "it changed while it was read")
+
+
+def tables(paths: Iterable[Path], texts: Sequence[str] = ()) -> Iterator[pa.Table]:
+    """All rows of files, file by file. Arguments and errors as of `opened`."""
+    for path in paths:
+        with opened(path, texts) as file:
+            rows = file.read(use_threads=False)
+        yield rows
+
+
+@contextmanager
+def relations(
+    connection: duckdb.DuckDBPyConnection,
+    files: Mapping[str, Iterable[Path]],
+    on_damage: Callable[[DamagedFileError], None] | None = None,
+) -> Iterator[Mapping[str, list[Path]]]:
+    """Verified files as relations of an engine, by these names, as long as this lasts.
+
+    Their column `filename` is the path. Names without any file aren't there: what is there, with
+    its files, is what the block gets.
+
+    Args:
+        connection: the engine.
+        files: of each name.
+        on_damage: told of each damaged file, which is left out; by default it ends it all.
+
+    Raises:
+        DamagedFileError: a file isn't what was written.
+        FileNotFoundError: one isn't there (any more), or was replaced meanwhile.
+        OSError: the disk can't be read.
+    """
+    seen: dict[Path, Look] = {}
+    sound: dict[str, list[Path]] = {}
+    for name, paths in files.items():
+        for path in paths:
+            try:
+                if path not in seen:
+                    seen[path], _ = _verified(path)
+            except DamagedFileError as error:
+                if on_damage is None:
+                    raise
+                on_damage(error)
+            else:
+                sound.setdefault(name, []).append(path)
+    with ExitStack() as stack:
+        for name, paths in sound.items():
+            _relate(connection, name, paths)
+            stack.callback(connection.unregister, name)
+        with _unchanged(seen):
+            yield sound
+
+
+@contextmanager
+def scanned(paths: Sequence[Path]) -> Iterator[tuple[pl.LazyFrame, int]]:
+    """Verified files (at least one) for Polars, as long as this lasts, and how many rows they have.
+
+    Raises:
+        DamagedFileError: a file isn't what was written.
+        FileNotFoundError: one isn't there (any more), or was replaced meanwhile.
+        OSError: the disk can't be read.
+    """
+    import polars as pl
+
+    found = {path: _verified(path) for path in paths}
+    rows = sum(footer.num_rows for _, footer in found.values())
+    with _unchanged({path: seen for path, (seen, _) in found.items()}):
+        yield pl.scan_parquet(list(paths), hive_partitioning=False), rows
+
+
+@contextmanager
+def _unchanged(seen: Mapping[Path, Look]) -> Iterator[None]:
+    """Raises ReplacedError when a file was replaced during the block, also when an engine failed.
+
+    An engine that opens the path twice reads two different files, and calls that a broken one.
+    """
+    try:
+        yield
+    except parquet.engine_errors():
+        for path, before in seen.items():
+            _require_unchanged(path, before)
+        raise
+    for path, before in seen.items():
+        _require_unchanged(path, before)
+
+
+def _require_unchanged(path: Path, before: Look) -> None:
+    try:
+        now = look(path)
+    except FileNotFoundError:
+        return  # pruned meanwhile: what was read of it counts
+    if not now.has_bytes_of(before):
+        raise ReplacedError(f"{path} was replaced while it was read")
+
+
+def _relate(connection: duckdb.DuckDBPyConnection, name: str, paths: Sequence[Path]) -> None:
+    rows = connection.read_parquet(list(map(str, paths)), hive_partitioning=False, filename=True)
+    connection.register(name, rows)
+
+
+def _verified(path: Path) -> tuple[Look, pq.FileMetaData]:
+    """Verify a file whole; how it looks, and its footer."""
+    with path.open("rb") as file:
+        return Look.of(os.fstat(file.fileno())), parquet.verify_open(file, path)
+
+
+def _file(path: Path) -> pa.OSFile:
+    return pa.OSFile(str(path))
+
+
+def _seen(source: pa.OSFile) -> Look:
+    return Look.of(os.fstat(source.fileno()))
+
+
+class Remembered(Generic[Made]):
+    """What was made of files that were verified, as long as they look the same.
+
+    A file may be changed twice within one tick of the file system's clock: what was made of a file
+    that was changed just now isn't kept.
+
+    Args:
+        make: makes it of a file whose bytes are what was written.
+        most: how many to keep.
+    """
+
+    _SETTLED_NS = 1_000_000_000
+
+    def __init__(self, make: Callable[[pq.FileMetaData, Path], Made], most: int) -> None:
+        self._make, self._most = make, most
+        self._known: OrderedDict[Path, tuple[Look, Made]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, path: Path) -> tuple[Look, Made]:
+        """How the file looks, and what was made of it.
+
+        Raises:
+            DamagedFileError: it isn't what was written.
+            FileNotFoundError: it isn't there (any more).
+            OSError: the disk can't be read.
+        """
+        seen = look(path)
+        with self._lock:
+            before = self._known.get(path)
+        if before is not None and before[0] == seen:
+            return before
+        seen, footer = _verified(path)
+        found = seen, self._make(footer, path)
+        if abs(time.time_ns() - seen.ctime_ns) > self._SETTLED_NS:
+            with self._lock:
+                self._known[path] = found
+                self._known.move_to_end(path)
+                if len(self._known) > self._most:
+                    self._known.popitem(last=False)
+        return found
+
+    def forget(self) -> None:
+        """Make everything anew when it is asked for next."""
+        with self._lock:
+            self._known.clear()
+
+
+@contextmanager
+def reopened(
+    path: Path, seen: Look, texts: Sequence[str], footer: pq.FileMetaData | None = None
+) -> Iterator[pq.ParquetFile]:
+    """A file that was verified when it looked like this; its pages are checked as they are read.
+
+    Raises:
+        ReplacedError: it looks different.
+        DamagedFileError: a page, or the footer, isn't what was written.
+        FileNotFoundError: it isn't there (any more).
+        OSError: the disk can't be read.
+    """
+    with _file(path) as source:
+        if _seen(source) != seen:
+            raise ReplacedError(f"{path} is being replaced all the time")
+        with parquet.opened(source, path, texts, footer) as file:
+            yield file
+        if not _seen(source).has_bytes_of(seen):
+            raise ReplacedError(f"{path} changed while it was read")

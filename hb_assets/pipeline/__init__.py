@@ -1,0 +1,1 @@
+"""Work that needs both buffer and lake: drain, import, audit, erasure, maintenance, alarms."""
