@@ -6,8 +6,11 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,6 +21,27 @@ def test_imports_keep_to_the_layers() -> None:
         [command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert linted.returncode == 0, linted.stdout + linted.stderr
+
+
+@pytest.mark.parametrize(
+    ("contract", "heading"),
+    [("layers", "| package | what it is for | alone"), ("lake", "| package | what it is for |\n")],
+)
+def test_the_table_of_the_architecture_is_what_is_checked(contract: str, heading: str) -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = page[page.index(heading) :].partition("\n\n")[0].splitlines()[2:]
+    told = [re.findall(r"`(\w+)`", row.split("|")[1]) for row in rows]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    [found] = [c for c in project["tool"]["importlinter"]["contracts"] if c["id"] == contract]
+    places = {
+        name: place
+        for place, layer in enumerate(found["layers"])
+        for name in re.findall(r"\w+", layer)
+        if name != "__main__"
+    }
+    assert sorted(name for row in told for name in row) == sorted(places)
+    lowest = [max(places[name] for name in row) for row in told]
+    assert lowest == sorted(lowest), "the highest layer comes first"
 
 
 def texts_made_in_functions(module: ast.Module) -> Iterator[ast.JoinedStr]:

@@ -44,28 +44,28 @@ COMMANDS = {
         "Serve the HTTP gateway alone, until Ctrl-C; `hb up` runs it together with all the rest.",
     ),
     "import": (
-        "draining",
+        "importing",
         "Bring files into the buffer, the way any heartbeat goes; importing twice changes nothing.",
     ),
-    "drain": ("draining", "Bring heartbeats from the buffer into durable fragments of the lake."),
+    "drain": ("drain", "Bring heartbeats from the buffer into durable fragments of the lake."),
     "consolidate": (
-        "lake",
+        "consolidate",
         "Deduplicate and sort days into consolidated files, check them, and make their minutes.",
     ),
     "query": (
-        "lake",
+        "query",
         "Heart rate of one user over time, out of everything that is durable in the lake.",
     ),
     "audit": (
-        "lake",
+        "audit",
         "Reconcile the buffer and every day of the lake; exit code 1 when it doesn't add up.",
     ),
     "prune": (
-        "maintenance",
+        "prune",
         "Delete raw fragments that are consolidated and older than HB_RAW_KEEP, and leftovers.",
     ),
     "forget": (
-        "maintenance",
+        "forget",
         "Erase all heartbeats of a user that have arrived by now; nothing brings them back.",
     ),
     "status": (

@@ -19,7 +19,7 @@ import redis
 from hb_assets.buffer import depth
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.buffer.producer import Producer
-from hb_assets.cli import draining
+from hb_assets.cli import drain
 from hb_assets.core.settings import Settings
 from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.cli.commands import complaint, hb, told
@@ -131,7 +131,7 @@ def test_full_disk_is_one_line(
 def test_an_error_of_ours_is_told_by_its_kind_alone(
     client: redis.Redis, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
-    faults = draining._Faults(settings, Consumer(client, settings))
+    faults = drain._Faults(settings, Consumer(client, settings))
     faults.add(ValueError("secret 177"))
     [told_line] = caplog.messages
     assert "unexpected ValueError" in told_line

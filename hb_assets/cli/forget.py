@@ -1,7 +1,4 @@
-"""`hb prune` and `hb forget`: what is no longer needed goes, and what somebody asked to go.
-
-Belongs here: options and results. Doesn't belong here: the work itself (`maintenance`, `erasure`).
-"""
+"""`hb forget`: erase a user from buffer, spool and lake."""
 
 from __future__ import annotations
 
@@ -15,45 +12,12 @@ import typer
 from hb_assets.buffer import connection, server
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.cli import output
-from hb_assets.cli.app import FAILED, AsJson, app, day_of, existing_lake, settings_of, text_of
+from hb_assets.cli.app import FAILED, AsJson, app, existing_lake, settings_of, text_of
 from hb_assets.core.days import EPOCH
 from hb_assets.gateway.spool.queue import Spool
 from hb_assets.pipeline.coordination import coordinated
 from hb_assets.pipeline.erasure import Forgotten
 from hb_assets.pipeline.erasure import forget as forget_user
-from hb_assets.pipeline.maintenance import maintain
-
-
-@app.command()
-def prune(
-    context: typer.Context,
-    wanted: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[DAY]...", help="Days like 2025-01-15, UTC; default: all."),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Delete raw fragments that are consolidated and older than HB_RAW_KEEP, and leftovers."""
-    settings = settings_of(context)
-    chosen = [day_of(text) for text in wanted] if wanted else None
-    lake = existing_lake(settings)
-    with coordinated(lake, settings, start_server=True) as known, output.progress() as progress:
-        progress.add_task("prune", total=None)
-        done = maintain(lake, settings, known, days=chosen, dry_run=dry_run)
-    if as_json:
-        output.print_json(done)
-    else:
-        verb = "would be pruned" if dry_run else "pruned"
-        output.results.print(
-            f"{done.fragments:,} fragments ({done.bytes:,} bytes) {verb}, {done.renewed:,} "
-            f"consolidated files renewed, {done.leftovers:,} leftovers of crashes removed",
-            soft_wrap=True,
-        )
-    for fault in done.faults:
-        output.complain(fault)
-    if done.faults:
-        raise typer.Exit(FAILED)
 
 
 @app.command()
