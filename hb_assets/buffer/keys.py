@@ -7,7 +7,7 @@ here: commands on those keys (`producer`, `consumer`, `depth`).
     hb:{07}:ledger   hash, one a shard
     hb:{07}:lease:2025-01-15   string that expires: who consolidates that day (HB_LOCKS=redis)
     hb:{07}:limit:user:<digest>   string that expires: theoretical arrival time of a rate limit,
-                                  epoch microseconds (see `limits`)
+                                  epoch microseconds (see `rate_limit`)
     hb:{all}:beats    hash: signs of life
     hb:{all}:counts   hash: counters of work
 
@@ -56,7 +56,7 @@ Fields of the beats, epoch milliseconds by Redis' clock, each when something was
 
 Fields of the counts, that metrics show and nothing else relies on: rows, entries and fragments
 of drains, quarantined records by reason, what ended their claims, consolidations by outcome and the
-rows that they wrote, and how long each took (`beats`). Both hashes may be deleted at any time.
+rows that they wrote, and how long each took (`liveness`). Both hashes may be deleted at any time.
 
 An append raises a ledger that was set back (see `receipts`) by what it lacks, in appended and in
 acknowledged.

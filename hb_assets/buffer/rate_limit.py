@@ -2,7 +2,7 @@
 
 Belongs here: the algorithm, what this process knows of each subject, and the charges by which
 processes and machines share that in Redis. Doesn't belong here: who the subjects are, and what a
-refused client is told (`gateway.limits`).
+refused client is told (`gateway.auth.rate_limits`).
 
 GCRA (ITU-T I.371, the "virtual scheduling" form) keeps one number a subject, its theoretical
 arrival time TAT: when all that it sent would have come at the allowed rate. A request of cost c is

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.5
 _FAILED = ("damaged", "not_adding_up", "check_failed", "consolidation_failed")
-"""Kinds of `lake.standing` faults that another consolidation may resolve."""
+"""Kinds of `lake.integrity.known_faults` faults that another consolidation may resolve."""
 
 
 @app.command()

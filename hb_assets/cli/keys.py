@@ -1,7 +1,7 @@
 """`hb keys`: who may use the gateway.
 
 Belongs here: the commands and how keys are shown. Doesn't belong here: the file of keys
-(`gateway.keyring`).
+(`gateway.auth.keyring`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`hb quarantine`: what couldn't be used, why, and putting it back.
 
 Belongs here: the commands and putting back (re-validation under today's settings, append, mark).
-Doesn't belong here: the files (`lake.quarantine`).
+Doesn't belong here: the files (`lake.files.quarantine`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Belongs here: the fields with their bounds, the reason codes, the reading of one JSON text, and the
 canonical JSON form that we write ourselves. Doesn't belong here: storage types (`schema` derives
-them from these classes) and anything that handles many records at once (`lake.decode`).
+them from these classes) and anything that handles many records at once (`lake.ingest.decode`).
 """
 
 from __future__ import annotations

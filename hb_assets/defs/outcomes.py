@@ -92,7 +92,7 @@ def evaluations(
 def completeness(
     instance: dg.DagsterInstance, day: str, faults: Sequence[Fault]
 ) -> dg.AssetCheckEvaluation:
-    """The check `complete` of a day, of what stands wrong with it (`lake.standing`)."""
+    """The check `complete` of a day, of what stands wrong with it (`lake.integrity.known_faults`)."""
     rows = [fault.rows for fault in faults]
     return evaluation(
         instance,

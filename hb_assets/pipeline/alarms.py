@@ -1,7 +1,7 @@
 """Alarms: when something is raised, repeated or over, and telling the world.
 
 Belongs here: the decision (pure), one log line, HB_ALERT_WEBHOOK. Doesn't belong here: what is
-wrong (whoever looks, knows), and gauges (`gateway.metrics`). Messages hold no heart rate and no
+wrong (whoever looks, knows), and gauges (`gateway.observability.metrics`). Messages hold no heart rate and no
 clear user_id: they leave the machine.
 """
 

@@ -1,6 +1,6 @@
 """Coordination: what a consolidation and a pruning know of the buffer and of each other.
 
-Belongs here: the watermarks and the locks that `lake.consolidation` and `lake.pruning` receive as
+Belongs here: the watermarks and the locks that `lake.compaction.consolidation` and `lake.compaction.pruning` receive as
 arguments, and counting what was done, for metrics. Doesn't belong here: their work. None of it is
 needed for safety: without a watermark raw is only kept longer, without a lock work may be done
 twice.
@@ -57,7 +57,7 @@ class Coordination:
         shards: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> Consolidated:
-        """As `lake.consolidation.consolidate`, with what is known here; it is counted."""
+        """As `lake.compaction.consolidation.consolidate`, with what is known here; it is counted."""
         began = time.monotonic()
         written, outcome = 0, "failed"
         try:

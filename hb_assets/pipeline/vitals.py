@@ -2,7 +2,7 @@
 
 Belongs here: the verdicts that /health, `hb status` and the buffer sensor share, each by a
 threshold of the settings (HB_HEALTH_...; 0 watches nothing), in lines without any user's data.
-Doesn't belong here: asking (`buffer.beats`, `buffer.depth`, `lake.survey`), telling (`alarms`).
+Doesn't belong here: asking (`buffer.liveness`, `buffer.depth`, `lake.survey`), telling (`alarms`).
 
 Time counts from when something waits. A drain that never ran is no fault as long as nothing is
 there to be drained: who starts it may be waiting for a healthy gateway.
@@ -108,7 +108,7 @@ def consolidation(day: dt.date | None, seconds: float, settings: Settings) -> st
     """What is wrong when a day should have been consolidated so many seconds ago.
 
     Args:
-        day: the one that is overdue most, None when none is (`lake.policy.most_overdue`).
+        day: the one that is overdue most, None when none is (`lake.compaction.policy.most_overdue`).
         seconds: how long it is.
         settings: the threshold.
     """

@@ -1,7 +1,7 @@
 """The buffer sensor: alarms when buffer or spool fill up, entries wait too long, or some are lost.
 
 Belongs here: looking, and remembering what stands; and the beat by which others see that Dagster is
-alive. Doesn't belong here: the marks (`buffer.depth`, `gateway.spool`, `vitals`), telling
+alive. Doesn't belong here: the marks (`buffer.depth`, `gateway.spool.queue`, `vitals`), telling
 (`alarms`), and a Redis that is away, for which the drain sensor raises the alarm.
 """
 

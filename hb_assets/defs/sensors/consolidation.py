@@ -2,7 +2,7 @@
 
 Belongs here: which runs are under way or failed, and how long to wait after a failure; alarms of
 days that can't be read, or wait for too long. Doesn't belong here: when a day is due
-(`lake.policy`), and what is too long (`vitals`).
+(`lake.compaction.policy`), and what is too long (`vitals`).
 """
 
 from __future__ import annotations

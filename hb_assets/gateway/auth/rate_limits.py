@@ -2,7 +2,7 @@
 
 Belongs here: the policies out of the settings, the subjects of a request (its API key, its address,
 its users), 429 and the RateLimit headers (draft-ietf-httpapi-ratelimit-headers). Doesn't belong
-here: the algorithm, and what crosses processes (`buffer.limits`).
+here: the algorithm, and what crosses processes (`buffer.rate_limit`).
 """
 
 from __future__ import annotations
