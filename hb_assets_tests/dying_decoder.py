@@ -1,6 +1,7 @@
 """A decoder of suspects that does what an entry says: `python -m hb_assets_tests.dying_decoder`.
 
-It is what `lake.ingest.isolation` starts, but for the decoding of entries with one of these words in them.
+It is what `lake.ingest.isolation` starts, but for the decoding of entries with one of these words
+in them.
 """
 
 from __future__ import annotations

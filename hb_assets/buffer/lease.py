@@ -1,7 +1,7 @@
 """Leases on a (day, shard) in Redis, for consolidators on several machines.
 
-Belongs here: the lease. Doesn't belong here: lock files of one machine (`lake.storage.locks`), and safety:
-two consolidators at once lose nothing, a lease only saves their work.
+Belongs here: the lease. Doesn't belong here: lock files of one machine (`lake.storage.locks`), and
+safety: two consolidators at once lose nothing, a lease only saves their work.
 """
 
 from __future__ import annotations

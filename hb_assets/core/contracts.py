@@ -1,7 +1,7 @@
 """pandera models, derived from the record: what every file of the lake must satisfy.
 
-Belongs here: column types, nulls, ranges and the partition's day. Doesn't belong here: what spans
-a whole file (order, unique keys, counts): DuckDB computes that in `lake.integrity.checks`. Apart from
+Belongs here: column types, nulls, ranges and the partition's day. Doesn't belong here: what spans a
+whole file (order, unique keys, counts): DuckDB computes that in `lake.integrity.checks`. Apart from
 `schema`, since importing pandera takes seconds that a gateway needn't spend.
 """
 

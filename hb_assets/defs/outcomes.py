@@ -92,7 +92,7 @@ def evaluations(
 def completeness(
     instance: dg.DagsterInstance, day: str, faults: Sequence[Fault]
 ) -> dg.AssetCheckEvaluation:
-    """The check `complete` of a day, of what stands wrong with it (`lake.integrity.known_faults`)."""
+    """The check `complete` of a day: what is known to be wrong with it (`known_faults`)."""
     rows = [fault.rows for fault in faults]
     return evaluation(
         instance,

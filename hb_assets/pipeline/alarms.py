@@ -1,8 +1,8 @@
 """Alarms: when something is raised, repeated or over, and telling the world.
 
 Belongs here: the decision (pure), one log line, HB_ALERT_WEBHOOK. Doesn't belong here: what is
-wrong (whoever looks, knows), and gauges (`gateway.observability.metrics`). Messages hold no heart rate and no
-clear user_id: they leave the machine.
+wrong (whoever looks, knows), and gauges (`gateway.observability.metrics`). Messages hold no heart
+rate and no clear user_id: they leave the machine.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Coordination: what a consolidation and a pruning know of the buffer and of each other.
 
-Belongs here: the watermarks and the locks that `lake.compaction.consolidation` and `lake.compaction.pruning` receive as
-arguments, and counting what was done, for metrics. Doesn't belong here: their work. None of it is
-needed for safety: without a watermark raw is only kept longer, without a lock work may be done
-twice.
+Belongs here: the watermarks and the locks that `lake.compaction.consolidation` and
+`lake.compaction.pruning` receive as arguments, and counting what was done, for metrics. Doesn't
+belong here: their work. None of it is needed for safety: without a watermark raw is only kept
+longer, without a lock work may be done twice.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Coordination:
         shards: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> Consolidated:
-        """As `lake.compaction.consolidation.consolidate`, with what is known here; it is counted."""
+        """As `compaction.consolidation.consolidate`, with what is known here; it is counted."""
         began = time.monotonic()
         written, outcome = 0, "failed"
         try:

@@ -1,7 +1,8 @@
 """Erasure: forgetting a user, so that no byte of their heartbeats is left.
 
 Belongs here: the order of steps through spool, buffer and lake, and the proof at the end. Doesn't
-belong here: how each step works (`lake.files.tombstones`, `lake.erasure`, `buffer.append_only_file`).
+belong here: how each step works (`lake.files.tombstones`, `lake.erasure`,
+`buffer.append_only_file`).
 
 The tombstone comes first: from then on every drain withholds, every consolidation drops and every
 reader passes over what arrived up to its cutoffs, so that a crash at any later step only means that

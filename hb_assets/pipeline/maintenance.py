@@ -1,7 +1,8 @@
 """Maintenance: what has to be done now and then so that the lake doesn't only grow.
 
 Belongs here: which pieces of such work, in which order; the `maintenance` job and `hb prune` call
-it. Doesn't belong here: how each is done (`lake.compaction.pruning`, `lake.compaction.consolidation`).
+it. Doesn't belong here: how each is done (`lake.compaction.pruning`,
+`lake.compaction.consolidation`).
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ def consolidation(day: dt.date | None, seconds: float, settings: Settings) -> st
     """What is wrong when a day should have been consolidated so many seconds ago.
 
     Args:
-        day: the one that is overdue most, None when none is (`lake.compaction.policy.most_overdue`).
+        day: the one that is overdue most, None when none is
+        (`lake.compaction.policy.most_overdue`).
         seconds: how long it is.
         settings: the threshold.
     """

@@ -159,8 +159,9 @@ def consolidate(
     """Consolidate a day, shard by shard; shards with nothing pending are only checked.
 
     A shard that fails doesn't stop the others: see `Consolidated.failed` and `require`. Its failure
-    stands (`known_faults`) until one of its consolidations succeeds. A damaged fragment is set aside,
-    and so is a damaged published file as long as raw still has all of it: it is then made anew.
+    stands (`known_faults`) until one of its consolidations succeeds. A damaged fragment is set
+    aside, and so is a damaged published file as long as raw still has all of it: it is then made
+    anew.
 
     Args:
         lake: which lake.
