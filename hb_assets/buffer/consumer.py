@@ -18,7 +18,6 @@ from typing import Any, Literal, TypeVar
 from weakref import WeakValueDictionary
 
 import msgspec
-import psutil
 import redis.exceptions as failures
 
 from hb_assets.buffer import keys, liveness
@@ -26,6 +25,7 @@ from hb_assets.buffer.clock import ServerClock
 from hb_assets.buffer.connection import Client, is_wrong_type, unavailable
 from hb_assets.buffer.roundtrip import Command, exchange, script
 from hb_assets.core.errors import BufferUnavailableError
+from hb_assets.core.processes import Identity
 from hb_assets.core.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ _PAGE = 100
 _ACKNOWLEDGE_ENTRIES = 2000
 _BEAT_SECONDS = 5.0
 """An idle drain beats this often at least, and four times within HB_HEALTH_DRAIN_AGE."""
-_CLOCK_SECONDS = 5.0
 """Start times of one process, where they are reckoned from the clock, may differ by this much."""
 
 
@@ -578,8 +577,8 @@ def _host() -> str:
 
 
 def _new_name() -> str:
-    pid = os.getpid()
-    return f"{_host()}:{pid}:{_started(pid)}:{secrets.token_hex(4)}"
+    own = Identity.of(os.getpid())
+    return f"{_host()}:{own.pid}:{own.started}:{secrets.token_hex(4)}"
 
 
 def _is_dead(name: str) -> bool:
@@ -587,44 +586,7 @@ def _is_dead(name: str) -> bool:
     host, *rest = name.rsplit(":", 3)
     if len(rest) != 3 or host != _host() or not rest[0].isdigit():
         return False
-    pid, started = int(rest[0]), rest[1]
-    try:
-        process = psutil.Process(pid)
-        same = _is_same(started, _started(pid))
-        if same and pid == os.getpid():
-            return name not in _open
-        if same is None:
-            return False
-        return not same or process.status() == psutil.STATUS_ZOMBIE
-    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-        return True
-    except (psutil.Error, OSError):
-        return False
-
-
-def _started(pid: int) -> str:
-    """When a process started: `<boot>-<ticks since it>`, or seconds by the clock.
-
-    Ticks are the same for everybody who looks. Seconds are reckoned from the clock, so that those
-    of one and the same process change when it is set.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
-    except OSError:
-        return str(int(psutil.Process(pid).create_time()))
-    stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    after_command = stat.rpartition(")")[2].split()
-    return f"{boot}-{after_command[_START_FIELD]}"
-
-
-_START_FIELD = 19
-"""Field 22 of /proc/<pid>/stat (proc(5)): its first two are the pid and the command."""
-
-
-def _is_same(one: str, other: str) -> bool | None:
-    """Whether two start times are those of one process; None where they can't be compared."""
-    if "-" in one and "-" in other:
-        return one == other
-    if one.isdigit() and other.isdigit():
-        return abs(int(one) - int(other)) <= _CLOCK_SECONDS
-    return None
+    named = Identity(int(rest[0]), rest[1])
+    if named == Identity.of(os.getpid()):
+        return name not in _open
+    return named.lives() is False

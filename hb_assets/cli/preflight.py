@@ -57,7 +57,7 @@ def only_one(settings: Settings) -> Iterator[None]:
     """
     left = state.read(settings)
     if left is not None:
-        if left.identity.process() is not None:
+        if left.identity.lives():
             raise AlreadyRunningError(
                 f"`hb up` runs already on {settings.home_dir} (pid {left.pid}); end it with "
                 "`hb down`, or set HB_HOME to another folder"

@@ -9,30 +9,15 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 import psutil
 
 from hb_assets.core import private
+from hb_assets.core.processes import Identity
 from hb_assets.core.settings import Settings
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """A process, known by pid and start time: a pid alone may have been given to another."""
-
-    pid: int
-    created: float
-
-    def process(self) -> psutil.Process | None:
-        """The live process, or None when it ended (a zombie has ended)."""
-        try:
-            process = psutil.Process(self.pid)
-            # both times come from the same clock ticks; a reused pid is later by seconds
-            same = abs(process.create_time() - self.created) < 1
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.Error:
-            return None
 
 
 class MemberState(msgspec.Struct, frozen=True):
@@ -91,7 +76,7 @@ def read(settings: Settings) -> UpState | None:
 def running(settings: Settings) -> UpState | None:
     """The state of the running `hb up`, or None."""
     up = read(settings)
-    return up if up is not None and up.identity.process() is not None else None
+    return up if up is not None and up.identity.lives() else None
 
 
 def write(settings: Settings, up: UpState) -> None:
@@ -103,8 +88,6 @@ def identify(processes: Iterable[psutil.Process]) -> tuple[Identity, ...]:
     """Identities of the processes that still live."""
     found = []
     for process in processes:
-        try:
-            found.append(Identity(process.pid, process.create_time()))
-        except psutil.Error:
-            continue
+        with suppress(psutil.Error):
+            found.append(Identity.of(process.pid))
     return tuple(found)

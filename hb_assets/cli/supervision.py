@@ -31,8 +31,9 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from hb_assets.buffer import server
 from hb_assets.cli import state
-from hb_assets.cli.state import Identity, MemberState
+from hb_assets.cli.state import MemberState
 from hb_assets.core.errors import HbError, SettingsError
+from hb_assets.core.processes import Identity
 from hb_assets.core.settings import PACKAGE, SOCKET_PATH_BYTES, Settings
 
 STOP_SECONDS = 15
@@ -99,7 +100,7 @@ class Supervisor:
                 # the members inherit it, so that no secret stands in a file or an argv
                 env=self._environment,
             )
-        self._processes = state.identify([psutil.Process(self._process.pid)])
+        self._processes = (Identity.of(self._process.pid),)
         self._on_change((), self._processes)
         self._watcher.start()
 
@@ -169,13 +170,13 @@ class Supervisor:
     def _look_at_processes(self) -> None:
         """Everything below us that lives, orphans of killed members too: we saw them before."""
         assert self._process is not None
-        found = {known for known in self._processes if known.process() is not None}
+        found = {known for known in self._processes if known.lives()}
         try:
             supervisord = psutil.Process(self._process.pid)
             found.update(state.identify([supervisord, *supervisord.children(recursive=True)]))
         except psutil.Error:
             pass  # it died meanwhile; what we saw before is what there is
-        self._processes = tuple(sorted(found, key=lambda known: (known.created, known.pid)))
+        self._processes = tuple(sorted(found))
 
     def _look_at_members(self) -> None:
         try:
@@ -254,7 +255,11 @@ class Supervisor:
 
 def kill(processes: Sequence[Identity], *, patience: float) -> None:
     """End what still lives of these processes: SIGTERM, and after `patience` seconds SIGKILL."""
-    alive = [found for known in processes if (found := known.process()) is not None]
+    alive = []
+    for known in processes:
+        with suppress(psutil.Error):  # it ended by itself
+            if known.lives():
+                alive.append(psutil.Process(known.pid))
     if patience > 0:
         for process in alive:
             _signal(process, signal.SIGTERM)

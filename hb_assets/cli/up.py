@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Annotated
 
 import msgspec
-import psutil
 import typer
 
 from hb_assets.cli import members, output, preflight, state
@@ -23,9 +22,10 @@ from hb_assets.cli.app import FAILED, INTERRUPTED, AsJson, app, settings_of
 from hb_assets.cli.control_room import ControlRoom, room_of
 from hb_assets.cli.interrupts import Interrupts
 from hb_assets.cli.members import Member
-from hb_assets.cli.state import Identity, MemberState, UpState
+from hb_assets.cli.state import MemberState, UpState
 from hb_assets.cli.supervision import Supervisor
 from hb_assets.core.errors import HbError
+from hb_assets.core.processes import Identity
 from hb_assets.core.settings import Settings
 
 _START_SECONDS = 120.0
@@ -79,7 +79,7 @@ def down(context: typer.Context, as_json: AsJson = False) -> None:
     if running is not None:
         os.kill(running.pid, signal.SIGTERM)
         deadline = time.monotonic() + _DOWN_SECONDS
-        while running.identity.process() is not None:
+        while running.identity.lives():
             if time.monotonic() > deadline:
                 raise HbError(
                     f"`hb up` (pid {running.pid}) hasn't ended within {_DOWN_SECONDS:.0f} s"
@@ -137,9 +137,8 @@ class _Notebook:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._lock = threading.Lock()
-        (own,) = state.identify([psutil.Process()])
         self._up = UpState(
-            identity=own,
+            identity=Identity.of(os.getpid()),
             start_date=settings.start_date,
             shards=settings.shards,
             gateway=members.gateway_url(settings),

@@ -11,10 +11,9 @@ tries it again. Runs and daemon share one machine here.
 from __future__ import annotations
 
 import dagster as dg
-import psutil
 from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus  # no public name
 
-_CLOCK_SECONDS = 5.0
+from hb_assets.core.processes import lives_since
 
 
 class MonitoredRunLauncher(dg.DefaultRunLauncher):
@@ -32,19 +31,7 @@ class MonitoredRunLauncher(dg.DefaultRunLauncher):
             event = entry.dagster_event
             pid = event.engine_event_data.metadata.get("pid") if event else None
             if pid is not None:
-                if _lives(int(str(pid.value)), entry.timestamp):
+                if lives_since(int(str(pid.value)), entry.timestamp):
                     break
                 return CheckRunHealthResult(WorkerStatus.NOT_FOUND, f"process {pid.value} is gone")
         return CheckRunHealthResult(WorkerStatus.RUNNING)
-
-
-def _lives(pid: int, seen: float) -> bool:
-    """Whether the process that had this pid at the time `seen` (epoch seconds) still runs."""
-    try:
-        process = psutil.Process(pid)
-        same = process.create_time() <= seen + _CLOCK_SECONDS
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:
-        return True

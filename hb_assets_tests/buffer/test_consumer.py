@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from hb_assets.buffer import consumer as consumer_module
 from hb_assets.buffer import keys
-from hb_assets.buffer.consumer import Consumer, Entry, _is_dead, _new_name, _started
+from hb_assets.buffer.consumer import Consumer, Entry, _is_dead, _new_name
 from hb_assets.buffer.depth import depths, losses, scanned
 from hb_assets.buffer.producer import Producer
+from hb_assets.core.processes import Identity
 from hb_assets.core.settings import Settings
 from hb_assets_tests.servers import wait_for
 
@@ -547,7 +548,7 @@ def test_a_name_tells_process_and_host(opened: Callable[..., Consumer]) -> None:
 def named_elsewhere(process: subprocess.Popen[bytes]) -> str:
     host, pid, _, word = _new_name().rsplit(":", 3)
     assert int(pid) == os.getpid()
-    return f"{host}:{process.pid}:{_started(process.pid)}:{word}"
+    return f"{host}:{process.pid}:{Identity.of(process.pid).started}:{word}"
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -15,6 +15,7 @@ from hb_assets.cli import app as frame
 from hb_assets.cli import state
 from hb_assets.cli.state import UpState
 from hb_assets.core.errors import HbError
+from hb_assets.core.processes import Identity
 from hb_assets.core.settings import Settings
 from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.cli.commands import complaint, hb
@@ -194,7 +195,7 @@ def test_settings_that_differ_from_the_running_up(
     """Acknowledged rows must not end in another lake, nor come out of another Redis."""
     settings = Settings(home=tmp_path)
     settings.run_dir.mkdir()
-    (own,) = state.identify([psutil.Process()])
+    own = Identity.of(os.getpid())
     running = UpState(own, settings.start_date, 16, "g", "d", "running", str(settings.lake_dir))
     state.write(settings, running)
     monkeypatch.setenv("HB_HOME", str(tmp_path))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 
 from hb_assets.cli import backfill, state
 from hb_assets.cli.app import INTERRUPTED
 from hb_assets.cli.control_room import ControlRoom
 from hb_assets.cli.state import UpState
+from hb_assets.core.processes import Identity
 from hb_assets.core.settings import Settings
 from hb_assets.lake import minutes
 from hb_assets.lake.compaction import consolidation
@@ -31,7 +32,7 @@ BACKFILL = ("backfill", "2025-01-15", "2025-01-16")
 def running_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(home=tmp_path)
     settings.run_dir.mkdir()
-    (own,) = state.identify([psutil.Process()])
+    own = Identity.of(os.getpid())
     lake = str(settings.lake_dir)
     state.write(settings, UpState(own, settings.start_date, 16, "g", ROOM, "running", lake))
     monkeypatch.setenv("HB_HOME", str(tmp_path))

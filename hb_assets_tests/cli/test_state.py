@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import msgspec
-import psutil
 
 from hb_assets.cli import state
-from hb_assets.cli.state import Identity, UpState
+from hb_assets.cli.state import UpState
+from hb_assets.core.processes import Identity
 from hb_assets.core.settings import Settings
 
 
@@ -23,7 +23,7 @@ def up_state(identity: Identity) -> UpState:
 def test_own_process_is_running(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     settings.run_dir.mkdir()
-    (own,) = state.identify([psutil.Process()])
+    own = Identity.of(os.getpid())
     state.write(settings, up_state(own))
     assert state.running(settings) == up_state(own)
 
@@ -31,8 +31,8 @@ def test_own_process_is_running(tmp_path: Path) -> None:
 def test_reused_pid_is_another_process(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     settings.run_dir.mkdir()
-    (own,) = state.identify([psutil.Process()])
-    state.write(settings, up_state(msgspec.structs.replace(own, created=own.created - 60)))
+    own = Identity.of(os.getpid())
+    state.write(settings, up_state(msgspec.structs.replace(own, started=f"{own.started}0")))
     assert state.running(settings) is None
     assert state.read(settings) is not None
 
@@ -40,13 +40,13 @@ def test_reused_pid_is_another_process(tmp_path: Path) -> None:
 def test_process_that_ended() -> None:
     program = [sys.executable, "-c", "input()"]
     with subprocess.Popen(program, stdin=subprocess.PIPE) as child:
-        (identity,) = state.identify([psutil.Process(child.pid)])
-        assert identity.process() is not None
+        identity = Identity.of(child.pid)
+        assert identity.lives()
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        assert identity.process() is None  # a zombie still has its pid
+        assert identity.lives() is False  # a zombie still has its pid
         child.wait()
-    assert identity.process() is None
+    assert identity.lives() is False
 
 
 def test_state_that_is_missing_or_torn(tmp_path: Path) -> None:
