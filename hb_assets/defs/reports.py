@@ -19,7 +19,7 @@ from hb_assets.core.errors import HbError
 from hb_assets.defs.outcomes import line
 from hb_assets.lake import inventory
 from hb_assets.lake.storage import layout
-from hb_assets.lake.storage.folders import Folders
+from hb_assets.lake.storage.catalog import Folders
 from hb_assets.lake.storage.layout import RAW
 from hb_assets.lake.storage.store import Lake
 from hb_assets.pipeline.alarms import Raised

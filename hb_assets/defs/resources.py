@@ -14,7 +14,7 @@ from hb_assets.buffer.connection import Client
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.core.errors import BufferUnavailableError
 from hb_assets.core.settings import Settings
-from hb_assets.lake.storage.folders import Folders
+from hb_assets.lake.storage.catalog import Folders
 from hb_assets.lake.storage.store import Lake
 
 

@@ -11,7 +11,6 @@ import datetime as dt
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from hb_assets.core.errors import DamagedFileError
@@ -21,6 +20,7 @@ from hb_assets.lake.files import consolidated, fragments
 from hb_assets.lake.files.consolidated import ConsolidatedNote
 from hb_assets.lake.files.fragments import Fragment
 from hb_assets.lake.storage import layout, parquet
+from hb_assets.lake.storage.catalog import remembered
 from hb_assets.lake.storage.durable_files import Look, barred, look
 from hb_assets.lake.storage.layout import HEARTBEATS, RAW
 from hb_assets.lake.storage.store import Lake
@@ -195,6 +195,6 @@ def published(lake: Lake, day: dt.date, shard: int) -> tuple[ConsolidatedNote, i
     return _note(path, seen), seen.size
 
 
-@lru_cache(maxsize=20_000)
-def _note(path: Path, seen: Look) -> ConsolidatedNote:  # noqa: ARG001  # it is the cache's key
+@remembered(20_000)
+def _note(path: Path, _seen: Look) -> ConsolidatedNote:
     return parquet.note(path, consolidated.ConsolidatedNote)

@@ -21,7 +21,7 @@ from hb_assets.lake.files.consolidated import ConsolidatedNote
 from hb_assets.lake.integrity import known_faults
 from hb_assets.lake.integrity.known_faults import Fault
 from hb_assets.lake.storage import layout
-from hb_assets.lake.storage.folders import Folders
+from hb_assets.lake.storage.catalog import Folders
 from hb_assets.lake.storage.layout import HEARTBEATS, RAW, FragmentName
 from hb_assets.lake.storage.store import Lake
 

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from hb_assets.core.record import BPM_RANGE
 from hb_assets.core.schema import ARRIVAL, HEARTBEATS, KEY, ORDER
 from hb_assets.core.settings import Settings
 from hb_assets.lake.storage import layout, parquet, verified
+from hb_assets.lake.storage.catalog import remembered
 from hb_assets.lake.storage.durable_files import Look, TempFile, look
 from hb_assets.lake.storage.engine import engine, figures
 from hb_assets.lake.storage.layout import RAW, FragmentName
@@ -78,8 +78,8 @@ class _Claims(NamedTuple):
     last_ms: int
 
 
-@lru_cache(maxsize=200_000)
-def _claims(path: Path, seen: Look) -> _Claims:  # noqa: ARG001  # it is the cache's key
+@remembered(200_000)
+def _claims(path: Path, _seen: Look) -> _Claims:
     found = parquet.footer(path)
     groups = [found.row_group(number) for number in range(found.num_row_groups)]
     if sum(group.num_rows for group in groups) != found.num_rows:

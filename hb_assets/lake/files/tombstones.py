@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -26,6 +25,7 @@ import pyarrow.compute as pc
 from hb_assets.core.schema import ARRIVAL
 from hb_assets.core.settings import Settings
 from hb_assets.lake.storage import checksummed_json, verified
+from hb_assets.lake.storage.catalog import remembered
 from hb_assets.lake.storage.durable_files import Look, TempFile, look
 from hb_assets.lake.storage.engine import engine
 from hb_assets.lake.storage.layout import TOMBSTONES
@@ -80,8 +80,8 @@ def listed(lake: Lake) -> list[Tombstone]:
     return [_known(path, look(path)) for path in sorted((lake.root / TOMBSTONES).glob("*.json"))]
 
 
-@lru_cache(maxsize=100_000)
-def _known(path: Path, seen: Look) -> Tombstone:  # noqa: ARG001  # it is the cache's key
+@remembered(100_000)
+def _known(path: Path, _seen: Look) -> Tombstone:
     return checksummed_json.read(path, Tombstone)
 
 

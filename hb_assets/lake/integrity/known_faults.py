@@ -17,7 +17,6 @@ import os
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +30,7 @@ from hb_assets.lake.files.fragments import Fragment
 from hb_assets.lake.files.tombstones import Tombstone
 from hb_assets.lake.integrity.damage import Place
 from hb_assets.lake.storage import checksummed_json, layout, parquet
+from hb_assets.lake.storage.catalog import remembered
 from hb_assets.lake.storage.durable_files import Look, TempFile, barred, look, sync_folder
 from hb_assets.lake.storage.layout import (
     ACCEPTED,
@@ -209,10 +209,10 @@ def _published(
     return None, (Fault("missing", day, shard, None, Path(path), message),)
 
 
-@lru_cache(maxsize=20_000)
+@remembered(20_000)
 def _judged(
     path: str,
-    seen: Look,  # noqa: ARG001  # part of the cache's key
+    _seen: Look,
     day: dt.date,
     shard: int,
 ) -> tuple[ConsolidatedNote | None, tuple[Fault, ...]]:
@@ -280,10 +280,10 @@ def _pending(
             yield fault
 
 
-@lru_cache(maxsize=200_000)
+@remembered(200_000)
 def _fault_of_fragment(
     path: str,
-    seen: Look,  # noqa: ARG001  # part of the cache's key
+    _seen: Look,
     name: FragmentName,
     day: dt.date,
     shard: int,
@@ -295,8 +295,8 @@ def _fault_of_fragment(
     return None
 
 
-@lru_cache(maxsize=20_000)
-def _rows(path: str, seen: Look) -> int | None:  # noqa: ARG001  # part of the cache's key
+@remembered(20_000)
+def _rows(path: str, _seen: Look) -> int | None:
     """Rows of a damaged fragment by its footer, if that is sound."""
     try:
         return int(parquet.footer(Path(path)).num_rows)
@@ -340,8 +340,8 @@ def _tombstones(lake: Lake) -> Iterator[Fault]:
         yield _unreadable(folder, error, None, None)
 
 
-@lru_cache(maxsize=50_000)
-def _fault_of_tombstone(path: Path, seen: Look) -> Fault | None:  # noqa: ARG001  # the cache's key
+@remembered(50_000)
+def _fault_of_tombstone(path: Path, _seen: Look) -> Fault | None:
     try:
         checksummed_json.read(path, Tombstone)
     except DamagedFileError as error:
@@ -349,8 +349,8 @@ def _fault_of_tombstone(path: Path, seen: Look) -> Fault | None:  # noqa: ARG001
     return None
 
 
-@lru_cache(maxsize=50_000)
-def _fault_of_footer(path: str, seen: Look) -> Fault | None:  # noqa: ARG001  # part of the cache's key
+@remembered(50_000)
+def _fault_of_footer(path: str, _seen: Look) -> Fault | None:
     try:
         parquet.footer(Path(path))
     except FileNotFoundError:
@@ -544,8 +544,8 @@ def _stands(lake: Lake, noticed: _Noticed, published: ConsolidatedNote | None) -
     return seen == noticed.seen or not _verifies(str(path), seen)
 
 
-@lru_cache(maxsize=10_000)
-def _verifies(path: str, seen: Look) -> bool:  # noqa: ARG001  # part of the cache's key
+@remembered(10_000)
+def _verifies(path: str, _seen: Look) -> bool:
     """Whether a file is whole, all of its bytes read."""
     try:
         parquet.verify(Path(path))

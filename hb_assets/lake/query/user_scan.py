@@ -14,10 +14,6 @@ a row that no drain can have written is damaged, however well its checksums fit.
 from __future__ import annotations
 
 import datetime as dt
-import os
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,11 +32,12 @@ from hb_assets.lake.files import consolidated, fragments, tombstones
 from hb_assets.lake.files.consolidated import ConsolidatedNote
 from hb_assets.lake.files.tombstones import Cutoffs
 from hb_assets.lake.query.aggregate import Integers, Readings
-from hb_assets.lake.storage import layout, parquet, verified
+from hb_assets.lake.storage import catalog, layout, parquet, verified
+from hb_assets.lake.storage.catalog import remembered
 from hb_assets.lake.storage.durable_files import Look, look
 from hb_assets.lake.storage.layout import FragmentName
 from hb_assets.lake.storage.store import Lake
-from hb_assets.lake.storage.verified import Remembered, ReplacedError
+from hb_assets.lake.storage.verified import ReplacedError
 
 _PLAIN = ("user_id", "device_id", "timestamp", "heart_rate")
 _FEW_DEVICES = 16
@@ -110,13 +107,13 @@ def of_user(
         OSError: the disk can't be read.
     """
     folder = layout.shard_folder(lake.root, layout.RAW, day, shard)
-    raw = _listings.names(folder)
+    raw = catalog.names(folder)
     path = layout.consolidated_file(lake.root, day, shard)
-    seen, published = (None, None) if raw_alone else _of_published(path)
+    seen, published = (None, None) if raw_alone else _published_at(path)
     if published is None and not raw_alone and consolidated.current(lake, day, shard) is not None:
         raise ReplacedError(f"day {day.isoformat()} was consolidated meanwhile")
     pending = [
-        (one, *_of_fragment(one))
+        (one, *_of_fragment(one, look(one)))
         for one in _pending(folder, raw, published.included if published else frozenset())
     ]
     chosen = [(one, seen_so, _chosen(groups, wanted)) for one, seen_so, groups in pending]
@@ -139,81 +136,31 @@ def in_table(rows: pa.Table, wanted: Wanted) -> list[Readings]:
     return list(_matching(rows, wanted))
 
 
-def _of_published(path: Path) -> tuple[Look | None, _Published | None]:
+def _published_at(path: Path) -> tuple[Look | None, _Published | None]:
     try:
-        return _files.of(path)
+        return _of_published(path, look(path))
     except FileNotFoundError:
         return None, None
 
 
-def _make_published(footer: pq.FileMetaData, path: Path) -> _Published:
+@remembered(512)
+def _of_published(path: Path, _seen: Look) -> tuple[Look, _Published]:
+    seen, footer = verified.whole(path)
     note = parquet.note_in(footer, path, ConsolidatedNote)
-    return _Published(footer, frozenset(note.fragments), _groups(footer))
+    return seen, _Published(footer, frozenset(note.fragments), _groups(footer))
 
 
-_files = Remembered(_make_published, 512)
+@remembered(50_000)
+def _of_fragment(path: Path, _seen: Look) -> tuple[Look, tuple[_Group, ...]]:
+    seen, footer = verified.whole(path)
+    fragments.judge_footer(footer, path)
+    return seen, _groups(footer)
 
 
 @lru_cache(maxsize=64)
 def _pending(folder: Path, raw: frozenset[str], included: frozenset[str]) -> tuple[Path, ...]:
     """Fragments that the consolidated file doesn't include."""
     return tuple(folder / name for name in sorted(raw - included) if FragmentName.parse(name))
-
-
-class _Listings:
-    """Names in folders, remembered until the folder changes: raw fragments stay for days.
-
-    A folder's time of change may stand still while two changes follow each other closely. So a
-    list is kept only if it was made a while after that time had been seen first: by then another
-    change would have another time, whoever's clock it is.
-    """
-
-    _SETTLED_SECONDS = 1.0
-    _MOST = 2_000
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[Path, tuple[Look, float, frozenset[str] | None]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def names(self, folder: Path) -> frozenset[str]:
-        """Names of all that lies in the folder now."""
-        looked_at = time.monotonic()
-        try:
-            now = look(folder)
-        except FileNotFoundError:
-            return frozenset()
-        with self._lock:
-            seen, since, names = self._known.get(folder, (None, looked_at, None))
-        if seen != now:
-            since, names = looked_at, None
-        if names is None:
-            try:
-                with os.scandir(folder) as found:
-                    names = frozenset(entry.name for entry in found)
-            except FileNotFoundError:
-                return frozenset()
-            settled = looked_at - since >= self._SETTLED_SECONDS
-            with self._lock:
-                self._known[folder] = now, since, names if settled else None
-                self._known.move_to_end(folder)
-                if len(self._known) > self._MOST:
-                    self._known.popitem(last=False)
-        return names
-
-
-_listings = _Listings()
-
-
-def _make_fragment(footer: pq.FileMetaData, path: Path) -> tuple[_Group, ...]:
-    fragments.judge_footer(footer, path)
-    return _groups(footer)
-
-
-_fragments = Remembered(_make_fragment, 50_000)
-
-
-def _of_fragment(path: Path) -> tuple[Look, tuple[_Group, ...]]:
-    return _fragments.of(path)
 
 
 def _groups(footer: pq.FileMetaData) -> tuple[_Group, ...]:

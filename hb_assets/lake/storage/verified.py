@@ -10,13 +10,10 @@ and again: the whole file is verified again when it looks changed, its pages eac
 from __future__ import annotations
 
 import os
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,8 +25,6 @@ from hb_assets.lake.storage.durable_files import Look, look
 if TYPE_CHECKING:
     import duckdb
     import polars as pl
-
-Made = TypeVar("Made")
 
 
 class ReplacedError(FileNotFoundError):
@@ -94,7 +89,7 @@ def relations(
         for path in paths:
             try:
                 if path not in seen:
-                    seen[path], _ = _verified(path)
+                    seen[path], _ = whole(path)
             except DamagedFileError as error:
                 if on_damage is None:
                     raise
@@ -120,7 +115,7 @@ def scanned(paths: Sequence[Path]) -> Iterator[tuple[pl.LazyFrame, int]]:
     """
     import polars as pl
 
-    found = {path: _verified(path) for path in paths}
+    found = {path: whole(path) for path in paths}
     rows = sum(footer.num_rows for _, footer in found.values())
     with _unchanged({path: seen for path, (seen, _) in found.items()}):
         yield pl.scan_parquet(list(paths), hive_partitioning=False), rows
@@ -156,8 +151,14 @@ def _relate(connection: duckdb.DuckDBPyConnection, name: str, paths: Sequence[Pa
     connection.register(name, rows)
 
 
-def _verified(path: Path) -> tuple[Look, pq.FileMetaData]:
-    """Verify a file whole; how it looks, and its footer."""
+def whole(path: Path) -> tuple[Look, pq.FileMetaData]:
+    """Verify a file whole; how it looks, and its footer.
+
+    Raises:
+        DamagedFileError: it isn't what was written.
+        FileNotFoundError: it isn't there (any more).
+        OSError: the disk can't be read.
+    """
     with path.open("rb") as file:
         return Look.of(os.fstat(file.fileno())), parquet.verify_open(file, path)
 
@@ -168,53 +169,6 @@ def _file(path: Path) -> pa.OSFile:
 
 def _seen(source: pa.OSFile) -> Look:
     return Look.of(os.fstat(source.fileno()))
-
-
-class Remembered(Generic[Made]):
-    """What was made of files that were verified, as long as they look the same.
-
-    A file may be changed twice within one tick of the file system's clock: what was made of a file
-    that was changed just now isn't kept.
-
-    Args:
-        make: makes it of a file whose bytes are what was written.
-        most: how many to keep.
-    """
-
-    _SETTLED_NS = 1_000_000_000
-
-    def __init__(self, make: Callable[[pq.FileMetaData, Path], Made], most: int) -> None:
-        self._make, self._most = make, most
-        self._known: OrderedDict[Path, tuple[Look, Made]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def of(self, path: Path) -> tuple[Look, Made]:
-        """How the file looks, and what was made of it.
-
-        Raises:
-            DamagedFileError: it isn't what was written.
-            FileNotFoundError: it isn't there (any more).
-            OSError: the disk can't be read.
-        """
-        seen = look(path)
-        with self._lock:
-            before = self._known.get(path)
-        if before is not None and before[0] == seen:
-            return before
-        seen, footer = _verified(path)
-        found = seen, self._make(footer, path)
-        if abs(time.time_ns() - seen.ctime_ns) > self._SETTLED_NS:
-            with self._lock:
-                self._known[path] = found
-                self._known.move_to_end(path)
-                if len(self._known) > self._most:
-                    self._known.popitem(last=False)
-        return found
-
-    def forget(self) -> None:
-        """Make everything anew when it is asked for next."""
-        with self._lock:
-            self._known.clear()
 
 
 @contextmanager

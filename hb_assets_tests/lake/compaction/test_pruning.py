@@ -28,7 +28,7 @@ from hb_assets.lake.files import consolidated, erased, fragments
 from hb_assets.lake.ingest.decode import decode
 from hb_assets.lake.integrity import checks
 from hb_assets.lake.query import user_scan
-from hb_assets.lake.storage import layout, parquet
+from hb_assets.lake.storage import catalog, layout, parquet
 from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.lake.deliveries import (
     DAY,
@@ -432,8 +432,8 @@ def test_reader_overtaken_between_raw_and_the_published_file(
     consolidate(lake, DAY, settings, watermarks=LATEST)
     deliver(lake, settings, entry([line(bpm=60)], 1))
     place, name = {
-        "names": (user_scan._listings, "names"),
-        "published": (user_scan, "_of_published"),
+        "names": (catalog, "names"),
+        "published": (user_scan, "_published_at"),
     }[after]
     original = getattr(place, name)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from hb_assets.lake.ingest.decode import decode
 from hb_assets.lake.query import query, user_scan
 from hb_assets.lake.query.aggregate import GRANULARITIES
 from hb_assets.lake.query.query import Question
-from hb_assets.lake.storage import layout, parquet, verified
+from hb_assets.lake.storage import catalog, layout, parquet
 from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.lake.deliveries import (
     DAY,
@@ -238,7 +237,7 @@ class Reads:
             return open_file(path)
 
         patch.setattr(parquet, "verify_open", counted_verify)
-        patch.setattr(verified.Remembered, "_SETTLED_NS", 0)
+        patch.setattr(catalog, "SETTLED_NS", 0)
         patch.setattr(pq.ParquetFile, "read_row_group", counted_group)
         patch.setattr(user_scan.pa, "OSFile", counted_file)
 
@@ -322,34 +321,3 @@ def test_a_file_replaced_between_footer_and_rows_is_noticed(
     [row] = {len(rows_of(path)) for path in lake.root.glob("heartbeats/*/*/*")}
     assert row == 3
     assert consolidated.current(lake, DAY, shard_of("u1", lake.shards)) is not None
-
-
-def test_a_list_of_fragments_is_remembered_until_there_is_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Even one that comes in the same tick of the file system's clock as the one before it."""
-    now = 100.0
-    monkeypatch.setattr(user_scan.time, "monotonic", lambda: now)
-    scans = []
-    scan = os.scandir
-    monkeypatch.setattr(
-        user_scan.os, "scandir", lambda folder: scans.append(folder) or scan(folder)
-    )
-    listings = user_scan._Listings()
-    folder = tmp_path / "shard=00"
-    assert listings.names(folder) == frozenset()
-    folder.mkdir()
-    (folder / "a").touch()
-    then = folder.stat()
-    assert listings.names(folder) == {"a"}
-    (folder / "b").touch()
-    os.utime(folder, ns=(then.st_atime_ns, then.st_mtime_ns))
-    assert listings.names(folder) == {"a", "b"}
-    now += 2
-    assert listings.names(folder) == {"a", "b"}
-    assert len(scans) == 3
-    now += 2
-    assert listings.names(folder) == {"a", "b"}
-    assert len(scans) == 3
-    (folder / "c").touch()
-    assert listings.names(folder) == {"a", "b", "c"}

@@ -22,7 +22,7 @@ from hb_assets.lake.files.consolidated import ConsolidatedNote
 from hb_assets.lake.storage import parquet, verified
 from hb_assets.lake.storage.engine import engine
 from hb_assets.lake.storage.store import Lake
-from hb_assets.lake.storage.verified import Remembered, ReplacedError
+from hb_assets.lake.storage.verified import ReplacedError
 from hb_assets_tests.lake.deliveries import NOON, deliver, entry, line
 
 PACKAGE = Path(hb_assets.__file__).parent
@@ -191,35 +191,6 @@ def test_damaged_files_may_be_left_out(path: Path, lake: Lake, settings: Setting
     assert [error.path for error in told] == [path, path]
 
 
-def test_what_is_remembered_is_asked_again_when_the_file_looks_changed(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Remembered, "_SETTLED_NS", 0)
-    made: list[Path] = []
-    remembered = Remembered(lambda _, path: made.append(path), 10)
-    seen, _ = remembered.of(path)
-    assert remembered.of(path)[0] == seen
-    assert len(made) == 1
-    flip(path, 200)
-    with pytest.raises(DamagedFileError):
-        remembered.of(path)
-    with pytest.raises(ReplacedError), verified.reopened(path, seen, ()):
-        pytest.fail("it must not be read")
-    flip(path, 200)
-    remembered.of(path)
-    assert len(made) == 2
-
-
-def test_a_file_that_was_changed_just_now_is_not_remembered(path: Path) -> None:
-    """Another change may have the same time."""
-    made: list[Path] = []
-    remembered = Remembered(lambda _, path: made.append(path), 10)
-    path.chmod(0o600)
-    remembered.of(path)
-    remembered.of(path)
-    assert len(made) == 2
-
-
 def test_pages_are_held_to_their_checksums_though_the_file_looks_the_same(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,8 +198,7 @@ def test_pages_are_held_to_their_checksums_though_the_file_looks_the_same(
 
     Not only where it can't be unpacked any more: any other bytes would be other heart rates.
     """
-    monkeypatch.setattr(Remembered, "_SETTLED_NS", 0)
-    seen, footer = Remembered(lambda footer, _: footer, 10).of(path)
+    seen, footer = verified.whole(path)
     monkeypatch.setattr(verified, "_seen", lambda _: seen)
 
     def read() -> pa.Table:

@@ -12,9 +12,9 @@ import pytest
 from hb_assets.core.settings import Settings
 from hb_assets.lake import inventory, minutes
 from hb_assets.lake.compaction.consolidation import consolidate
-from hb_assets.lake.storage import folders as module
-from hb_assets.lake.storage import layout
-from hb_assets.lake.storage.folders import Folders
+from hb_assets.lake.storage import catalog, layout
+from hb_assets.lake.storage.catalog import Folders
+from hb_assets.lake.storage.durable_files import Look, look
 from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.lake.deliveries import DAY, deliver, entry, line
 
@@ -54,8 +54,8 @@ def test_a_quiet_day_is_looked_at_again_after_two_minutes_at_most(
     deliver(lake, settings, entry([line()]))
     settle(lake.root, 2 * 3600)
     folders, stats = Folders(), []
-    original = module._look
-    monkeypatch.setattr(module, "_look", lambda one: stats.append(one) or original(one))
+    original = catalog._look
+    monkeypatch.setattr(catalog, "_look", lambda one: stats.append(one) or original(one))
 
     def remembered() -> str:
         return folders.remembered(lake, DAY, (layout.RAW,), inventory.raw_digest)
@@ -92,3 +92,68 @@ def test_a_file_that_is_changed_in_place_is_looked_at_again(
         opened.write(b"X")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # whoever hides it: ctime tells
     assert remembered() == 2
+
+
+def test_what_is_remembered_is_made_again_when_the_file_looks_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "SETTLED_NS", 0)
+    (path := tmp_path / "file").write_bytes(b"one")
+
+    @catalog.remembered(1)
+    def made(path: Path, _seen: Look, more: str) -> bytes:
+        asked.append(path)
+        return path.read_bytes() + more.encode()
+
+    asked: list[Path] = []
+    for _ in range(2):
+        assert made(path, look(path), "!") == b"one!"
+    assert len(asked) == 1
+    path.write_bytes(b"other")
+    assert made(path, look(path), "!") == b"other!"
+    assert made(path, look(path), "?") == b"other?", "what else it is made of counts as well"
+    assert len(asked) == 3
+    made(path, look(path), "!")
+    assert len(asked) == 4, "it keeps as many as it may"
+
+
+def test_nothing_is_kept_of_a_file_that_was_changed_just_now(tmp_path: Path) -> None:
+    """Another change may have the same time."""
+    (path := tmp_path / "file").write_bytes(b"one")
+
+    @catalog.remembered(10)
+    def made(path: Path, _seen: Look) -> None:
+        asked.append(path)
+
+    asked: list[Path] = []
+    for _ in range(2):
+        made(path, look(path))
+    assert len(asked) == 2
+
+
+def test_a_list_of_fragments_is_remembered_until_there_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even one that comes in the same tick of the file system's clock as the one before it."""
+    now = 100.0
+    monkeypatch.setattr(catalog.time, "monotonic", lambda: now)
+    scans = []
+    scan = os.scandir
+    monkeypatch.setattr(catalog.os, "scandir", lambda folder: scans.append(folder) or scan(folder))
+    folder = tmp_path / "shard=00"
+    assert catalog.names(folder) == frozenset()
+    folder.mkdir()
+    (folder / "a").touch()
+    then = folder.stat()
+    assert catalog.names(folder) == {"a"}
+    (folder / "b").touch()
+    os.utime(folder, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert catalog.names(folder) == {"a", "b"}
+    now += 2
+    assert catalog.names(folder) == {"a", "b"}
+    assert len(scans) == 3
+    now += 2
+    assert catalog.names(folder) == {"a", "b"}
+    assert len(scans) == 3
+    (folder / "c").touch()
+    assert catalog.names(folder) == {"a", "b", "c"}
