@@ -414,12 +414,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "a reader looks at the consolidated file before raw",
         "reads",
         f"{_LAKE}/query/user_scan.py",
-        "    raw = _listings.names(folder)\n"
+        "    raw = catalog.names(folder)\n"
         "    path = layout.consolidated_file(lake.root, day, shard)\n"
-        "    seen, published = (None, None) if raw_alone else _of_published(path)\n",
+        "    seen, published = (None, None) if raw_alone else _published_at(path)\n",
         "    path = layout.consolidated_file(lake.root, day, shard)\n"
-        "    seen, published = (None, None) if raw_alone else _of_published(path)\n"
-        "    raw = _listings.names(folder)\n",
+        "    seen, published = (None, None) if raw_alone else _published_at(path)\n"
+        "    raw = catalog.names(folder)\n",
         f"{_TESTS}/lake/compaction/test_pruning.py::test_reader_overtaken_between_raw_and_the_published_file",
     ),
     Mutant(
@@ -433,10 +433,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a list of fragments is remembered too early",
         "reads",
-        f"{_LAKE}/query/user_scan.py",
-        "settled = looked_at - since >= self._SETTLED_SECONDS",
+        f"{_LAKE}/storage/catalog.py",
+        "settled = looked_at - since >= SETTLED_NS / 1e9",
         "settled = True",
-        f"{_TESTS}/lake/query/test_query.py::"
+        f"{_TESTS}/lake/storage/test_catalog.py::"
         "test_a_list_of_fragments_is_remembered_until_there_is_another",
     ),
     Mutant(
@@ -508,7 +508,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "DuckDB reads unverified files",
         "reads",
         f"{_LAKE}/storage/verified.py",
-        "seen[path], _ = _verified(path)",
+        "seen[path], _ = whole(path)",
         "seen[path] = look(path)",
         f"{_TESTS}/lake/storage/test_verified.py::test_no_flipped_bit_is_read",
     ),
