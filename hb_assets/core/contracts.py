@@ -18,7 +18,7 @@ from msgspec import inspect
 
 from hb_assets.core import days
 from hb_assets.core.record import Arrival, Heartbeat
-from hb_assets.core.schema import HEARTBEATS, MINUTES
+from hb_assets.core.schema import HEARTBEATS, MINUTES, plain
 
 
 def _checks(struct: type[msgspec.Struct]) -> dict[str, list[Any]]:
@@ -26,7 +26,7 @@ def _checks(struct: type[msgspec.Struct]) -> dict[str, list[Any]]:
     assert isinstance(info, inspect.StructType)
     checks: dict[str, list[Any]] = {}
     for field in info.fields:
-        kind = field.type.type if isinstance(field.type, inspect.Metadata) else field.type
+        kind, _ = plain(field.type)
         found: list[Any] = []
         if isinstance(kind, inspect.StrType):
             found = [pa.Check.str_length(kind.min_length, kind.max_length)]
@@ -44,7 +44,7 @@ def heartbeats_model() -> pa.DataFrameSchema:
     types: dict[str, Any] = dict(pl.from_arrow(HEARTBEATS.empty_table()).schema)  # type: ignore[union-attr]  # a table gives a frame
     return pa.DataFrameSchema(
         {
-            name: pa.Column(dtype, checks=checks[name], nullable=False)
+            name: pa.Column(dtype, checks=checks[name], nullable=HEARTBEATS.field(name).nullable)
             for name, dtype in types.items()
         },
         strict=True,

@@ -7,6 +7,8 @@ pandera's models (`contracts`), and anything that reads or writes files.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 import pyarrow as pa
 from msgspec import inspect
@@ -22,6 +24,15 @@ ARRIVAL = tuple(field.name for field in msgspec.structs.fields(Arrival))
 """Columns of a row's identity, in arrival order."""
 IDENTITY = ", ".join(ARRIVAL)
 """The same columns as a list in SQL."""
+
+
+def plain(kind: inspect.Type) -> tuple[inspect.Type, bool]:
+    """A field's type without its annotations, and whether it may be null."""
+    kind = kind.type if isinstance(kind, inspect.Metadata) else kind
+    if not isinstance(kind, inspect.UnionType):
+        return kind, False
+    [some] = [one for one in kind.types if not isinstance(one, inspect.NoneType)]
+    return plain(some)[0], True
 
 
 def _integer(field: inspect.IntType) -> pa.DataType:
@@ -41,14 +52,14 @@ def _fields(struct: type[msgspec.Struct]) -> list[pa.Field]:
     for field in info.fields:
         described = field.type
         extra = described.extra_json_schema if isinstance(described, inspect.Metadata) else {}
-        kind = described.type if isinstance(described, inspect.Metadata) else described
+        kind, nullable = plain(described)
         note = {"comment": (extra or {}).get("description", "")}
         if field.name == "timestamp_ms":
             fields.append(pa.field("timestamp", TIMESTAMP, nullable=False, metadata=note))
         elif isinstance(kind, inspect.StrType):
-            fields.append(pa.field(field.name, pa.string(), nullable=False, metadata=note))
+            fields.append(pa.field(field.name, pa.string(), nullable=nullable, metadata=note))
         elif isinstance(kind, inspect.IntType):
-            fields.append(pa.field(field.name, _integer(kind), nullable=False, metadata=note))
+            fields.append(pa.field(field.name, _integer(kind), nullable=nullable, metadata=note))
         else:
             raise TypeError(f"no storage type for field {field.name}")
     return fields
@@ -56,6 +67,16 @@ def _fields(struct: type[msgspec.Struct]) -> list[pa.Field]:
 
 HEARTBEATS: pa.Schema = pa.schema(_fields(Heartbeat) + _fields(Arrival))
 """Columns of fragments and consolidated files alike: the record and its row's identity."""
+BOUNDS: Mapping[str, tuple[int, int]] = {
+    field.name: (kind.ge, kind.le)
+    for field in msgspec.structs.fields(Heartbeat)
+    if isinstance(kind := plain(inspect.type_info(field.type))[0], inspect.IntType)
+    and kind.ge is not None
+    and kind.le is not None
+}
+"""Least and greatest value of the record's numbers that have bounds."""
+VALUES = tuple(field for field in HEARTBEATS if field.name not in (*KEY, *ARRIVAL))
+"""Columns that say something of a key: a later arrival may say something else."""
 
 MINUTES: pa.Schema = pa.schema(
     [

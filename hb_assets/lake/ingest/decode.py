@@ -24,7 +24,7 @@ import pyarrow as pa
 from hb_assets.core import record
 from hb_assets.core.days import LAST_MS, MS_PER_DAY
 from hb_assets.core.record import Heartbeat, Refusal, TimeBounds
-from hb_assets.core.schema import HEARTBEATS, QUARANTINE
+from hb_assets.core.schema import HEARTBEATS, QUARANTINE, VALUES
 from hb_assets.core.settings import Settings
 from hb_assets.lake.ingest import canonical
 from hb_assets.lake.storage.columns import order_of
@@ -94,7 +94,7 @@ _FOUND: pa.Schema = pa.schema(
         ("user_id", _NAME),
         ("device_id", _NAME),
         ("instant", pa.int64()),
-        ("bpm", pa.int16()),
+        *VALUES,
     ]
 )
 
@@ -291,7 +291,7 @@ def _canonical(batch: _Batch, indexes: Sequence[int]) -> tuple[list[pa.Table], l
             lines.user_id,
             lines.device_id,
             pa.array(lines.instant),
-            pa.array(lines.bpm),
+            *lines.values,
         ],
         schema=_FOUND,
     )
@@ -354,7 +354,7 @@ def _sorted(found: pa.Table, batch: _Batch) -> pa.Table:
             users.dictionary.take(pa.array(user)),
             devices.dictionary.take(pa.array(device[order])),
             pa.array(instant[order]).cast(HEARTBEATS.field("timestamp").type),
-            pa.array(found["bpm"].to_numpy()[order]),
+            *(found[field.name].chunk(0).take(pa.array(order)) for field in VALUES),
             *_arrivals(batch, entry, pos[order]),
             pa.array(shards[user]),
             pa.array(day[order], pa.int32()),
@@ -418,7 +418,10 @@ class _Rows:
             pa.array([beat.user_id for beat in self._beats], pa.string()).dictionary_encode(),
             pa.array([beat.device_id for beat in self._beats], pa.string()).dictionary_encode(),
             pa.array([beat.timestamp_ms for beat in self._beats], pa.int64()),
-            pa.array([beat.heart_rate for beat in self._beats], pa.int16()),
+            *(
+                pa.array([getattr(beat, field.name) for beat in self._beats], field.type)
+                for field in VALUES
+            ),
         ]
         self._tables.append(pa.Table.from_arrays(columns, schema=_FOUND))
         self._clear()

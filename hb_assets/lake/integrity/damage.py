@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 
 from hb_assets.core import days
 from hb_assets.core.errors import DamagedFileError
-from hb_assets.core.record import BPM_RANGE, ID_LENGTH, shard_of
+from hb_assets.core.record import ID_LENGTH, shard_of
+from hb_assets.core.schema import BOUNDS
 from hb_assets.core.schema import HEARTBEATS as SCHEMA
 from hb_assets.core.settings import Settings
 from hb_assets.lake.files import accepted_losses, fragments
@@ -106,13 +107,13 @@ def _row_groups(path: Path) -> Iterator[pa.Table]:
 
 def unfit(rows: pa.Table, place: Place, shards: int, name: FragmentName | None) -> str | None:
     """Why rows can't lie in this place, in a few words that hold no value of theirs."""
-    if any(rows[column].null_count for column in rows.schema.names):
+    if any(rows[field.name].null_count for field in SCHEMA if not field.nullable):
         return "a value is missing"
     texts = ((name, *ID_LENGTH, pc.utf8_length(rows[name])) for name in TEXTS)
     first, behind = days.start_ms(place.day), days.end_ms(place.day)
     bounds = [
         *texts,
-        ("heart_rate", *BPM_RANGE, rows["heart_rate"]),
+        *((name, *bounds, rows[name]) for name, bounds in BOUNDS.items()),
         ("timestamp", first, behind - 1, rows["timestamp"].cast(pa.int64())),
         ("arrival_shard", 0, shards - 1, rows["arrival_shard"]),
         ("arrival_pos", 0, 2**31 - 1, rows["arrival_pos"]),

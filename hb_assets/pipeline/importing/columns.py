@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hb_assets.core.errors import ImportFileError
-from hb_assets.core.record import WIRE_FIELDS
+import msgspec
 
-_REQUIRED = {"user_id", "device_id", "heart_rate"}
+from hb_assets.core.errors import ImportFileError
+from hb_assets.core.record import WIRE_FIELDS, Wire
+
+_REQUIRED = {field.name for field in msgspec.structs.fields(Wire) if field.required}
 _TIMES = {"timestamp", "timestamp_ms"}
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 from hb_assets.core.errors import ImportFileError
+from hb_assets.core.schema import BOUNDS
 from hb_assets.pipeline.importing.columns import field_of, fields_of
 from hb_assets.pipeline.importing.sources import MOST, NOT_UTF8, TOO_LONG, Content, Row, Unreadable
 
@@ -139,8 +140,11 @@ def _too_many(cells: int, columns: int) -> Unreadable:
     )
 
 
+_NUMBERS = {"timestamp_ms", *BOUNDS}
+
+
 def _value(field: str, text: str) -> object:
     """Numbers are read as such where a heartbeat has them."""
-    if field in ("heart_rate", "timestamp_ms") and _NUMBER.fullmatch(text):
+    if field in _NUMBERS and _NUMBER.fullmatch(text):
         return float(text) if "." in text else int(text)
     return text

@@ -34,7 +34,7 @@ def taken(text: bytes) -> list[tuple[int, Heartbeat]] | None:
         found.user_id.to_pylist(),
         found.device_id.to_pylist(),
         found.instant.tolist(),
-        found.bpm.tolist(),
+        found.values[0].to_pylist(),
     )
     beats = [Heartbeat(*fields) for fields in zip(*columns, strict=True)]
     return list(zip(found.number.tolist(), beats, strict=True))
