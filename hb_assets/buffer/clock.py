@@ -1,7 +1,6 @@
-"""Redis' clock, as a producer knows it: the one that says when a heartbeat arrives.
+"""Redis' clock as a producer knows it, which decides when a heartbeat arrives.
 
-Belongs here: carrying on what the server told last, and how far this machine's clock is from it.
-Doesn't belong here: what lies too far in the future (`record`).
+The time is carried on from what the server told last, and compared with this machine's clock.
 
 The drain judges a timestamp by the entry's id, which is Redis' clock. Whoever accepts heartbeats
 has to judge by the same one, or would answer 2xx for what ends in quarantine (docs/decisions/0010).

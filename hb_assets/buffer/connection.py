@@ -1,7 +1,6 @@
-"""Connections to Redis, and what their failures mean.
+"""Connections to Redis, made from settings, and readable errors for the ways in which they fail.
 
-Belongs here: clients out of settings, addresses without passwords, one clear line for each way that
-Redis can fail us. Doesn't belong here: commands (`roundtrip` and its callers), the embedded server.
+Addresses in messages have no passwords. Commands are sent by `roundtrip` and its callers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Reading the buffer: claim, and acknowledge what is durable.
+"""Consumer of the buffer: claims entries, and acknowledges those that are durable in the lake.
 
-Belongs here: the consumer group, who owns which entry, taking over from the dead. Doesn't belong
-here: decoding and files (`lake/`), budgets of time and the loop around it (`drain`).
+It manages the consumer group, knows who owns which entry, and takes over from dead consumers. The
+loop around it and its budgets of time are in `pipeline.drain`.
 """
 
 from __future__ import annotations

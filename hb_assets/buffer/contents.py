@@ -1,8 +1,4 @@
-"""Contents: what lies in the buffer, read without taking any of it.
-
-Belongs here: looking at entries, delivered or not, that nobody has acknowledged yet. Doesn't belong
-here: claiming them (`consumer`), counting them (`depth`), decoding them (`lake/`).
-"""
+"""Reading what lies in the buffer without claiming it: entries that nobody has acknowledged yet."""
 
 from __future__ import annotations
 

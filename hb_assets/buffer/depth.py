@@ -1,7 +1,6 @@
-"""How full the buffer is: figures for status, metrics, alarms and the audit.
+"""How full the buffer is: the state of streams and ledgers, for status, metrics, alarms and audit.
 
-Belongs here: reading the streams' and ledgers' state. Doesn't belong here: changing it, and
-reconciling it with the lake (`audit`).
+Nothing is changed here. `pipeline.audit` reconciles these figures with the lake.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""What a stored heartbeat is worth: which crashes it survives.
-
-Belongs here: the mode that HB_DURABILITY names, held against what the server is set up to do, and
-the confirmation of replicas. Doesn't belong here: the embedded server's own configuration
-(`server`), and sending what has to be confirmed (`producer`).
+"""Durability modes: checks that the server keeps what HB_DURABILITY promises.
 
     fsync        the server's append-only file was fsynced before it answered
     replicated   the same, and WAITAOF says so of HB_REPLICAS replicas, for every append
     memory       the server has it in memory
+
+The mode is compared with the server's configuration, and replicas are asked for confirmation. The
+embedded server's own configuration is in `server`.
 """
 
 from __future__ import annotations

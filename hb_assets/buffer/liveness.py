@@ -1,8 +1,8 @@
-"""Beats: signs of life and counts of work, that drains, consolidations and sensors leave in Redis.
+"""Liveness timestamps and work counters that drains, consolidations and sensors leave in Redis.
 
-Belongs here: writing and reading them, so that a gateway (or any other process, on any machine)
-knows what others do. Doesn't belong here: when a beat is too old (`vitals`), and what has to add up
-(the ledger). A count is made behind the work: a kill between the two loses it, and nothing else.
+By them a gateway (or any other process, on any machine) knows what others do. `pipeline.vitals`
+decides when a timestamp is too old. Counts are written after the work: a kill between the two
+loses the count and nothing else, so that whatever has to add up is counted in the ledger instead.
 """
 
 from __future__ import annotations

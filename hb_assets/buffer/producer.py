@@ -1,8 +1,8 @@
-"""Appending to the buffer, within its bound.
+"""Producers that append heartbeats to the buffer, within its bound.
 
-Belongs here: making entries out of lines and sending them, for threads (`Producer`) and for an
-event loop (`AsyncProducer`). Doesn't belong here: what a line says (`record`), what to do when the
-buffer refuses (the gateway answers, an import waits).
+They make entries out of lines and send them, for threads (`Producer`) and for an event loop
+(`AsyncProducer`). The caller decides what to do when the buffer refuses: the gateway answers, an
+import waits.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Rate limits: how much a subject may send, by the generic cell rate algorithm (GCRA).
+"""Rate limiting by the generic cell rate algorithm (GCRA), shared between processes through Redis.
 
-Belongs here: the algorithm, what this process knows of each subject, and the charges by which
-processes and machines share that in Redis. Doesn't belong here: who the subjects are, and what a
-refused client is told (`gateway.auth.rate_limits`).
+Whom to limit, and what a refused client is told, is in `gateway.auth.rate_limits`.
 
 GCRA (ITU-T I.371, the "virtual scheduling" form) keeps one number a subject, its theoretical
 arrival time TAT: when all that it sent would have come at the allowed rate. A request of cost c is
@@ -10,7 +8,7 @@ admitted while
 
     max(TAT, now) + c * window / quota - now <= window
 
-and then moves TAT on by c * window / quota: a quota at once, and then quota / window for ever.
+and then moves TAT on by c * window / quota: a burst of one quota, then quota / window sustained.
 
 A process decides by the TATs it knows, without asking, and charges what it admitted to Redis in
 the round trip that carries the append; the script adds it to the TAT there, atomically, and answers

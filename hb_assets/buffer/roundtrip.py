@@ -1,7 +1,6 @@
-"""Round trips: many commands, one pipeline, one reply each.
+"""Round trips to Redis: many commands in one pipeline, one reply each.
 
-Belongs here: sending commands and script calls together, and loading scripts that the server has
-lost. Doesn't belong here: which commands (`producer`, `consumer`, `depth`).
+Script calls go along with them, and scripts that the server has lost are loaded again.
 """
 
 from __future__ import annotations

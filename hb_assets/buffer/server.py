@@ -1,13 +1,12 @@
 """The embedded server: a Valkey of our own under HB_HOME, when HB_REDIS_URL isn't set.
 
-Belongs here: its files, its start and end, and who may do which. Doesn't belong here: clients
-(`connection`), the supervisor that keeps `hb up`'s members running.
-
-Under HB_HOME/run (0700), all locks are the kernel's and go with the process that holds them:
+Its files, its start and end, and which process may do which. `cli.supervision` keeps it running
+under `hb up`. Under HB_HOME/run (0700), all locks are the kernel's and go with the process that
+holds them:
 
     up.lock       held by `hb up`: the server is its own, others only use it
     users.lock    shared by every command that uses the server; whoever gets it for itself alone,
-                  and isn't kept off by up.lock, was the last one out and ends the server
+                  and isn't kept off by up.lock, was the last user and ends the server
     start.lock    held while somebody decides to start or to end it
     redis.lock    held by the server process itself (see `launch`)
     redis.conf    its configuration; redis.sock its socket

@@ -1,10 +1,9 @@
-"""The watermark: per shard the entry id up to which every entry was acknowledged.
+"""The watermark of each shard: the entry id up to which every entry was acknowledged.
 
-Belongs here: reading it, and whether it has passed an id. Doesn't belong here: what it is good for
-(`lake.compaction.consolidation`, `lake.compaction.pruning`). An acknowledged entry is deleted, so
-that whatever lies below the oldest entry of a stream was acknowledged; ids only grow, so that
-nothing new appears there. Of an empty stream the server's clock tells below which id nothing more
-will come.
+An acknowledged entry is deleted, so that whatever lies below the oldest entry of a stream was
+acknowledged; ids only grow, so that nothing new appears there. For an empty stream the server's
+clock gives the id below which nothing more will come. Consolidation and pruning use it
+(`lake.compaction`).
 """
 
 from __future__ import annotations

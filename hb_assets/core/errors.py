@@ -1,8 +1,8 @@
-"""Errors that a user can act on.
+"""Exceptions that a user can act on.
 
-Belongs here: exceptions that cross a layer and end as one clear line in a terminal, a log or an
-HTTP answer. Doesn't belong here: refusals of single heartbeats (`record.Refusal`), which are
-results, not exceptions. Messages never hold a heart rate or a clear user_id (health data).
+They cross layers, and end as one clear line in a terminal, a log or an HTTP answer. Refusals of
+single heartbeats are results, not exceptions (`record.Refusal`). Messages never hold a heart rate
+or a clear user_id (health data).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files and folders that other users of the machine can't open, whatever the umask says.
 
 What we keep is health data. A process sets its umask once (`umask`), for what its libraries and
-children write; what may also be made in somebody else's process says so itself.
+children write; files that may also be made in somebody else's process get their mode explicitly.
 """
 
 from __future__ import annotations

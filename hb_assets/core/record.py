@@ -1,8 +1,8 @@
-"""The heartbeat: the one place that says what a record is and when it is valid.
+"""The heartbeat: which fields a record has, and when it is valid.
 
-Belongs here: the fields with their bounds, the reason codes, the reading of one JSON text, and the
-canonical JSON form that we write ourselves. Doesn't belong here: storage types (`schema` derives
-them from these classes) and anything that handles many records at once (`lake.ingest.decode`).
+The only definition of both. It holds the fields with their bounds, the reason codes, the parser of
+one JSON text, and the canonical JSON form that we write ourselves. Storage types are derived from
+these classes in `schema`; many records at once are decoded in `lake.ingest.decode`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Settings: the one module that reads the environment.
+"""All settings, read from environment variables; no other module reads the environment.
 
-Belongs here: every knob with its default, meaning and check; paths under HB_HOME. Doesn't belong
-here: opening anything (connections, files, lakes). docs/settings.md is generated from this file.
+Every setting with its default, meaning and check, and the paths under HB_HOME. Nothing is opened
+here (connections, files, lakes). docs/settings.md is generated from this file.
 """
 
 from __future__ import annotations

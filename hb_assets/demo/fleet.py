@@ -1,8 +1,8 @@
-"""A simulated fleet of wearables: what `hb up` sends as its sample, and what must become of it.
+"""A simulated fleet of wearables: the sample that `hb up` sends, and the results to expect of it.
 
-Belongs here: the readings, what goes wrong with them on their way (repeats, corrections, late,
-out of order, invalid), and the figures to expect, day by day. Doesn't belong here: sending
-(`cli.sample`). No clock and no hidden chance: the same `now_ms` gives the same bytes.
+It makes the readings, what goes wrong with them in transit (repeats, corrections, late, out of
+order, invalid), and the expected counts by day; `cli.sample` sends them. No clock and no hidden
+randomness: the same `now_ms` gives the same bytes.
 """
 
 from __future__ import annotations
