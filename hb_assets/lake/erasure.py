@@ -1,8 +1,8 @@
-"""Erasure: making the bytes of a forgotten user go from the lake.
+"""Erasure of a forgotten user from the lake: finds their bytes in every file and removes them.
 
-Belongs here: finding them, in every file, and the steps for one day and for the quarantine; each
-may be done again after a crash. Doesn't belong here: the tombstone (`tombstones`), which has to
-stand before, and buffer and spool (`erasure` of the layer above).
+The steps for one day and for the quarantine, each of which may be repeated after a crash. The
+tombstone (`files.tombstones`) has to exist before; buffer and spool are erased by
+`pipeline.erasure`, which calls this.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Inventory: what the lake holds of each day, out of names and footers alone.
+"""Inventory: counts of what the lake holds of each day, from file names and footers alone.
 
 Sensors, `hb status` and the gateway's survey ask for these counts often. What can't be read is one
-line among the `faults`, and everything else is counted all the same. Nothing here reads rows, or
-says what to do (`policy`).
+line among the `faults`, and everything else is counted all the same. No rows are read, and nothing
+is decided here (`compaction.policy` does).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The lake's side of the ledger: what came in, what survived, what is pending, day by day.
+"""The lake's side of the ledger: what came in, what survived and what is pending, day by day.
 
-Belongs here: counting from files themselves, to be held against what their footers and the buffer
-say. Doesn't belong here: the buffer's side, and the verdict (`audit`).
+It counts from the files themselves; `pipeline.audit` compares that with what their footers and the
+buffer say.
 """
 
 from __future__ import annotations

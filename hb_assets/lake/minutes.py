@@ -1,8 +1,8 @@
-"""Minutes: one row per user, minute and device, with and without device priority.
+"""Minute-level heart rate: one row per user, minute and device, with and without device priority.
 
-Belongs here: the rule of minute-level heart rate (in SQL, shared with `query`), and the files
-that hold it. Doesn't belong here: answering questions. Sums and counts, not means, are stored, so
-that coarser spans add up from them.
+The rule is in SQL here, for a day of all users, and in `query.aggregate` for one user's readings; a
+test compares the two. Sums and counts, not means, are stored, so that coarser spans add up from
+them.
 """
 
 from __future__ import annotations

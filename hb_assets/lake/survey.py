@@ -1,10 +1,8 @@
-"""The survey: what the whole lake holds, in one look that costs little when little changed.
-
-Belongs here: sums over all days, for metrics and health, and what is overdue. Doesn't belong here:
-a single day in full (`inventory`), counting rows (`ledger`), and when a day is due (`policy`).
+"""Survey of the whole lake: sums over all days for metrics and health, cheap when little changed.
 
 A gateway makes it beside its requests, in the same interpreter: raw fragments are told by their
-names alone, and of consolidated files only the footers of new ones are read.
+names alone, and of consolidated files only the footers of new ones are read. A single day in full
+is in `inventory`, counting rows in `ledger`.
 """
 
 from __future__ import annotations

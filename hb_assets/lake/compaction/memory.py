@@ -1,7 +1,4 @@
-"""Memory that pieces of work side by side share.
-
-Belongs here: the bound, and waiting for room. Doesn't belong here: how much a piece takes.
-"""
+"""A bound of memory that concurrent pieces of work share, and wait for."""
 
 from __future__ import annotations
 

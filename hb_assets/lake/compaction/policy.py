@@ -1,8 +1,8 @@
-"""When a day is due for consolidation: a pure decision.
+"""The rule that decides when a day is due for consolidation, as pure functions.
 
-Belongs here: the rule that keeps write amplification down (a day is rewritten when its pending
-rows are a fair share of it) and late data from waiting for ever. Doesn't belong here: asking for a
-run, and knowing which runs are under way.
+It keeps write amplification down (a day is rewritten when its pending rows are a fair share of it)
+and late data from waiting for ever. Runs are requested and tracked by the consolidation sensor
+(`defs.sensors.consolidation`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Accepted losses: files whose heartbeats a person has given up, each with one under `accepted/`.
+"""Accepted losses: one file under `accepted/` for each file that a person has written off.
 
-The audit counts what they held as written off. An acceptance says nothing any more once the file is
-back: a fragment that lies in raw again, a consolidated file that wasn't made without it. So a
-restore that dies half way changes no count.
+The audit counts what such a file held as written off. An acceptance has no effect any more once the
+file is back: a fragment that lies in raw again, a consolidated file that wasn't made without it. So
+a restore that dies half way changes no count.
 """
 
 from __future__ import annotations

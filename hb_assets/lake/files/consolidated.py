@@ -1,7 +1,6 @@
-"""The consolidated file of a (day, shard), as it is published.
+"""The published consolidated file of a (day, shard): its footer metadata, and which fragments pend.
 
-Belongs here: what its footer says, and so which fragments are pending. Doesn't belong here: making
-one (`consolidation`).
+`compaction.consolidation` makes it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Raw fragments: immutable files of one (day, shard), each row with its identity.
+"""Raw fragments: immutable Parquet files of one (day, shard), each row with its identity.
 
-Belongs here: writing, listing and counting fragments. Doesn't belong here: which fragments a
-consolidated file includes (`consolidation`), and when one may be deleted.
+They are written, listed and counted here. Which fragments a consolidated file includes is in
+`consolidated`, and when one may be deleted in `compaction.pruning`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""The quarantine: records that can't be used, kept with their bytes and the reason.
+"""The quarantine: records that can't be used, kept with their raw bytes and the reason.
 
-Belongs here: the envelope files under `quarantine/` by arrival date, the marks of records that were
-put back (`released/`, files of their own: only `erasure` writes a file anew), and reading both,
-a day at a time and never all of it into memory. Doesn't belong here: why a record can't be used
-(`record`), and putting it back into the buffer.
+Two kinds of file: the envelopes under `quarantine/` by arrival date, and markers for records that
+were put back under `released/` (files of their own: only `erasure` rewrites a file). Both are read
+a day at a time, never all of it into memory. `cli.quarantine` puts records back into the buffer.
 
-An entry's arrival date is part of its id, so that all that was written of one record lies in one
+An entry's arrival date is part of its id, so that everything written of one record lies in one
 day's folder. The first record that was written of an identity counts; others are replays.
 """
 

@@ -1,11 +1,10 @@
-"""Tombstones: users whose heartbeats were forgotten, and up to which arrival.
+"""Tombstones: which users were forgotten, and up to which arrival.
 
-Belongs here: the files under `tombstones/`, and which rows they are about. Doesn't belong here: the
-work that makes the bytes go (`erasure`).
+The files under `tombstones/`, and the rows that they concern; `erasure` removes the bytes.
 
 A tombstone doesn't hold the user_id, but a keyed hash of it (BLAKE2b under the lake's key), so that
 it may stay for ever: a drain that was stopped for a year and wakes up brings nothing back. What
-arrives after the cutoff is welcome.
+arrives after the cutoff is accepted as usual.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Entries into columns: NDJSON text to a table of heartbeats, and what can't be used.
+"""Decodes entries (NDJSON) into a table of heartbeats and one of rejected records.
 
-Belongs here: reading many records at once. Entries of our own appends are read as `canonical`
-lines. Other entries, and those where that fails, are read line by line by `record`, which alone
-defines what is valid. Doesn't belong here: where rows are written, and decoding what may kill the
-process (`isolation`).
+Entries of our own appends are read as `canonical` lines. Other entries, and those where that fails,
+are read line by line by `record`, which alone defines what is valid. Entries that may kill the
+process are decoded by `isolation`.
 """
 
 from __future__ import annotations

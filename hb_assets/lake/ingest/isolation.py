@@ -1,13 +1,12 @@
-"""Isolation: entries that may have killed their drainers, decoded where they can do no harm.
+"""Isolation: decodes entries that may have killed their drainers in a child process with limits.
 
-Belongs here: the child process with its limits, and what its end says about an entry. Doesn't
-belong here: who is a suspect, and what becomes of the result (`drain`).
-
-A suspect is never decoded in the drainer's own process. One child decodes suspects one after the
-other, line by line (`record.parse`), and leaves each one's result in a folder of the drainer's.
+Such a suspect is never decoded in the drainer's own process. One child decodes suspects one after
+the other, line by line (`record.parse`), and leaves each one's result in a folder of the drainer's.
 Where the child ended at an entry that wasn't its first, that entry gets a child of its own: only
 what ends a fresh child, or fails in it, is poison. A disk that fails, a child that can't start or
 that somebody ends with a signal say nothing about an entry.
+
+The drain decides which entries are suspects, and publishes the results.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Checks of a file before it is published: pandera for values, and what spans the file.
+"""Checks of a file before it is published: pandera for values, DuckDB for what spans the file.
 
-Belongs here: rules, their figures, and their names (Dagster shows them under these names). Doesn't
-belong here: publishing. A figure is a count or a bound of something that is no health data; the
-values that failed are never shown (invariant 7). pandera and Polars are imported where a check
-runs: the gateway, which only reads the lake, starts without them.
+Dagster shows the checks under the names that they have here. A figure is a count or a bound of
+something that is no health data; the values that failed are never shown (invariant 7). pandera and
+Polars are imported where a check runs: the gateway, which only reads the lake, starts without them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Damage: files that don't hold what may lie there are set aside under `damaged/`.
+"""Damage: finds files that don't hold what belongs in their place, and sets them aside.
 
-Nothing is deleted: a file that is set aside keeps its place's name under `damaged/`, so that a
-whole copy can be put back.
+Nothing is deleted: a file that is set aside keeps its name under `damaged/`, so that a whole copy
+can be put back.
 """
 
 from __future__ import annotations

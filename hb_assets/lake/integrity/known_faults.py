@@ -1,11 +1,11 @@
-"""What is wrong in the lake right now: damage and loss that no person has resolved yet.
+"""Known faults of the lake: damage and loss that no person has resolved yet.
 
 Everything that shows faults asks here (`hb status`, health, metrics, Dagster, the audit). Faults
-are derived from the lake's state each time: from names, footers and stat, so that a look at a year
+are derived from the lake's state each time: from names, footers and stat, so that checking a year
 of days is cheap; a footer is read again only when its file changed. What names and footers can't
-tell (a page that failed its checksum, a consolidation that failed) is noticed by whoever meets it,
-in a small file under `faults/`, and stands until the file in question verifies again or a
-consolidation of that day and shard has succeeded.
+tell (a page that failed its checksum, a consolidation that failed) is recorded by whoever meets it,
+in a small file under `faults/`, until the file in question verifies again or a consolidation of
+that day and shard has succeeded.
 """
 
 from __future__ import annotations

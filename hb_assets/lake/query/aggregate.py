@@ -1,9 +1,8 @@
-"""Buckets: one user's readings into mean heart rates, one point per span of time and device.
+"""Aggregates one user's readings into mean heart rates, one point per span of time and device.
 
-Belongs here: the survivor of a key, device priority and the mean, over the readings of one user
-that lie in memory. Doesn't belong here: where readings come from (`rows`), days and pages
-(`query`). `minutes` has the same rule in SQL, for a day of all users; a test holds the two against
-each other. In DuckDB a question took ten times as long (decision 13).
+The survivor of a key, device priority and the mean are computed over readings that lie in memory;
+`user_scan` reads them, `query` handles days and pages. `minutes` has the same rule in SQL, for a
+day of all users; a test compares the two. In DuckDB a query took ten times as long (decision 13).
 """
 
 from __future__ import annotations

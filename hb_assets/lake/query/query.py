@@ -1,9 +1,9 @@
-"""Questions to the lake: one user's heart rate over time, every durable heartbeat included.
+"""Queries of one user's heart rate over time, every durable heartbeat included.
 
-A question is answered day by day. A day whose consolidated file is damaged is answered out of raw
+A query is answered day by day. A day whose consolidated file is damaged is answered from raw
 fragments as long as they hold all of it, with a warning; a day that can't be answered ends the page
-before it. Heartbeats that are known to be missing are a warning as well. Files are `rows`'
-business, the rule behind a point is that of `buckets`.
+before it. Heartbeats that are known to be missing are a warning as well. Files are read by
+`user_scan`, points are computed by `aggregate`.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""Rows of one user: out of the files that may hold them, and out of no more of each than needed.
+"""Reads the rows of one user, from the files that may hold them, and no more of each than needed.
 
-Belongs here: which files of a (day, shard) are asked (invariant 5), which row groups of each, and
-what is remembered of footers, so that the cost depends on what is asked and not on what is stored.
-Doesn't belong here: what the rows mean (`buckets`), and days (`query`).
+It picks the files of a (day, shard) (invariant 5) and the row groups of each, and caches footers,
+so that the cost depends on what is asked and not on what is stored.
 
-A file is verified whole when it is met first, and when it looks changed; what its footer says is
-remembered until then. Once it is open for its rows, it is looked at again: still the one that was
-verified, or else note and rows could be of two versions. Each page that is read is held to its
-checksum every time. Rows are held to the record's bounds before they are answered: a fragment with
-a row that no drain can have written is damaged, however well its checksums fit.
+A file is verified whole when it is first read, and when it looks changed; its footer is cached
+until then. Once it is open for its rows, it is looked at again: still the one that was verified, or
+else footer and rows could be of two versions. Each page that is read is held to its checksum every
+time. Rows are held to the record's bounds before they are answered: a fragment with a row that no
+drain can have written is damaged, however well its checksums fit.
 """
 
 from __future__ import annotations

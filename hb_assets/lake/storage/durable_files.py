@@ -1,7 +1,6 @@
 """Durable files: temp file, fsync, atomic publication, fsync of the folder.
 
-Belongs here: the order of system calls that makes a file survive a crash whole or not at all.
-Doesn't belong here: what is in the files.
+This order of system calls makes a file survive a crash whole or not at all.
 """
 
 from __future__ import annotations

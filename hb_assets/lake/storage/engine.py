@@ -1,7 +1,7 @@
 """DuckDB engines: in memory, bounded, offline, in UTC.
 
-Belongs here: how an engine is made and used again, and the folders under HB_HOME that it spills to.
-Doesn't belong here: SQL. DuckDB is imported with the first engine: most consolidations need none.
+How an engine is made and reused, and the folders under HB_HOME that it spills to. DuckDB is
+imported with the first engine: most consolidations need none.
 """
 
 from __future__ import annotations

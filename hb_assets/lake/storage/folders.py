@@ -1,4 +1,4 @@
-"""Folders: what this process remembers of the lake's days, as long as those don't change.
+"""Cache of results about the lake's days, valid until their folders change.
 
 A shard's raw folder changes when a fragment comes or goes. Of the other kinds the one file of a
 shard is looked at: a file that is changed in place leaves its folder as it is. What became

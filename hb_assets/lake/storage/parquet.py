@@ -1,7 +1,6 @@
-"""Parquet as this lake writes it: compression, encodings, and our own footer metadata.
+"""Parquet files as this lake writes them: compression, encodings, checksums and footer metadata.
 
-Belongs here: writer options and the JSON under the footer's key `hb`. Doesn't belong here: where
-files lie and which rows they hold.
+Our own metadata is JSON under the footer's key `hb`.
 """
 
 from __future__ import annotations

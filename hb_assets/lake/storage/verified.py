@@ -1,4 +1,4 @@
-"""Rows out of the lake's Parquet files, none of a file that isn't what was written.
+"""Verified reads: rows of the lake's Parquet files, none of a file that isn't what was written.
 
 Every read of rows goes through here. A file is verified whole, by the CRC-32 in a fragment's name
 or in the footer, before anybody gets a row of it; pyarrow checks each page once more as it reads
