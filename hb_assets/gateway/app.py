@@ -1,8 +1,7 @@
-"""The application: which path and method lead to which handler.
+"""The gateway as an ASGI application: its routes, and how its parts are put together.
 
-Belongs here: routes, the scope that each needs, and how the parts are put together. Doesn't belong
-here: what a route does. A table of paths does instead of Starlette's router and middleware, which
-cost as much as all else that we do for a heartbeat.
+Each route names the scope that a key needs for it. A table of paths does instead of Starlette's
+router and middleware, which cost as much as all else that we do for a heartbeat.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The backend: what the gateway's handlers work with, opened and closed together.
 
-Belongs here: the producer, the spool, the API keys, the client that depth and health are read by,
-the lake, its readers, and the limits on threads that wait for them. Doesn't belong here: HTTP.
+The producer, the spool, the API keys, the client that depth and health are read by, the lake, its
+readers, and the limits on threads that wait for them. It knows nothing of HTTP.
 """
 
 from __future__ import annotations

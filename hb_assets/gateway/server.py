@@ -1,7 +1,6 @@
-"""The server: a gateway, from its socket to its graceful end.
+"""The gateway's server, from binding its socket to its graceful shutdown.
 
-Belongs here: binding, uvicorn's settings, signals. Doesn't belong here: routes, several processes
-(`workers`), and the keeping alive of the first (`hb up` does that).
+Binding, uvicorn's settings and signals. Several processes on one port are in `workers`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Access: who asks, and whether they may.
+"""Access control by API key: who sends a request, and whether they may.
 
-Belongs here: finding a request's key, what a key may do, and keeping up with the file of keys.
-Doesn't belong here: that file (`keyring`), and which route needs what (`app`). No key, and no part
-of a secret, ever gets into a log, an error or a repr.
+It finds a request's key, knows what the key may do, and follows changes of the file of keys
+(`keyring`). Which route needs which scope is in `app`. No key, and no part of a secret, ever gets
+into a log, an error or a repr.
 """
 
 from __future__ import annotations

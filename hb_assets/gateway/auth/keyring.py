@@ -1,6 +1,4 @@
-"""The keyring: API keys in one file under HB_HOME, which `hb keys` changes and gateways reread.
-
-Belongs here: what a key and its token are, and the file. Doesn't belong here: requests (`access`).
+"""The file of API keys under HB_HOME, which `hb keys` changes and gateways reread.
 
 A token is `hb_<id>_<secret>`, both in hex: the id, 6 bytes, names the key in lists and logs; the
 secret, 32 random bytes, is shown once and never stored. docs/decisions/0014-access.md says why

@@ -1,8 +1,8 @@
-"""Limits: who is limited, and what a client is told of it.
+"""Rate limits per API key, user and IP address, and what a refused client is told.
 
-Belongs here: the policies out of the settings, the subjects of a request (its API key, its address,
-its users), 429 and the RateLimit headers (draft-ietf-httpapi-ratelimit-headers). Doesn't belong
-here: the algorithm, and what crosses processes (`buffer.rate_limit`).
+The policies from the settings, the subjects that a request is charged to, 429 and the RateLimit
+headers (draft-ietf-httpapi-ratelimit-headers). The algorithm (GCRA), and how processes share it,
+are in `buffer.rate_limit`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Bodies: what a request carries, read within bounds.
+"""Request bodies: read and decompressed within bounds, and batches split into records.
 
-Belongs here: which media types and content codings are taken, reading and expanding a body, and
-telling a batch's records apart. Doesn't belong here: what a record says (`record`), and answers
-(`heartbeats`).
+It decides which media types and content codings are accepted. What a record means is in `record`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Connections: HTTP/1.1 as RFC 9112 has it, within bounds that hold before a request is whole.
+"""HTTP/1.1 connections as RFC 9112 has them, within bounds that hold before a request is whole.
 
 uvicorn's protocol hands on what its parser lets through, which is more than the RFC does, and it
-bounds neither connections nor heads nor time. A slow client (slow loris) costs nothing on the way
+bounds neither connections nor heads nor time. A slow client (slow loris) costs nothing on the path
 of a request: a sweep twice a second looks at what each connection is waiting for, and since when.
 """
 

@@ -1,8 +1,8 @@
-"""Problems: every error answer of the gateway, as RFC 9457 problem details.
+"""Error answers of the gateway, as RFC 9457 problem details.
 
-Belongs here: the shape of an error answer, and which exception becomes which answer. Doesn't
-belong here: deciding that something is wrong. No answer holds a stack trace, a heart rate, or
-more about our machines than a client needs: what an operator needs is logged instead.
+The shape of an error answer, and which exception becomes which answer. No answer holds a stack
+trace, a heart rate, or more about our machines than a client needs: what an operator needs is
+logged instead.
 """
 
 from __future__ import annotations

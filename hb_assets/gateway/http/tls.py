@@ -1,7 +1,4 @@
-"""TLS: the gateway's certificate, for the server and for our own commands that speak to it.
-
-Belongs here: SSL contexts out of HB_GATEWAY_CERT and HB_GATEWAY_KEY. Doesn't belong here: sockets.
-"""
+"""TLS contexts from HB_GATEWAY_CERT and HB_GATEWAY_KEY, for the server and our own clients."""
 
 from __future__ import annotations
 

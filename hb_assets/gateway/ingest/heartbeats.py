@@ -1,9 +1,7 @@
-"""Heartbeats: the POST handlers.
+"""Handlers of the POST routes: one heartbeat, or a batch.
 
-Belongs here: what is valid and what isn't of a request, and the answer about what was stored and
-what was not. Doesn't belong here: reading a body (`bodies`), what makes a heartbeat valid
-(`record`), how it gets to Redis (`intake`). These are plain ASGI callables, to keep the way of one
-heartbeat short.
+They tell what is valid of a request, and answer what was stored and what was not. Storing is in
+`intake`. These are plain ASGI callables, to keep the path of one heartbeat short.
 """
 
 from __future__ import annotations

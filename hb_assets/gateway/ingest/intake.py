@@ -1,10 +1,9 @@
-"""Intake: where accepted heartbeats go, to Redis or, while it is away, to the spool.
+"""Stores accepted heartbeats in Redis or, while it is away, in the spool.
 
-Belongs here: which way the lines of a shard take, and the commits that concurrent requests share.
-Doesn't belong here: the spool's file (`spool`), the way from there to Redis (`replay`).
-
+It decides per shard between the two, and shares the spool's commits between concurrent requests.
 While the spool holds anything of a shard, its new heartbeats go to the spool too, whichever
 process put it there: so a heartbeat that is sent after another one was answered arrives after it.
+`spool.replay` brings them from there to Redis.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Health: whether this gateway and what stands behind it do their work, and which part doesn't.
+"""Health endpoints: whether this gateway and what stands behind it work, and which part doesn't.
 
 A part fails when it keeps this gateway from accepting heartbeats and answering queries. Whatever
-else is wrong is an alarm: it stands beside the parts, and `ready` stays 200. How a part is looked
-at is in `backend`, when something is late in `vitals`.
+else is wrong is an alarm: it is listed beside the parts, and `ready` stays 200. The state of a part
+is read by `backend`; `pipeline.vitals` decides when something is late.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""Metrics: what the gateway tells Prometheus.
+"""Prometheus metrics of the gateway: names, labels, buckets, counting, and GET /metrics.
 
-Belongs here: names, labels and buckets, counting what this worker does, and the GET /metrics
-answer. Doesn't belong here: the places that count, and how workers know of each other (`tallies`).
-Every label has few values: nothing out of a request becomes one unchecked.
+How workers share their counts is in `tallies`. Every label has few values: nothing out of a request
+becomes one unchecked.
 
 A request counts in plain numbers, which costs it a microsecond; they become Prometheus' format when
 somebody reads them. Figures of other processes come from where those leave them: Redis' ledgers and
-beats, the lake's footers, the spool's file.
+liveness timestamps, the lake's footers, the spool's file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Probes: questions to Redis and disks, that no request waits long for and no flood multiplies.
+"""Probes of Redis and disks, cached, that neither a slow answer nor a flood of requests multiplies.
 
-Belongs here: asking in a thread, once at a time, and how long an answer counts. Doesn't belong
-here: which questions (`backend`), and what an answer means (`health`, `metrics`).
+A probe runs in a thread, once at a time, and its answer counts for a while. Which probes there are
+is in `backend`, and what an answer means in `health` and `metrics`.
 """
 
 from __future__ import annotations

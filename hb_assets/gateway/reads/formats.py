@@ -1,7 +1,6 @@
-"""Formats: points as bytes, in the media type that a client accepts.
+"""Encoders of an answer's points, one for each media type, and content negotiation.
 
-Belongs here: content negotiation for readings, and one encoder for each format. Doesn't belong
-here: which points (`lake.query`), and errors, which are JSON whatever a client accepts.
+Errors are JSON whatever a client accepts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Readers: threads that answer questions, beside the loop that takes heartbeats.
+"""Threads that answer queries, beside the event loop that accepts heartbeats.
 
-Belongs here: one question from lake and buffer to the bytes of its answer. Doesn't belong here:
-what a request may ask (`readings`), media types (`formats`), what a point is (`lake`).
+Each query goes from lake and buffer to the bytes of its answer.
 """
 
 from __future__ import annotations

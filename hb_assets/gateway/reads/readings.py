@@ -1,7 +1,7 @@
-"""Readings: the GET handler, heart rate of one user over time.
+"""Handler of GET /metrics/heart-rate: heart rate of one user over time.
 
-Belongs here: the query's parameters, and the headers of the answer. Doesn't belong here: how points
-are computed and which device wins (`lake.query`), and their bytes (`formats`).
+The query's parameters and the answer's headers. Points and device priority are computed in
+`lake.query`, and encoded in `formats`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""The spool: heartbeats that were accepted while Redis was away, in order, on the disk.
+"""The spool's queue on disk: heartbeats that were accepted while Redis was away, in order.
 
-Belongs here: what lies under HB_HOME/spool, and who may touch it when. Doesn't belong here: its
-tables (`records`), what is spooled (`intake`), bringing it to Redis (`replay`).
-
-Under HB_HOME/spool (0700, its files 0600), shared by all gateways of one HB_HOME:
+What lies under HB_HOME/spool (0700, its files 0600), shared by all gateways of one HB_HOME, and who
+may touch it when:
 
     spool-<number>.sqlite   the records: SQLite, WAL, synchronous=FULL. The highest number counts;
                             lower ones are those that SQLite could no longer read
@@ -11,7 +9,8 @@ Under HB_HOME/spool (0700, its files 0600), shared by all gateways of one HB_HOM
     access.lock             held by whoever has a transaction under way
     replay.lock             held by the one process that replays
 
-Health data: what is deleted is overwritten, and an empty spool shrinks to a few pages.
+The database's tables are in `tables`. Health data: what is deleted is overwritten, and an empty
+spool shrinks to a few pages.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""Replay: what the spool holds, brought to Redis in order.
+"""Replays the spool into Redis, in order, once Redis is back.
 
-Belongs here: whether Redis is away, asking whether it is back, and emptying the spool into it.
-Doesn't belong here: the spool's file (`spool`), what goes into it (`intake`).
-
-Each gateway process has a replayer; replay.lock lets one of them work at a time, and goes with its
-process. A record is deleted after Redis has acknowledged it: dying between both repeats it, in
-order and before anything newer, which deduplication makes harmless.
+Each gateway process has a replayer, which notices that Redis is away and asks whether it is back;
+replay.lock lets one of them work at a time, and goes with its process. A record is deleted after
+Redis has acknowledged it: dying between both repeats it, in order and before anything newer, which
+deduplication makes harmless.
 """
 
 from __future__ import annotations

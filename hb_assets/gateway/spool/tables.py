@@ -1,13 +1,12 @@
-"""Records: the tables of a spool's database, and what happens inside one transaction on them.
-
-Belongs here: the layout, and how a record is told to be whole. Doesn't belong here: files, locks
-and marks (`spool`). The tables:
+"""Tables of the spool's SQLite database, and the statements of one transaction on them.
 
     records   id: the place in the order, never used twice; shard; n: heartbeats; checksum (of
               shard, n and lines); lines: NDJSON
     damaged   records that don't match their checksum, as they were found
     held      records, heartbeats and bytes of each shard, kept by triggers
     facts     name and value: `shards`, `replayed` (heartbeats), and what is to be remembered
+
+Files, locks and the marks of shards are in `queue`.
 """
 
 from __future__ import annotations
