@@ -1,7 +1,4 @@
-"""The frame that all commands share.
-
-Belongs here: the typer app, the `--json` option, the settings of this process, how errors end.
-Doesn't belong here: any command, and how results look (`output`).
+"""The typer app that all commands share: its `--json` option, settings, and how errors end.
 
 A command module registers itself, and each of its commands stands in `COMMANDS`:
 

@@ -1,8 +1,4 @@
-"""Dagster as the commands see it: its webserver's GraphQL, over HTTP.
-
-Belongs here: the few queries that commands ask, and what they mean. Doesn't belong here: jobs and
-assets (`defs`), and how results are shown.
-"""
+"""Client of Dagster's webserver: the GraphQL queries that commands make, over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hb drain`: heartbeats from the buffer into durable fragments of the lake."""
+"""`hb drain`: write heartbeats from the buffer into durable fragments of the lake."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The members of `hb up`: what runs, in which order, and when each is ready.
+"""The members of `hb up`: which processes run, in which order, and when each is ready.
 
-Belongs here: their argv, environment and configuration files. Doesn't belong here: keeping them
-alive (`supervision`).
+Their argv, environment and configuration files; `supervision` keeps them alive.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`hb quarantine`: what couldn't be used, why, and putting it back.
+"""`hb quarantine`: list records that can't be used, show why, and put them back.
 
-Belongs here: the commands and putting back (re-validation under today's settings, append, mark).
-Doesn't belong here: the files (`lake.files.quarantine`).
+Putting back means validation under today's settings, an append, and a mark in the lake
+(`lake.files.quarantine`).
 """
 
 from __future__ import annotations

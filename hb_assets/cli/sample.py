@@ -1,8 +1,8 @@
-"""The sample of `hb up`: the fleet's traffic through the whole system, and whether it adds up.
+"""The sample of `hb up`: sends the simulated fleet's traffic, and checks that it adds up.
 
-Belongs here: sending, waiting, the comparison of what the fleet expects with what lies in the lake.
-Doesn't belong here: the traffic itself (`fleet`). The lake is read as any user would read it, with
-Polars, so that the comparison leans on none of our own counts; `audit` then checks those.
+What the fleet expects (`demo.fleet`) is compared with what lies in the lake. The lake is read as
+any user would read it, with Polars, so that the comparison doesn't rely on any of our own counts;
+`audit` then checks those.
 """
 
 from __future__ import annotations

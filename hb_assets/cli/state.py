@@ -1,7 +1,6 @@
-"""The running `hb up`, as other processes see it: one JSON file under HB_HOME.
+"""The state file of a running `hb up`, by which other processes find it.
 
-Belongs here: what `hb up` tells about itself, how it is found, how leftovers are known. Doesn't
-belong here: starting or ending anything.
+One JSON file under HB_HOME with the processes of `hb up`, by which leftovers are recognised too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`hb status`: how members, buffer and lake stand, and what raises an alarm.
+"""`hb status`: the state of members, buffer and lake, and what raises an alarm.
 
-It works when nothing runs, and starts nothing. What can't be looked at is an alarm, one line each,
-and everything else is looked at all the same. Every figure is somebody else's.
+It works when nothing runs, and starts nothing. What can't be read is an alarm, one line each, and
+everything else is shown all the same. Every figure is computed elsewhere.
 """
 
 from __future__ import annotations

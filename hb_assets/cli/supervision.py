@@ -1,8 +1,7 @@
 """Supervision of the members of `hb up`, by supervisord as a child process of ours.
 
-Belongs here: supervisord's configuration, its start and end, what it says about the members, and
-how processes of an `hb up` that was killed are ended. Doesn't belong here: which members there
-are and when one is ready (`members`).
+supervisord's configuration, its start and end, what it says about the members, and how processes of
+an `hb up` that was killed are ended. Which members there are is in `members`.
 
 Nothing lingers: supervisord gets SIGTERM when `hb up` dies however it dies (Linux), and ends its
 members; what outlives even that is ended by the next `hb up`, by the recorded processes.

@@ -1,7 +1,7 @@
 """`hb up`: everything in the foreground, under supervision; `hb down` ends it from elsewhere.
 
-Belongs here: the order of things: look, start, wait, send the sample, stay, end. Doesn't belong
-here: how each of them is done.
+The order of things: check, start, wait, send the sample, stay, end. Each is done by a module beside
+this one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""known_damage: the job that has the check `complete` say how days stand, without touching them.
+"""The job `known_damage`, which evaluates the check `complete` of days without touching them.
 
-The damage sensor asks for it when that changed. An evaluation that belongs to no run would do, but
-Dagster keeps one of these for each check and partition, and fails at the second.
+The damage sensor asks for it when a day's faults changed. An evaluation that belongs to no run
+would do, but Dagster keeps one of these for each check and partition, and fails at the second.
 """
 
 # No `from __future__ import annotations`: Dagster compares the annotation of `context` itself.

@@ -1,6 +1,6 @@
-"""maintenance: the job and the schedule that keep the lake from only growing.
+"""The job `maintenance` and its schedule, which keep the lake from only growing.
 
-Belongs here: its one step and when it runs. Doesn't belong here: the work itself (`maintenance`).
+The work itself is in `pipeline.maintenance`.
 """
 
 # No `from __future__ import annotations`: Dagster compares the annotation of `context` itself.

@@ -1,7 +1,7 @@
-"""Metadata: counts, columns and previews that Dagster shows beside an asset.
+"""Metadata that Dagster shows beside an asset: counts, columns and previews.
 
-Belongs here: their shape. Doesn't belong here: a heart rate or a clear id; ids are masked, and
-the column of heart rates is not even read (invariant 7).
+It never holds a heart rate or a clear id; ids are masked, and the column of heart rates is not
+even read (invariant 7).
 """
 
 from __future__ import annotations

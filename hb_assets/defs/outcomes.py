@@ -1,7 +1,7 @@
-"""Outcomes: what plain functions return, report or raise, in Dagster's words.
+"""Translates what plain functions return, report or raise into Dagster's terms.
 
-Belongs here: figures as check results, errors as failures with one line, progress as log lines.
-Doesn't belong here: metadata of assets (`metadata`), and deciding anything.
+Figures become check results, errors become failures with one line, progress becomes log lines.
+Metadata of assets is in `metadata`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Partitions: UTC days of event time, from the earliest day that the lake ever held.
+"""The partitions: UTC days of event time, from the earliest day that the lake ever held.
 
 A new installation begins today. Its first day is kept in a file of its own under HB_HOME, so that
 it never moves later: Dagster fails backfills whose days are gone.

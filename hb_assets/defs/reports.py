@@ -1,7 +1,4 @@
-"""Reports: what Dagster's event log hasn't heard yet of the lake's raw fragments.
-
-Belongs here: the drain sensor's cursor, and which days to report by it. Doesn't belong here:
-draining.
+"""The drain sensor's cursor, and which days' fragments it still has to report to Dagster.
 
 Reports come from the lake, never from the memory of whoever wrote: fragments of a killed tick or
 of an `hb drain` worker are found by the next tick. With several writers neither names nor mtimes

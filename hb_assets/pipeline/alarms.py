@@ -1,7 +1,7 @@
-"""Alarms: when something is raised, repeated or over, and telling the world.
+"""Alarms: when one is raised, repeated or resolved, and sending it.
 
-Belongs here: the decision (pure), one log line, HB_ALERT_WEBHOOK. Doesn't belong here: what is
-wrong (whoever looks, knows), and gauges (`gateway.observability.metrics`). Messages hold no heart
+The decision is a pure function; sending means one log line and HB_ALERT_WEBHOOK. What is wrong is
+known to whoever looked, and gauges are in `gateway.observability.metrics`. Messages hold no heart
 rate and no clear user_id: they leave the machine.
 """
 

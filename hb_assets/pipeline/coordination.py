@@ -1,9 +1,9 @@
-"""Coordination: what a consolidation and a pruning know of the buffer and of each other.
+"""Coordination of consolidation and pruning with the buffer and with each other.
 
-Belongs here: the watermarks and the locks that `lake.compaction.consolidation` and
-`lake.compaction.pruning` receive as arguments, and counting what was done, for metrics. Doesn't
-belong here: their work. None of it is needed for safety: without a watermark raw is only kept
-longer, without a lock work may be done twice.
+It reads the watermarks and makes the locks that `lake.compaction.consolidation` and
+`lake.compaction.pruning` take as arguments, and counts what was done, for metrics. None of it is
+needed for safety: without a watermark raw is only kept longer, without a lock work may be done
+twice.
 """
 
 from __future__ import annotations

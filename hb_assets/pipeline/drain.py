@@ -1,10 +1,9 @@
-"""The drain: from the buffer into durable fragments, and only then acknowledged.
+"""The drain: writes the buffer's entries into durable fragments, and only then acknowledges them.
 
-Belongs here: the cycle claim, decode, publish, acknowledge, how long it gathers before, who is a
-suspect, and the loop around it with its pauses; the drain sensor's tick, `hb drain` and imports all
-call these same functions.
-Doesn't belong here: how entries are claimed (`buffer.consumer`) and how files are made durable
-(`lake`).
+One cycle claims, decodes, publishes and acknowledges. The drain sensor's tick, `hb drain` and
+imports all call these functions: the cycle, how long it gathers entries before, which entries are
+suspected of killing drainers, and the loop around it with its pauses. Entries are claimed by
+`buffer.consumer`.
 """
 
 from __future__ import annotations

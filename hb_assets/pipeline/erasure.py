@@ -1,13 +1,12 @@
-"""Erasure: forgetting a user, so that no byte of their heartbeats is left.
+"""Erasure: forgets a user, so that no byte of their heartbeats is left.
 
-Belongs here: the order of steps through spool, buffer and lake, and the proof at the end. Doesn't
-belong here: how each step works (`lake.files.tombstones`, `lake.erasure`,
-`buffer.append_only_file`).
+The order of steps through spool, buffer and lake, and the proof at the end; the steps themselves
+are in `lake.files.tombstones`, `lake.erasure` and `buffer.append_only_file`.
 
 The tombstone comes first: from then on every drain withholds, every consolidation drops and every
-reader passes over what arrived up to its cutoffs, so that a crash at any later step only means that
+reader skips what arrived up to its cutoffs, so that a crash at any later step only means that
 bytes are left, and that asking again goes on where it stopped. Heartbeats that arrive after the
-cutoffs are welcome. The ledger has what went as erased.
+cutoffs are accepted as usual. The ledger counts what was removed as erased.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Vitals: whether drains, consolidation and Dagster keep up, judged by the signs that they leave.
+"""Checks whether drains, consolidation and Dagster keep up, by their liveness timestamps.
 
-Belongs here: the verdicts that /health, `hb status` and the buffer sensor share, each by a
-threshold of the settings (HB_HEALTH_...; 0 watches nothing), in lines without any user's data.
-Doesn't belong here: asking (`buffer.liveness`, `buffer.depth`, `lake.survey`), telling (`alarms`).
+/health, `hb status` and the buffer sensor share these verdicts, each by a threshold of the settings
+(HB_HEALTH_...; 0 turns it off), in lines without any user's data. The figures come from
+`buffer.liveness`, `buffer.depth` and `lake.survey`; `alarms` sends what is found.
 
 Time counts from when something waits. A drain that never ran is no fault as long as nothing is
 there to be drained: who starts it may be waiting for a healthy gateway.

@@ -1,6 +1,6 @@
-"""heartbeats: the consolidated files of a day.
+"""The asset `heartbeats`: the consolidated files of a day.
 
-A graph of three ops: `plan` deals the day's shards out into groups, `consolidate_shards` does one
+A graph of three ops: `plan` divides the day's shards into groups, `consolidate_shards` does one
 group, `check_day` judges what all of them did. In process the groups follow each other, and the
 shards of a group share the cores (`lake.compaction.consolidation`); another executor (HB_EXECUTOR)
 does the groups side by side, wherever it runs its steps. What one op hands to the next is a handful

@@ -1,4 +1,4 @@
-"""minute_heart_rate: the minute-level files of a day."""
+"""The asset `minute_heart_rate`: the minute-level files of a day."""
 
 # No `from __future__ import annotations`: Dagster compares the annotation of `context` itself.
 

@@ -1,8 +1,8 @@
 """The buffer sensor: alarms when buffer or spool fill up, entries wait too long, or some are lost.
 
-Belongs here: looking, and remembering what stands; and the beat by which others see that Dagster is
-alive. Doesn't belong here: the marks (`buffer.depth`, `gateway.spool.queue`, `vitals`), telling
-(`alarms`), and a Redis that is away, for which the drain sensor raises the alarm.
+It also leaves the liveness timestamp by which others see that Dagster is alive. The thresholds are
+in `buffer.depth`, `gateway.spool.queue` and `vitals`. A Redis that is away is the drain sensor's
+alarm.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The consolidation sensor: asks for a run of each day that is due.
 
-Belongs here: which runs are under way or failed, and how long to wait after a failure; alarms of
-days that can't be read, or wait for too long. Doesn't belong here: when a day is due
-(`lake.compaction.policy`), and what is too long (`vitals`).
+It knows which runs are under way or failed, waits after a failure, and raises alarms for days that
+can't be read or wait for too long. `lake.compaction.policy` decides when a day is due, `vitals`
+what is too long.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The drain sensor: drains the buffer in its tick, and reports what the lake holds.
 
-Belongs here: a tick's budget, and what becomes of its faults. Doesn't belong here: draining
-(`drain`), and which days to report (`reports`).
+The tick's budget and the handling of its faults are here; draining is in `pipeline.drain`, and
+which days to report in `reports`.
 """
 
 from __future__ import annotations

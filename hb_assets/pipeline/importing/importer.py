@@ -1,7 +1,7 @@
-"""Importing one file after the other: their records are appended to the buffer.
+"""Imports one file after the other: appends their records to the buffer.
 
-Each record is judged as any heartbeat is, and what is refused is told with its number. A full
-buffer is waited for. What is wrong with a file ends that file alone.
+Each record is validated as any heartbeat is, and a refused one is reported with its number. While
+the buffer is full, the import waits. What is wrong with a file ends that file alone.
 """
 
 from __future__ import annotations

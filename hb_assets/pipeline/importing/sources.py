@@ -1,4 +1,4 @@
-"""Opening what is to be imported: a path, a pipe or standard input, plain or compressed.
+"""Opens what is to be imported: a path, a pipe or standard input, plain or compressed.
 
 Everything is read once, from start to end, so that a pipe will do; only Parquet has to seek, and
 what can't is copied to a temporary file for it.
