@@ -1,7 +1,7 @@
-"""Consolidation's part of the table: speed, scale, late rows, write amplification, size.
+"""Benchmarks of consolidation: speed, scale, late rows, write amplification, size.
 
-Belongs here: which figures are taken, and what they must reach. Doesn't belong here: the ways that
-are compared (`ways`), the data (`traffic`, `lakes`), how a file is laid out (`layouts`).
+The figures and their targets. The implementations that are compared are in `ways`, file layouts in
+`layouts`, the data in `traffic` and `lakes`.
 """
 
 from __future__ import annotations

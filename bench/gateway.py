@@ -1,11 +1,11 @@
-"""The gateway's speed, held against references in one run: `make bench-gateway`.
+"""The gateway's speed, compared with references in one run: `make bench-gateway`.
 
     make bench-gateway                           medians of 5, 25 minutes
     make bench-gateway ARGS="--runs 3 --quick"   shorter, without the lake of 100 million rows
     make bench-gateway ARGS="--only post"        some of the rows
 
-Belongs here: which figures make up the table, and what they must reach. Ours and the reference
-take turns (ours, reference, ours, ...), since a machine has better and worse minutes.
+The figures of the table and their targets. Ours and the reference take turns (ours, reference,
+ours, ...), since a machine has better and worse minutes.
 """
 
 from __future__ import annotations

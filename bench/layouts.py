@@ -1,10 +1,10 @@
-"""A consolidated day laid out in several ways: what it weighs, and what questions cost.
+"""A consolidated day laid out in several ways: file size, and the cost of queries.
 
-Belongs here: row groups, encodings and compression to choose from, and what they are judged by.
-Doesn't belong here: the choice (`hb_assets/lake/storage/parquet.py`).
+Row groups, encodings and compression to compare. The layout that is in use is in
+hb_assets/lake/storage/parquet.py.
 
-Each way is asked by our own reader and by DuckDB, which has a day's file to itself as any user's
-notebook would.
+Each layout is queried by our own reader and by DuckDB, which has a day's file to itself as any
+user's notebook would.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Bodies to post, and GETs by one client.
+"""Bodies to post, and GETs by one client with the times that their answers took.
 
-Belongs here: what is sent and asked, and the times that answers to GETs took. Doesn't belong here:
-sending POSTs (`posting`), what the times are held against.
+POSTs are sent by `posting` and `pace`.
 """
 
 from __future__ import annotations

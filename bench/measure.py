@@ -1,7 +1,4 @@
-"""One measurement in a process of its own: seconds, CPU and memory that are nobody else's.
-
-Belongs here: starting that process, and what is read of it. Doesn't belong here: what it does.
-"""
+"""Measures a function in a process of its own: seconds, CPU time and memory of nothing else."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""POST batches at a fixed rate, whatever the answers take: `python -m bench.pace` is that process.
+"""Posts batches at a fixed rate, however long the answers take: `python -m bench.pace`.
 
-Belongs here: the schedule, the connections, and what the answers said. Doesn't belong here: loads
-that go as fast as they can (`load`).
+Loads that go as fast as they can are in `posting`.
 """
 
 from __future__ import annotations

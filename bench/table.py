@@ -1,7 +1,4 @@
-"""What came out: rows with their figures, ways beside each other, the machine, how all is shown.
-
-Belongs here: medians, ratios, whether a target was reached. Doesn't belong here: measuring.
-"""
+"""The results of a bench: rows with their figures, medians, ratios and targets, and the machine."""
 
 from __future__ import annotations
 

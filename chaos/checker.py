@@ -1,8 +1,7 @@
-"""The checker: what was acknowledged, held against what lies in the lake.
+"""The checker: compares what was acknowledged with what lies in the lake.
 
-Belongs here: a few queries of plain DuckDB over the lake's Parquet files, for a reader to follow
-line by line; nothing of hb_assets is used. Doesn't belong here: what the system says of itself (`hb
-audit`, the ledgers).
+A few queries of plain DuckDB over the lake's Parquet files, for a reader to follow line by line;
+nothing of hb_assets is used, nor what the system says of itself (`hb audit`, the ledgers).
 
     writes   every heartbeat that was sent: key, value, client, sequence, acknowledged, unsure
     found    every row of the lake: the consolidated files, and of a (day, shard) that has none yet

@@ -1,8 +1,8 @@
-"""`python -m chaos.flips --count 1000`: damages files of a lake, one at a time, and asks.
+"""Damages files of a lake, one at a time, and queries it: `python -m chaos.flips --count 1000`.
 
-Each time one bit of one file is flipped, or its end is cut off, and a question is put that the file
+Each time one bit of one file is flipped, or its end is cut off, and a query is made that the file
 may matter for: to a new process, or to one that has just read the file. Half of the bits lie in
-bytes that the question reads. The answer has to be right, or has to say that something is wrong. At
+bytes that the query reads. The answer has to be right, or has to say that something is wrong. At
 the end some are asked again with every verification turned off, to see what it is good for.
 
 New processes are forks of one that has loaded everything and read nothing: libraries start threads

@@ -1,9 +1,9 @@
-"""A small lake with every kind of file, and what can be asked of it.
+"""A small lake with every kind of file, and the queries and commands that can be run on it.
 
 Three days of a few users in two shards: one consolidated, where a batch was delivered twice, with
 late rows waiting; one pruned; one half raw. Records lie in quarantine, two of them released; a user
-was forgotten, and more came of them. Each question is put by the functions that commands, assets
-and the gateway use, and its answer is plain data, to be held against that of an undamaged lake.
+was forgotten, and more came of them. Each query is made by the functions that commands, assets and
+the gateway use, and its answer is plain data, to be compared with that of an undamaged lake.
 """
 
 from __future__ import annotations
