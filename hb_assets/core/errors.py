@@ -38,7 +38,7 @@ class BufferFullError(HbError):
 
 
 class BufferTooLargeError(HbError):
-    """The buffer holds more than a question that asks for it (fresh=true) may read."""
+    """The buffer holds more than a query with fresh=true may read."""
 
 
 class SpoolFullError(HbError):
@@ -65,7 +65,7 @@ class DamagedFileError(HbError):
     """A file of the lake can't be read; the message names its path and the way out.
 
     `path` is the file, where it is one that may be moved away; `day` and `shard` say what can't be
-    answered without it, where it was a question that met it.
+    answered without it, where a query met it.
     """
 
     def __init__(self, message: str, *, path: Path | None = None) -> None:
