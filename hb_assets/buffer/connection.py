@@ -29,7 +29,7 @@ waits gets an answer within HB_REDIS_TIMEOUT and a bit."""
 
 
 class UnfitError(failures.RedisError):
-    """A connection was refused by us, not by Redis; the message is one for users."""
+    """A connection that we refuse to use; the message is one for users."""
 
 
 def connect(settings: Settings) -> Client:
@@ -88,7 +88,7 @@ def unavailable(
 
 
 def is_wrong_type(error: _Failure) -> bool:
-    """Whether something else lies at a key: that concerns one shard, not the server."""
+    """Whether the error says that a key has another type: one shard's fault, not the server's."""
     return _bare(error).startswith("WRONGTYPE")
 
 

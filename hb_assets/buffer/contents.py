@@ -17,7 +17,7 @@ _PAGE_BYTES = 2**20
 
 
 def that_may_concern(client: Client, shard: int, settings: Settings) -> list[Entry]:
-    """Entries with heartbeats of users of this shard: its own stream's, and all foreign ones.
+    """Entries that may hold heartbeats of this shard's users: its own stream's, and external ones.
 
     Our own appends go to the stream of the users' shard; another producer may use any stream.
     What is acknowledged meanwhile may be missing: read the lake after this, not before.
@@ -48,7 +48,7 @@ def that_may_concern(client: Client, shard: int, settings: Settings) -> list[Ent
                 following[one] = start.decode()
         if left < 0:
             raise BufferTooLargeError(
-                "the buffer holds more than a question may read of it "
+                "the buffer holds more than a query may read of it "
                 f"({settings.fresh_max_bytes:,} bytes, HB_FRESH_MAX_BYTES)"
             )
         starts = following

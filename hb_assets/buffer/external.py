@@ -13,7 +13,7 @@ from hb_assets.buffer.connection import Client, unavailable
 
 
 def append(client: Client, shard: int, data: bytes) -> None:
-    """Add one entry: newline-delimited JSON in `data`, without `n` and without a bound.
+    """Append one entry: newline-delimited JSON in `data`, without `n` and without a bound.
 
     Raises:
         BufferUnavailableError: Redis didn't take it.

@@ -69,7 +69,7 @@ from functools import cache
 GROUP = "hb"
 """The consumer group that drains each stream."""
 BEATS = "hb:{all}:beats"
-"""Key of the signs of life."""
+"""Key of the liveness timestamps."""
 COUNTS = "hb:{all}:counts"
 """Key of the counters of work."""
 

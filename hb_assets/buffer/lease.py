@@ -22,7 +22,7 @@ SECONDS = 900
 
 
 class Leases:
-    """Call it with a day and a shard for a context manager that holds their lease."""
+    """Makes leases: call it with a day and a shard for a context manager that holds theirs."""
 
     def __init__(self, client: Client, settings: Settings) -> None:
         self._client = client

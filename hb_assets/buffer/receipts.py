@@ -74,7 +74,7 @@ class Receipts:
         return [max(pair) for pair in zip_longest(entered, self._highest, fillvalue=0)]
 
     def enter(self, appended: Mapping[int, int]) -> None:
-        """Remember the counts, by shard, that confirmed appends were answered with.
+        """Store the counts, by shard, that confirmed appends were answered with.
 
         Never waits for long.
         """

@@ -56,7 +56,7 @@ class ServerFiles:
 
 
 def prepare(settings: Settings) -> ServerFiles:
-    """Make folders and configuration for a server that isn't running.
+    """Write folders and configuration for a server that isn't running.
 
     Raises:
         SettingsError: HB_HOME can't be written.
@@ -164,7 +164,7 @@ def borrowed(settings: Settings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exclusive(settings: Settings, timeout: float) -> Iterator[None]:
-    """Be this HB_HOME's one `hb up`, with no server running when the block begins.
+    """Hold the lock of this HB_HOME's `hb up`, with no server running when the block begins.
 
     Waits up to `timeout` seconds for commands that use a server of their own. Inside the block,
     start the server that `prepare` describes, and end it before the block ends.
@@ -355,7 +355,7 @@ def _make_folders(settings: Settings) -> None:
 
 
 def _quoted(path: Path) -> str:
-    """A path as a configuration's argument, whatever characters it has."""
+    """A path quoted for the configuration file, whatever characters it has."""
     escaped = "".join(
         chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\x{byte:02x}"
         for byte in os.fsencode(path)
