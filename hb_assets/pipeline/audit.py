@@ -25,7 +25,7 @@ from hb_assets.lake.storage.store import Lake
 
 _ATTEMPTS = 5
 _OF_THE_LEDGER = ("set_aside", "damaged", "missing", "not_adding_up", "unreadable")
-"""Faults by which heartbeats may be missing; a consolidation that failed lost nothing."""
+"""Faults by which heartbeats may be missing; a failed consolidation loses nothing."""
 
 
 @dataclass(frozen=True, slots=True)

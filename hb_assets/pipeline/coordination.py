@@ -57,7 +57,7 @@ class Coordination:
         shards: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> Consolidated:
-        """As `compaction.consolidation.consolidate`, with what is known here; it is counted."""
+        """Consolidate a day with these watermarks and locks, and count it."""
         began = time.monotonic()
         written, outcome = 0, "failed"
         try:
@@ -91,7 +91,7 @@ class Coordination:
 
 @contextmanager
 def coordinated(lake: Lake, settings: Settings, *, start_server: bool) -> Iterator[Coordination]:
-    """What is known now. A buffer that can't be reached is one of which nothing is known.
+    """The coordination as of now; without watermarks where the buffer can't be reached.
 
     Args:
         lake: whose locks.

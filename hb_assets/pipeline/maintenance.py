@@ -21,7 +21,7 @@ from hb_assets.pipeline.coordination import Coordination
 
 @dataclass(frozen=True, slots=True)
 class Maintained:
-    """What was done: fragments pruned, their bytes, leftovers of crashes removed.
+    """Counts of what was done: fragments pruned, their bytes, leftovers of crashes removed.
 
     `renewed` counts consolidated files that were written anew, only to raise their watermark.
     """

@@ -75,7 +75,7 @@ Row: TypeAlias = bytes | dict[str, Any] | Unreadable
 
 
 class _Once(io.RawIOBase):
-    """A file that is read once; `position` counts the bytes that were."""
+    """A file that is read once; `position` counts the bytes read so far."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def opened(path: Path, stack: ExitStack) -> Source:
 
 
 def name_of(path: Path) -> str:
-    """What a file is called in reports, which are UTF-8 whatever its name is."""
+    """A file's name for reports, which are UTF-8 whatever its name is."""
     return bytes(path).decode("utf-8", "replace")
 
 
