@@ -78,7 +78,7 @@ class DamagedFileError(HbError):
 class CheckFailedError(HbError):
     """A consolidated file failed a check before it was published; the old one is still in place.
 
-    `figures` are the results of all checks of that file (`lake.checks.Figure`).
+    `figures` are the results of all checks of that file (`lake.integrity.checks.Figure`).
     """
 
     def __init__(self, message: str, *, figures: Sequence[Any] = ()) -> None:

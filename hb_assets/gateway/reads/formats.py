@@ -48,7 +48,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What is encoded: points (buckets.POINTS) of a user, and where the next page is, if any.
+    """The answer to encode: points (aggregate.POINTS) of a user, and the next page, if any.
 
     `warnings` say in one line each what is wrong with the days of these points.
     """

@@ -46,7 +46,7 @@ Allowed = Callable[[Fragment], bool]
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What pruning did: fragments deleted, their bytes, and leftovers of crashes removed.
+    """Counts of pruning: fragments deleted, their bytes, and leftovers of crashes removed.
 
     `faults` says, in one line each, where it couldn't.
     """
@@ -266,7 +266,7 @@ def _needless(
     listed: Sequence[Fragment],
     connection: duckdb.DuckDBPyConnection,
 ) -> list[Fragment]:
-    """Fragments that neither the audit nor a restore of a damaged file needs."""
+    """The listed fragments that neither the audit nor a restore of a damaged file needs."""
     if not listed or accepted_losses.stems(lake, HEARTBEATS, day, shard):
         return []
     note = published.note if published else None
@@ -288,7 +288,7 @@ USING ({IDENTITY})
 def _apart(
     lake: Lake, listed: Sequence[Fragment], connection: duckdb.DuckDBPyConnection
 ) -> list[Fragment]:
-    """Fragments without a row that lies in quarantine as well."""
+    """The listed fragments without a row that lies in quarantine as well."""
     quarantined = [
         (name, path)
         for path in (lake.root / QUARANTINE).rglob("*.parquet")

@@ -67,7 +67,7 @@ def near(lake: Lake, names: Sequence[FragmentName]) -> list[Path]:
 
 
 def paths(lake: Lake) -> list[Path]:
-    """All files."""
+    """All files of erased identities."""
     return sorted((lake.root / ERASED).rglob("*.parquet"))
 
 

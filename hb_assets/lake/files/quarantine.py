@@ -76,7 +76,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which records.
+    """A selection of records.
 
     Attributes:
         reason: only those with this reason code.
@@ -97,7 +97,7 @@ ALL = Choice()
 
 
 def parse_id(text: str) -> Arrival | None:
-    """What a record's id names; None where it is none."""
+    """Parse a record's id; None where it isn't one."""
     match = _ID.fullmatch(text)
     if match is None:
         return None
@@ -107,7 +107,7 @@ def parse_id(text: str) -> Arrival | None:
 
 
 def publish(lake: Lake, rejected: pa.Table) -> list[Path]:
-    """Make rejected records durable, one file per source shard and arrival date.
+    """Write rejected records durably, one file per source shard and arrival date.
 
     Raises:
         OSError: a write failed; acknowledge nothing.
@@ -143,11 +143,11 @@ def _publish(lake: Lake, kind: str, rows: pa.Table) -> Path:
 # -- reading
 
 OnDamage = Callable[[DamagedFileError], None]
-"""Told of a file that can't be read, and left out."""
+"""Called with the error of a file that can't be read and is left out."""
 
 
 def refuse(error: DamagedFileError) -> None:
-    """A file that can't be read ends it all."""
+    """Raise the error of a file that can't be read."""
     raise error
 
 
@@ -247,7 +247,7 @@ def gathered(
 def summary(
     lake: Lake, settings: Settings, choice: Choice = ALL, *, on_damage: OnDamage = refuse
 ) -> Summary:
-    """Records in quarantine, counted. Arguments and errors as of `records`."""
+    """Count records in quarantine. Arguments and errors as of `records`."""
     with gathered(lake, settings, choice, on_damage=on_damage) as connection:
         counted = connection.sql(_COUNT).fetchall()
     reasons = Counter({reason: count for reason, count, _ in counted})

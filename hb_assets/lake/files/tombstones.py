@@ -85,7 +85,7 @@ def _known(path: Path, seen: Look) -> Tombstone:  # noqa: ARG001  # it is the ca
 
 
 def cutoffs(lake: Lake, user_ids: Iterable[str]) -> dict[str, Cutoffs]:
-    """Of these users those that were forgotten, each with its cutoffs."""
+    """The forgotten ones of these users, each with its cutoffs."""
     by_hash = {tombstone.user: tombstone.cutoffs for tombstone in listed(lake)}
     if not by_hash:
         return {}
@@ -94,11 +94,11 @@ def cutoffs(lake: Lake, user_ids: Iterable[str]) -> dict[str, Cutoffs]:
 
 
 def withheld(lake: Lake, rows: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """What a drain may publish, and the identities of what was forgotten.
+    """Split rows into those that a drain may publish, and identities of what was forgotten.
 
     Args:
         lake: whose tombstones.
-        rows: heartbeats, or records for the quarantine; whose these are is told from their bytes,
+        rows: heartbeats, or records for the quarantine, whose user is told from their bytes
             as far as they name a user_id.
     """
     nobody = rows, rows.slice(0, 0).select(ARRIVAL)
@@ -145,7 +145,7 @@ def _user_in(raw: bytes) -> str | None:
 
 
 def table(of_one: Cutoffs) -> pa.Table:
-    """Cutoffs as the table `cutoffs` of REACHED and NOT_REACHED."""
+    """Cutoffs as the table `cutoffs` that REACHED and NOT_REACHED join."""
     rows = [{"source": source, "ms": ms, "seq": seq} for source, (ms, seq) in of_one.items()]
     return pa.Table.from_pylist(rows, schema=_CUTOFFS)
 

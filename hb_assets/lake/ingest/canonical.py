@@ -45,7 +45,7 @@ _MOST_SKIPPED = 1000
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """The lines of a text that are canonical.
+    """The canonical lines of a text, as columns.
 
     Attributes:
         number: which lines, counted from 0, in order.
@@ -63,7 +63,7 @@ class Lines:
 
 
 def read(text: bytes, lines: int) -> Lines | None:
-    """The canonical lines of a text that has so many lines; None where it can't be told.
+    """Read the canonical lines of a text that has so many lines; None where that isn't possible.
 
     Timestamps aren't held against any bounds.
     """

@@ -81,10 +81,10 @@ class _Entry:
 def examine(
     suspects: Sequence[Suspect], settings: Settings
 ) -> Iterator[tuple[Suspect, Iterator[Decoded]]]:
-    """Decode suspects in children, and say what became of each, in order.
+    """Decode suspects in child processes, and yield the outcome of each, in order.
 
     It ends early, so that one cycle of a drain stays short: after a poison, and when a child had
-    enough to do. Those that are left out are as good as before.
+    enough to do. Nothing is decided about suspects that are left out.
 
     Args:
         suspects: entries that were handed out often.
@@ -128,7 +128,7 @@ def examine(
 def _run_child(
     suspects: Sequence[Delivery], folder: Path, settings: Settings
 ) -> tuple[int, list[str]]:
-    """The child's exit code, and the words that it said."""
+    """Run a child; returns its exit code and the words that it printed."""
     with ExitStack() as stack:
         child = subprocess.Popen(
             [*COMMAND, str(folder)],
@@ -178,7 +178,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _how_it_ended(code: int, said: Sequence[str], folder: Path, *, started: bool) -> str:
-    """What ended the child, where that is the entry's fault.
+    """The reason for the child's end, where that is the entry's fault.
 
     Raises:
         OSError, HbError: where it isn't.
@@ -270,7 +270,7 @@ def _serve(folder: Path, settings: Settings) -> None:
 
 
 def _limit_memory(settings: Settings) -> None:
-    """Bound what an entry may take; an allocation fails where it takes more."""
+    """Limit this process's memory; an allocation beyond the limit fails."""
     # Not the address space: Arrow reserves far more of it than it uses.
     _, highest = resource.getrlimit(resource.RLIMIT_DATA)
     with suppress(ValueError, OSError):  # a system that can't, or a lower limit that stands
@@ -278,7 +278,7 @@ def _limit_memory(settings: Settings) -> None:
 
 
 def _limit_cpu(seconds: float | None) -> None:
-    """The kernel ends us after so much CPU time from now on; None: it doesn't."""
+    """Have the kernel end us after so much CPU time from now on; None: no limit."""
     _, highest = resource.getrlimit(resource.RLIMIT_CPU)
     limit = highest
     if seconds is not None:
@@ -307,7 +307,7 @@ def _decode(entry: Delivery, results: Path, settings: Settings) -> None:
 
 
 def _within_time(parts: Iterator[Decoded], settings: Settings) -> Decoded | None:
-    """The next piece, with a budget of its own: a large entry has many of them.
+    """Yield pieces, each within a CPU budget of its own: a large entry has many of them.
 
     The time that the disk takes to write it doesn't count.
     """

@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a file of a (day, shard) lies, or belongs: `kind` is a folder of the lake."""
+    """The place of a file of a (day, shard); `kind` is a folder of the lake."""
 
     kind: str
     day: dt.date
@@ -62,7 +62,7 @@ _DEPTH = 4
 
 
 def examine(lake: Lake, path: Path, settings: Settings) -> None:
-    """Make sure that a fragment or consolidated file holds what may lie in its place, row by row.
+    """Verify that a fragment or consolidated file holds what belongs in its place, row by row.
 
     A checksum tells that a file is what somebody wrote; this tells whether it is what we write.
 
@@ -77,7 +77,7 @@ def examine(lake: Lake, path: Path, settings: Settings) -> None:
 
 
 def examine_at(lake: Lake, path: Path, place: Place, settings: Settings) -> None:
-    """The same of a file that is to be put into a place. Raises as `examine`."""
+    """Verify a file that is to be put into a place. Raises as `examine`."""
     name = FragmentName.parse(path.name)
     parquet.verify(path)
     if name is not None:
@@ -105,7 +105,7 @@ def _row_groups(path: Path) -> Iterator[pa.Table]:
 
 
 def unfit(rows: pa.Table, place: Place, shards: int, name: FragmentName | None) -> str | None:
-    """Why rows can't lie in this place, in a few words that hold no value of theirs."""
+    """Why rows can't belong in this place, in a few words without any of their values."""
     if any(rows[column].null_count for column in rows.schema.names):
         return "a value is missing"
     texts = ((name, *ID_LENGTH, pc.utf8_length(rows[name])) for name in TEXTS)
@@ -133,7 +133,7 @@ def unfit(rows: pa.Table, place: Place, shards: int, name: FragmentName | None) 
 
 
 def set_aside(lake: Lake, error: DamagedFileError, settings: Settings) -> str | None:
-    """Move a damaged file away, when its place is better empty; one line about it.
+    """Move a damaged file away, where its place is better empty; one line about it.
 
     A fragment always may: its rows can't be read anyway, and those of its neighbours are waiting
     behind it. A consolidated file may as long as every fragment that it includes is there: raw has
@@ -174,7 +174,7 @@ def set_aside(lake: Lake, error: DamagedFileError, settings: Settings) -> str | 
 
 
 def move_aside(lake: Lake, path: Path) -> Path | None:
-    """Move a file away, durably; where it is now, None where somebody else has moved it."""
+    """Move a file under `damaged/`, durably; its new path, None where another has moved it."""
     target = layout.set_aside(lake.root, path.relative_to(lake.root))
     make_folder(target.parent, lake.root)
     try:
@@ -187,7 +187,7 @@ def move_aside(lake: Lake, path: Path) -> Path | None:
 
 
 def is_sound_at(lake: Lake, path: Path, place: Place, settings: Settings) -> bool:
-    """Whether a file is there and holds what may lie in a place. Raises OSError."""
+    """Whether a file is there and holds what belongs in a place. Raises OSError."""
     try:
         examine_at(lake, path, place, settings)
     except (FileNotFoundError, DamagedFileError):
@@ -225,17 +225,17 @@ class Gaps:
 
     @classmethod
     def of(cls, lake: Lake, day: dt.date, shard: int) -> Gaps:
-        """Those of now."""
+        """The gaps that a (day, shard) has now."""
         folder = layout.shard_folder(lake.root / DAMAGED, RAW, day, shard)
         names = (FragmentName.parse(path.name) for path in folder.glob("*.parquet"))
         set_aside = frozenset(name for name in names if name is not None)
         return cls(set_aside, accepted_losses.fragments(lake, day, shard))
 
     def lacking(self, note: ConsolidatedNote | None) -> frozenset[FragmentName]:
-        """Those whose rows the file with this note doesn't include."""
+        """The fragments whose rows the file with this metadata doesn't include."""
         names = self.set_aside | self.accepted
         return names if note is None else frozenset(n for n in names if not note.includes(n))
 
     def unresolved(self, note: ConsolidatedNote | None) -> frozenset[FragmentName]:
-        """Those of them whose loss nobody has accepted."""
+        """The fragments of `lacking` whose loss nobody has accepted."""
         return self.lacking(note) - self.accepted

@@ -48,9 +48,9 @@ _USER, _TIMESTAMP = HEARTBEATS.get_field_index("user_id"), HEARTBEATS.get_field_
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which rows: one user's, of the half-open range, of one device or of all.
+    """A selection of rows: one user's, of the half-open range, of one device or of all.
 
-    `cutoffs` are those of a user who was forgotten: what arrived up to them isn't there any more.
+    `cutoffs` are those of a user who was forgotten: what arrived up to them is left out.
     """
 
     user_id: str
@@ -62,7 +62,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """What a footer says of a row group: least and greatest user and timestamp (None: nothing)."""
+    """Bounds of a row group: least and greatest user and timestamp (None: not in the footer)."""
 
     users: tuple[str, str] | None
     times: tuple[int, int] | None
@@ -77,7 +77,7 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Published:
-    """What a consolidated file's footer says."""
+    """The cached footer of a consolidated file."""
 
     footer: pq.FileMetaData
     included: frozenset[str]
@@ -93,7 +93,7 @@ def of_user(
     identified: bool = False,
     raw_alone: bool = False,
 ) -> list[Readings]:
-    """Every durable row that is wanted, in parts; a key as often as it was delivered.
+    """Read every durable row that is wanted, in parts; a key as often as it was delivered.
 
     Args:
         lake: which lake.
@@ -131,7 +131,7 @@ def of_user(
 
 
 def in_table(rows: pa.Table, wanted: Wanted) -> list[Readings]:
-    """What is wanted of rows in memory (HEARTBEATS columns, maybe more)."""
+    """The wanted ones of rows in memory (HEARTBEATS columns, maybe more)."""
     rows = rows.select(HEARTBEATS.names)
     for at in (_USER, HEARTBEATS.get_field_index("device_id")):
         rows = rows.set_column(at, rows.schema.names[at], rows.column(at).dictionary_encode())
@@ -160,7 +160,7 @@ def _pending(folder: Path, raw: frozenset[str], included: frozenset[str]) -> tup
 
 
 class _Listings:
-    """Names in folders, remembered until the folder changes: raw fragments stay for days.
+    """Cache of the names in folders, until a folder changes: raw fragments stay for days.
 
     A folder's time of change may stand still while two changes follow each other closely. So a
     list is kept only if it was made a while after that time had been seen first: by then another
@@ -175,7 +175,7 @@ class _Listings:
         self._lock = threading.Lock()
 
     def names(self, folder: Path) -> frozenset[str]:
-        """Names of all that lies in the folder now."""
+        """Names of all entries of the folder now."""
         looked_at = time.monotonic()
         try:
             now = look(folder)
@@ -233,7 +233,7 @@ def _groups(footer: pq.FileMetaData) -> tuple[_Group, ...]:
 
 
 def _judge(found: Readings, path: Path) -> None:
-    """Hold rows to the record's bounds before they are answered."""
+    """Check rows against the record's bounds before they are answered."""
     fragments.require_bpm(found.heart_rate.min(), found.heart_rate.max(), path)
     shortest, longest = ID_LENGTH
     if not all(shortest <= len(device) <= longest for device in found.devices):
@@ -286,7 +286,7 @@ def _matching(rows: pa.Table, wanted: Wanted) -> Iterator[Readings]:
 
 
 def _positions(flags: npt.NDArray[np.bool_]) -> Integers | slice:
-    """Where they are true; in a sorted file that is one stretch, of which nothing is copied."""
+    """Positions of true flags; in a sorted file that is one range, which is sliced, not copied."""
     found = np.flatnonzero(flags)
     if len(found) and found[-1] - found[0] + 1 == len(found):
         return slice(int(found[0]), int(found[-1]) + 1)

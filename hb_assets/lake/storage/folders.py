@@ -28,7 +28,7 @@ _REST_SECONDS = 60
 
 @dataclass(slots=True)
 class _Known:
-    """What was found when folders and files looked so; not asked again `until`."""
+    """A cached result, and how folders and files looked then; not checked again `until`."""
 
     paths: Sequence[Path]
     looks: Sequence[Look | int]
@@ -38,7 +38,7 @@ class _Known:
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """Results by day and kinds of folder.
+    """Cache of results by day and kinds of folder.
 
     A sensor's tick stats what a day has in each shard, and lists only what changed. Most days
     of a year change no more: one that has been quiet for an hour is looked at once in one to two
@@ -54,9 +54,9 @@ class Folders:
         kinds: tuple[str, ...],
         look: Callable[[Lake, dt.date], Value],
     ) -> Value:
-        """What `look` found when the day's files of these kinds looked as they do now.
+        """The result of `look`, cached while the day's files of these kinds look the same.
 
-        Of a quiet day: as they did one or two minutes ago. Ask with the same `look` for the same
+        For a quiet day: the same as one or two minutes ago. Pass the same `look` for the same
         `kinds`, always.
         """
         known = self._known.get((day, kinds))
@@ -95,7 +95,7 @@ def _paths(lake: Lake, day: dt.date, kinds: Sequence[str]) -> list[Path]:
 
 
 def _look(path: Path) -> Look | int:
-    """How it looks, or the number of the error that keeps us from looking."""
+    """How a path looks, or the number of the error of its stat."""
     try:
         return durable_files.look(path)
     except OSError as error:

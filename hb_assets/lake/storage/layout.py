@@ -42,7 +42,7 @@ _FRAGMENT = re.compile(
 
 @dataclass(frozen=True, slots=True, order=True)
 class FragmentName:
-    """What a fragment's name says: source shard and range of entry ids. Sorts by arrival."""
+    """A fragment's name: source shard and range of entry ids. Sorts by arrival."""
 
     first: tuple[int, int]
     last: tuple[int, int]

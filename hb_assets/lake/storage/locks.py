@@ -21,7 +21,7 @@ FOLDER = "locks"
 
 
 class FileLocks:
-    """Call it with a day and a shard for a context manager that holds their lock."""
+    """Makes locks: call it with a day and a shard for a context manager that holds theirs."""
 
     def __init__(self, lake: Lake, settings: Settings) -> None:
         self._folder = lake.root / FOLDER

@@ -33,12 +33,12 @@ Made = TypeVar("Made")
 
 
 class ReplacedError(FileNotFoundError):
-    """The file that was verified isn't the one that was read: ask again."""
+    """The file that was verified isn't the one that was read: try again."""
 
 
 @contextmanager
 def opened(path: Path, texts: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-    """A file that was found to be what was written, for reading rows of it with pyarrow.
+    """Open a file for reading rows with pyarrow, once it is verified.
 
     Args:
         path: the file.
@@ -73,7 +73,7 @@ def relations(
     files: Mapping[str, Iterable[Path]],
     on_damage: Callable[[DamagedFileError], None] | None = None,
 ) -> Iterator[Mapping[str, list[Path]]]:
-    """Verified files as relations of an engine, by these names, as long as this lasts.
+    """Context with verified files as relations of an engine, by these names.
 
     Their column `filename` is the path. Names without any file aren't there: what is there, with
     its files, is what the block gets.
@@ -111,7 +111,7 @@ def relations(
 
 @contextmanager
 def scanned(paths: Sequence[Path]) -> Iterator[tuple[pl.LazyFrame, int]]:
-    """Verified files (at least one) for Polars, as long as this lasts, and how many rows they have.
+    """Context with verified files (at least one) for Polars, and how many rows they have.
 
     Raises:
         DamagedFileError: a file isn't what was written.
@@ -157,7 +157,7 @@ def _relate(connection: duckdb.DuckDBPyConnection, name: str, paths: Sequence[Pa
 
 
 def _verified(path: Path) -> tuple[Look, pq.FileMetaData]:
-    """Verify a file whole; how it looks, and its footer."""
+    """Verify a whole file; returns its `Look` and its footer."""
     with path.open("rb") as file:
         return Look.of(os.fstat(file.fileno())), parquet.verify_open(file, path)
 
@@ -171,7 +171,7 @@ def _seen(source: pa.OSFile) -> Look:
 
 
 class Remembered(Generic[Made]):
-    """What was made of files that were verified, as long as they look the same.
+    """Cache of what was made of verified files, valid as long as they look the same.
 
     A file may be changed twice within one tick of the file system's clock: what was made of a file
     that was changed just now isn't kept.
@@ -189,7 +189,7 @@ class Remembered(Generic[Made]):
         self._lock = threading.Lock()
 
     def of(self, path: Path) -> tuple[Look, Made]:
-        """How the file looks, and what was made of it.
+        """The file's `Look`, and what was made of it.
 
         Raises:
             DamagedFileError: it isn't what was written.
@@ -212,7 +212,7 @@ class Remembered(Generic[Made]):
         return found
 
     def forget(self) -> None:
-        """Make everything anew when it is asked for next."""
+        """Empty the cache."""
         with self._lock:
             self._known.clear()
 
@@ -221,7 +221,7 @@ class Remembered(Generic[Made]):
 def reopened(
     path: Path, seen: Look, texts: Sequence[str], footer: pq.FileMetaData | None = None
 ) -> Iterator[pq.ParquetFile]:
-    """A file that was verified when it looked like this; its pages are checked as they are read.
+    """Open a file that was verified when it looked like `seen`; pages are checked when read.
 
     Raises:
         ReplacedError: it looks different.
