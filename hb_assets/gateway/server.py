@@ -85,7 +85,7 @@ def serve_on(
 
 
 class Server(uvicorn.Server):
-    """uvicorn with a gateway in it, which says when it is ready; `should_exit` ends it."""
+    """uvicorn serving a gateway, with a callback when it is ready; `should_exit` ends it."""
 
     def __init__(self, settings: Settings, ready: Callable[[], None] | None = None) -> None:
         self._app = Gateway(settings)

@@ -95,7 +95,7 @@ def _readings(points: pa.Table) -> list[Reading]:
 
 
 _SECONDS = pa.timestamp("s")
-"""UTC that says nothing of it: with a zone the text takes fifteen times as long."""
+"""UTC without a zone: with one, formatting takes fifteen times as long."""
 _encoder = msgspec.json.Encoder()
 
 ENCODERS: Mapping[str, Callable[[Body], bytes]] = {
@@ -105,13 +105,13 @@ ENCODERS: Mapping[str, Callable[[Body], bytes]] = {
     ARROW: _arrow,
     PARQUET: _parquet,
 }
-"""By media type; where a client likes several the same, the first of these is sent."""
+"""Encoders by media type; of several that a client prefers equally, the first is used."""
 
 _ALIASES = {"application/ndjson": NDJSON, "application/jsonl": NDJSON}
 
 
 def chosen(accepted: Sequence[str]) -> str:
-    """The media type to answer with, by the values of the Accept headers (RFC 9110, 12.5.1).
+    """Choose the media type to answer with, by the Accept headers (RFC 9110, 12.5.1).
 
     Raises:
         ProblemError: 406, none of ours will do; it lists them.

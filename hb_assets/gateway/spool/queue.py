@@ -77,7 +77,7 @@ class Holdings:
 
     @property
     def full(self) -> bool:
-        """Whether there may be no room for another heartbeat."""
+        """Whether the spool may have no room for another heartbeat."""
         return self.bytes + _FULL_BYTES > self.most_bytes
 
     def alarms(self) -> list[str]:
@@ -135,7 +135,7 @@ class Spool:
                 self._marks = self._seen = None
 
     def queued(self) -> bytes:
-        """The mark of each shard; takes a tenth of a microsecond, in any thread.
+        """The marks of all shards; takes a tenth of a microsecond, in any thread.
 
         A mark is set before a commit and cleared after one: whoever asks after a `put` has
         returned, in whatever process, sees that it isn't FREE.
@@ -169,7 +169,7 @@ class Spool:
         self._do(lambda db: tables.remove(db, found))
 
     def recount(self) -> None:
-        """Count anew what there is, by the records themselves."""
+        """Recount what the spool holds, from the records themselves."""
         self._do(tables.recount)
 
     def compact(self) -> None:
@@ -200,17 +200,17 @@ class Spool:
         return self._do(lambda db: _holdings(db, self._folder, self._most_bytes))
 
     def fact(self, name: str) -> str | None:
-        """What was remembered under this name."""
+        """The value that was stored under this name."""
         value = self._do(lambda db: tables.fact(db, name))
         return None if value is None else str(value)
 
     def remember(self, name: str, value: str) -> None:
-        """Keep a fact through restarts."""
+        """Store a fact, which survives restarts."""
         self._do(lambda db: tables.remember(db, name, value))
 
     @contextlib.contextmanager
     def replaying(self, timeout: float = 0) -> Iterator[bool]:
-        """Be the only one that replays, for the time of the block; False: another one does.
+        """Context that makes this process the only one that replays; False: another one does.
 
         The lock is the kernel's, and goes with the process that holds it.
         """
@@ -231,7 +231,7 @@ class Spool:
     # -- transactions
 
     def _do(self, work: Callable[[sqlite3.Connection], T], *, transaction: bool = True) -> T:
-        """Work on the live database; a database that SQLite can't read is replaced first."""
+        """Run `work` on the live database; one that SQLite can't read is replaced first."""
         with self._mutex:
             try:
                 private.make_folder(self._folder)
@@ -295,7 +295,7 @@ class Spool:
         return db
 
     def _replace(self, error: sqlite3.DatabaseError) -> None:
-        """Begin a new database, with all that can be read of the one that `error` is about."""
+        """Start a new database, with all that can be read of the one that `error` is about."""
         self._close()
         numbers = _numbers(self._folder)
         _log.error(

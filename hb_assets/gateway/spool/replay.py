@@ -67,7 +67,7 @@ class Replayer:
         self._producer.close()
 
     def lost(self, error: BufferUnavailableError) -> None:
-        """Say that Redis didn't take an append."""
+        """Tell the replayer that Redis didn't take an append."""
         self._tell("buffer", error)
         self.away = True
         self._wake.set()
@@ -102,7 +102,7 @@ class Replayer:
             self._tell("spool", error)
 
     def turn(self) -> float:
-        """One try to empty the spool, if there is a reason; seconds until the next."""
+        """Try once to empty the spool, if there is a reason; returns seconds until the next try."""
         if not self.away and not any(self._spool.queued()):
             self._mended("buffer")
             return IDLE_SECONDS
@@ -130,7 +130,7 @@ class Replayer:
         return min(waits) if len(waits) == len(refused) else self._longer()
 
     def _replay(self) -> dict[int, HbError]:
-        """Pass once through the spool, in order; the shards that Redis refused, and why.
+        """Replay the spool once, in order; returns the shards that Redis refused, and why.
 
         A shard that was refused stays as it is; the others go on.
         """
@@ -170,7 +170,7 @@ class Replayer:
             self._taken = []
 
     def _append(self, by_shard: dict[int, list[Record]]) -> tuple[list[Record], dict[int, HbError]]:
-        """Append the records: which ones Redis has, and the shards that it refused."""
+        """Append records; returns those that Redis has, and the shards that it refused."""
         outcomes = self._producer.append({s: _lines(found) for s, found in by_shard.items()})
         done: list[Record] = []
         errors: dict[int, HbError] = {}

@@ -59,7 +59,7 @@ class Record:
 
 @contextlib.contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Everything in the block or nothing; on the disk when the block ends."""
+    """A transaction: everything in the block or nothing; on disk when the block ends."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -195,7 +195,7 @@ def recount(db: sqlite3.Connection) -> None:
 
 
 def held_shards(db: sqlite3.Connection) -> set[int]:
-    """The shards that there are records of; a damaged number counts as 0."""
+    """The shards that have records; a damaged number counts as 0."""
     held = db.execute("SELECT shard FROM held WHERE records > 0")
     return {shard if isinstance(shard, int) and 0 <= shard < 100 else 0 for (shard,) in held}
 
@@ -208,13 +208,13 @@ def sums(db: sqlite3.Connection) -> tuple[int, int, int]:
 
 
 def fact(db: sqlite3.Connection, name: str) -> Any:
-    """What is remembered under a name; None for nothing."""
+    """The value that is stored under a name; None where there is none."""
     row = db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
     return None if row is None else row[0]
 
 
 def remember(db: sqlite3.Connection, name: str, value: str | int) -> None:
-    """Remember a value under a name."""
+    """Store a value under a name."""
     if fact(db, name) != value:
         db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
