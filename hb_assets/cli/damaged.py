@@ -205,7 +205,7 @@ def _accepted(lake: Lake, done: GivenUp) -> str:
 
 
 def _shortfall(lake: Lake, settings: Settings) -> Callable[[], int]:
-    """Asks the ledger how many heartbeats are missing, known losses left out."""
+    """A function that asks the ledger how many heartbeats are missing, known losses left out."""
 
     def ask() -> int:
         known = sum(one.rows or 0 for one in known_faults.faults(lake) if one.kind == "set_aside")
@@ -245,7 +245,7 @@ def _named(lake: Lake, name: str) -> Iterator[Path]:
 
 
 def _aside(lake: Lake, path: Path) -> Path:
-    """Where the file of a place lies: a fragment that was set aside lies under `damaged/`."""
+    """Path of a place's file; a fragment that was set aside lies under `damaged/`."""
     where = lake.root / DAMAGED / path.relative_to(lake.root)
     return where if not path.exists() and where.exists() else path
 

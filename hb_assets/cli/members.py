@@ -27,7 +27,7 @@ from hb_assets.gateway.http import tls
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One process that is kept alive. `ready` says whether it does its work already."""
+    """One supervised process. `ready` says whether it does its work already."""
 
     name: str
     argv: tuple[str, ...]

@@ -25,7 +25,7 @@ from rich.text import Text
 results = Console(highlight=False)
 """Console of results: stdout."""
 notes = Console(stderr=True, highlight=False)
-"""Console of progress and notes: stderr."""
+"""Console of progress and messages: stderr."""
 
 
 def complain(message: str) -> None:

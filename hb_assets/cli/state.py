@@ -45,7 +45,7 @@ class MemberState(msgspec.Struct, frozen=True):
 
 
 class UpState(msgspec.Struct, frozen=True):
-    """What a running `hb up` tells about itself."""
+    """The state that a running `hb up` publishes."""
 
     identity: Identity
     start_date: dt.date
@@ -67,7 +67,7 @@ class UpState(msgspec.Struct, frozen=True):
 
 
 def redis_digest(settings: Settings) -> str:
-    """What tells one Redis from another without telling its password."""
+    """Digest that tells one Redis from another without revealing its password."""
     url = settings.redis_url
     return (
         hashlib.blake2b(url.get_secret_value().encode(), digest_size=8).hexdigest() if url else ""

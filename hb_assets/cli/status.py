@@ -82,7 +82,7 @@ def status(
 
 
 def look(settings: Settings, *, latest: int = 14) -> Status:
-    """How everything stands now; of the lake the `latest` days (0: all)."""
+    """Collect the status of everything; of the lake the `latest` days (0: all)."""
     found = Status(durability=settings.durability)
     up = state.running(settings)
     if up is not None:
@@ -163,7 +163,7 @@ def _look_at_keys(found: Status, settings: Settings) -> None:
 
 
 def _alarms_of_gateway(settings: Settings) -> list[str]:
-    """What the gateway of these settings says in /health; nothing where none answers."""
+    """Alarms that the gateway of these settings lists in /health; none where none answers."""
     import httpx  # a tenth of what it takes to load all of us, and mostly for nothing
 
     try:

@@ -74,7 +74,7 @@ class Supervisor:
 
     @property
     def states(self) -> tuple[MemberState, ...]:
-        """The members as they were at the latest look, half a second ago at most."""
+        """States of the members, half a second old at most."""
         return self._states
 
     def log(self, name: str) -> Path:
@@ -166,7 +166,7 @@ class Supervisor:
                 self._on_change(self._states, self._processes)
 
     def _look_at_processes(self) -> None:
-        """Everything below us that lives, orphans of killed members too: we saw them before."""
+        """List living descendants, orphans of killed members too: we saw them before."""
         assert self._process is not None
         found = {known for known in self._processes if known.process() is not None}
         try:

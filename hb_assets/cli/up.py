@@ -97,7 +97,7 @@ def down(context: typer.Context, as_json: AsJson = False) -> None:
 def _everything(
     settings: Settings, interrupts: Interrupts
 ) -> Iterator[tuple[Supervisor, ControlRoom]]:
-    """All members, started and ready within it; all of them gone after it."""
+    """Context with all members started and ready; all of them have ended after it."""
     preflight.make_home(settings)
     with ExitStack() as stack:
         stack.enter_context(preflight.only_one(settings))
@@ -132,7 +132,7 @@ def _everything(
 
 
 class _Notebook:
-    """Keeps the state file up to date; the supervisor's watcher and we both write into it."""
+    """Keeps the state file up to date; we and the supervisor's watcher thread both write it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

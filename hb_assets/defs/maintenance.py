@@ -18,7 +18,7 @@ MAINTENANCE = "maintenance"
 
 @dg.op(description="Prune raw fragments, and remove what crashes left behind.")
 def prune(context: dg.OpExecutionContext, installation: dg.ResourceParam[Installation]) -> None:
-    """The one step; it fails, after all else was done, when a day can't be pruned."""
+    """Prune the lake; the step fails, after all else was done, when a day can't be pruned."""
     settings = installation.settings
     with outcomes.failures():
         lake = installation.lake()

@@ -75,7 +75,7 @@ def has(day: dt.date, first: dt.date, now_ms: int, settings: Settings) -> bool:
 
 
 def waiting(first: dt.date, now: dt.date) -> str | None:
-    """What to say of days before the loaded definitions' first one; None where there are none.
+    """A message about days before the loaded definitions' first one; None where there are none.
 
     Args:
         first: the first partition of the loaded definitions.

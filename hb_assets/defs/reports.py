@@ -32,7 +32,7 @@ _DIGITS = 8
 
 
 class Cursor(msgspec.Struct, frozen=True):
-    """What was reported.
+    """The drain sensor's cursor: what was reported.
 
     `months` has digests by month (`2025-01`) and day of the month (`15`); `last` is the day that
     was reported last, behind which the next tick goes on; `recent` are the days that were reported
@@ -115,7 +115,7 @@ def unreported(
     now_ms: int,
     faults: dict[str, str],
 ) -> Iterator[tuple[dt.date, str]]:
-    """Days whose fragments differ from what was reported, with the digest of those now there.
+    """Days whose fragments differ from what was reported, with the digest of the present ones.
 
     They begin behind the day that was reported last and wrap around, so that days which change all
     the time can't keep others waiting. Those that were reported a moment ago wait.

@@ -24,7 +24,7 @@ and counts.
 
 
 def minute_heart_rate(daily: dg.PartitionsDefinition[str]) -> dg.AssetsDefinition:
-    """The asset, with these partitions."""
+    """The asset `minute_heart_rate`, with these partitions."""
     return dg.graph_multi_asset(
         name="minute_heart_rate",
         ins={"heartbeats": dg.AssetIn(HEARTBEATS, dagster_type=dg.Nothing)},

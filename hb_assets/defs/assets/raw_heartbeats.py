@@ -31,7 +31,7 @@ most.
 
 
 def raw_heartbeats(daily: dg.PartitionsDefinition[str]) -> dg.AssetsDefinition:
-    """The asset, with these partitions."""
+    """The asset `raw_heartbeats`, with these partitions."""
     return dg.asset(
         key=RAW_HEARTBEATS,
         partitions_def=daily,
