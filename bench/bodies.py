@@ -52,7 +52,7 @@ class Body:
 
     @property
     def longer(self) -> int:
-        """What it is held against."""
+        """Length of the uncompressed body that it is compared with."""
         return max(len(self.sent), self.unpacked)
 
 

@@ -22,12 +22,12 @@ Found: TypeAlias = Mapping[str, float | list[float]]
 
 
 class FailedMeasurementError(Exception):
-    """It didn't do what was to be measured, so that its figures mean nothing."""
+    """The function failed at what was to be measured, so that its figures mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a function cost: by the clock, user and system time, peak resident memory.
+    """The cost of a function: wall-clock, user and system time, peak resident memory.
 
     Where it started processes, their CPU time counts too, and the largest one's memory. `found` is
     what it returned.

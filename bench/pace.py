@@ -25,7 +25,7 @@ _PATH = "/metrics/heart-rate/batch"
 
 @dataclass(slots=True)
 class Paced:
-    """What became of the schedule.
+    """The outcome of a schedule of posts.
 
     `accepted` heartbeats, of which the last was answered after `seconds`; `answers_ms` counts from
     when each batch was due, and `behind_ms` is how late the latest one was sent.

@@ -24,7 +24,7 @@ from chaos.load import Sent
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the lake holds of what was acknowledged.
+    """Counts of what the lake holds of what was acknowledged.
 
     `acknowledged` heartbeats have `keys` distinct keys, of which `found` lie in the lake and
     `missing` don't; `twice` keys have more than one row. Of `ordered` keys it is certain which

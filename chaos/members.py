@@ -33,7 +33,7 @@ Faults = Counter[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What is to happen to a process at a point, at its `hit`-th call there."""
+    """The fault to inject into a process at a point, at its `hit`-th call there."""
 
     point: Point
     hit: int
