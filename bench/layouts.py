@@ -159,7 +159,7 @@ def asked(lake: str, home: str, name: str) -> Found:
 
 
 def _written(source: Path, to: Path, variant: Variant | None) -> float:
-    """Rewrite a file; returns CPU seconds. The footer metadata stays, so that our reader takes it."""
+    """Rewrite a file; returns CPU seconds. It keeps the footer metadata, which our reader needs."""
     if variant is None:
         to.hardlink_to(source)
         return 0.0
