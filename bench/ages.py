@@ -1,10 +1,9 @@
-"""Installations of any age: a lake of many days, and a Dagster instance that has seen many ticks.
-
-Belongs here: making them fast. Doesn't belong here: what they are asked (`control_room`).
+"""Makes old installations fast: a lake of many days, a Dagster instance after many ticks.
 
 One day goes the whole way: buffer, drain, consolidation, minutes. The others are links to its
 files under other dates: sensors look at names, times and footers. Ticks, events and runs are copies
-of rows that Dagster wrote itself, as many as its daemon would have left.
+of rows that Dagster wrote itself, as many as its daemon would have left. `control_room` measures
+them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The gateway as an application for a server that isn't ours.
+"""The gateway as an ASGI application for a server that isn't ours.
 
-Belongs here: nothing else. `hb serve` serves it with uvicorn (`hb_assets.gateway.server`), and
-without the bounds that connections have there.
+`hb serve` serves it with uvicorn (`hb_assets.gateway.server`), with bounds on connections that are
+missing here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Backlogs: buffers that hold a day's traffic, and what one costs that reads them and does no more.
+"""Buffers filled with a day's traffic, and the cost of only reading them.
 
-Belongs here: filling streams fast, by the project's own appends, and reading them bare. Doesn't
-belong here: draining.
+Streams are filled fast, by the project's own appends. Draining is measured in `drains`.
 """
 
 from __future__ import annotations

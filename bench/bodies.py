@@ -1,7 +1,7 @@
 """What compressed bodies cost a gateway, beside an uncompressed one of the same length.
 
 `python -m bench.bodies [--size BYTES]` sends bodies that are made to cost much: empty members and
-frames, blocks of nothing, bombs. Each is held against heartbeats, uncompressed, as long as the
+frames, blocks of nothing, bombs. Each is compared with heartbeats, uncompressed, as long as the
 longer of what was sent and what it unpacks to: CPU time of the gateway's process for each request,
 in turns. Then 40 clients send each body at once, and another one asks /health/live meanwhile: the
 longest time that it waited.
@@ -52,7 +52,7 @@ class Body:
 
     @property
     def longer(self) -> int:
-        """What it is held against."""
+        """Length of the uncompressed body that it is compared with."""
         return max(len(self.sent), self.unpacked)
 
 

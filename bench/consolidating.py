@@ -1,7 +1,7 @@
-"""Consolidation's part of the table: speed, scale, late rows, write amplification, size.
+"""Benchmarks of consolidation: speed, scale, late rows, write amplification, size.
 
-Belongs here: which figures are taken, and what they must reach. Doesn't belong here: the ways that
-are compared (`ways`), the data (`traffic`, `lakes`), how a file is laid out (`layouts`).
+The figures and their targets. The implementations that are compared are in `ways`, file layouts in
+`layouts`, the data in `traffic` and `lakes`.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def amplification(bench: Bench) -> Iterator[Row]:
 
 
 def size(bench: Bench) -> Iterator[Row | Study]:
-    """What a consolidated file weighs and what a question costs, laid out in several ways."""
+    """The size of a consolidated file and the cost of a query, in several layouts."""
     traffic = bench.traffic()
     lake = lakes.raw_of(traffic, bench.cache, bench.say)
     home = bench.fresh("size")
@@ -189,7 +189,7 @@ def size(bench: Bench) -> Iterator[Row | Study]:
 
 
 def _ours(bench: Bench, lake: Path, traffic: Traffic, home: Path | None = None) -> Cost:
-    """Consolidate a copy of the lake; what it makes stays in `home`, if there is one."""
+    """Consolidate a copy of the lake; the result stays in `home`, if there is one."""
     where = home or bench.fresh("ours")
     lakes.copy_of(lake, where)
     cost = measured(ways.ours, where, GIGABYTE)
@@ -210,7 +210,7 @@ def _other(
 
 
 def _require(way: Callable[..., Found], cost: Cost, traffic: Traffic | None) -> None:
-    """Whoever drops duplicates must have dropped all of them, and nothing else."""
+    """Verify that an implementation dropped all duplicates, and nothing else."""
     if traffic is not None and cost.number("rows") != traffic.unique:
         raise FailedMeasurementError(
             f"{way.__name__} left {cost.number('rows'):,.0f} rows of {traffic.unique:,} on {DAY}"

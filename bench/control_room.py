@@ -5,8 +5,8 @@
 
 Two installations, each in a temporary folder of its own: a new one, whose lake holds one day, and
 an old one, whose lake holds a year, and whose Dagster has seen a month of ticks, reports and runs
-(`ages`). What is compared is CPU time, since others use the machine as well; seconds on the clock
-are there to be read.
+(`ages`). CPU time is compared, since others use the machine as well; wall-clock seconds are
+reported beside it.
 """
 
 from __future__ import annotations

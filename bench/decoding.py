@@ -1,9 +1,9 @@
-"""What reading NDJSON entries into columns costs, for docs/decisions/0002-two-readers-of-json.md.
+"""CPU cost of decoding NDJSON entries into columns, for docs/decisions/0002-two-readers-of-json.md.
 
     .venv/bin/python bench/decoding.py
 
 100,000 lines in entries of 500, in memory; CPU seconds a million lines, best of three, with all
-judgements, identities and the sort by day and shard.
+validation, identities and the sort by day and shard.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The drain's part of the table: speed against its parts, memory, and the size of the day.
+"""Benchmarks of the drain: speed against its parts, memory, and the size of the day.
 
-Belongs here: which figures are taken, what they must reach, and the functions that are measured.
-Doesn't belong here: filling a buffer (`backlogs`).
+The figures, their targets, and the functions that are measured; buffers are filled by `backlogs`.
 """
 
 from __future__ import annotations

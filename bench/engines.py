@@ -1,11 +1,12 @@
-"""Drain and consolidation, held against floors and alternatives in one run: `make bench`.
+"""Drain and consolidation, compared with floors and alternatives in one run: `make bench`.
 
     make bench                              medians of 5, half an hour; its data is kept
     make bench ARGS=--quick                 a tenth of the rows, medians of 3
     make bench ARGS="--only consolidate"    some parts of the table
     make bench ARGS="--rows 50000000 --skewed --shuffled --only consolidate"
 
-Belongs here: which parts there are, and their order. Doesn't belong here: what they measure.
+Which parts there are, and their order; `drains`, `consolidating`, `whole` and `control_room`
+measure them.
 """
 
 from __future__ import annotations

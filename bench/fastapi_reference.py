@@ -1,10 +1,9 @@
-"""The reference: what one would write for the same job with FastAPI, pydantic and redis-py.
+"""The reference gateway: the same job with FastAPI, pydantic and redis-py, as one would write it.
 
-Belongs here: the same answer, worth the same (Redis has it, fsynced), and the same micro-batches:
-while one round trip is under way, heartbeats queue up and leave together in the next. Doesn't
-belong here: what the gateway does beyond that (access, limits, a bound of the buffer, a ledger, a
-spool, shards, metrics). All of a round trip goes into one entry of one stream, which is the
-cheapest there is.
+The same answer, worth the same (Redis has it, fsynced), and the same micro-batches: while one round
+trip is under way, heartbeats queue up and leave together in the next. It has nothing of what the
+gateway does beyond that (access, limits, a bound of the buffer, a ledger, a spool, shards,
+metrics). All of a round trip goes into one entry of one stream, which is the cheapest there is.
 """
 
 from __future__ import annotations

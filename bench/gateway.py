@@ -1,11 +1,11 @@
-"""The gateway's speed, held against references in one run: `make bench-gateway`.
+"""The gateway's speed, compared with references in one run: `make bench-gateway`.
 
     make bench-gateway                           medians of 5, 25 minutes
     make bench-gateway ARGS="--runs 3 --quick"   shorter, without the lake of 100 million rows
     make bench-gateway ARGS="--only post"        some of the rows
 
-Belongs here: which figures make up the table, and what they must reach. Ours and the reference
-take turns (ours, reference, ours, ...), since a machine has better and worse minutes.
+The figures of the table and their targets. Ours and the reference take turns (ours, reference,
+ours, ...), since a machine has better and worse minutes.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def _memory(served: Served, buffer: Buffer) -> Iterator[list[float]]:
 
 
 def _prove(buffer: Buffer, before: int, answered: int) -> None:
-    """What was answered with 2xx was appended (a few more: the end of a load cuts answers off)."""
+    """Verify that what was answered with 2xx was appended (or more: answers may be cut off)."""
     appended = buffer.appended() - before
     if appended < answered:
         raise load.FailedLoadError(
@@ -256,11 +256,11 @@ def _prove(buffer: Buffer, before: int, answered: int) -> None:
 
 
 def get(bench: Bench) -> Iterator[Row]:
-    """GETs of lakes of several sizes, one client, one question after the other."""
+    """GETs of lakes of several sizes, one client, one query after the other."""
     sizes = [MILLION, 10 * MILLION] + ([] if bench.quick else [100 * MILLION])
     count = 100 if bench.quick else 500
     hours: list[list[float]] = []
-    # the same users in each lake: what has to be the same is a question's cost, and questions about
+    # the same users in each lake: what has to be the same is a query's cost, and queries about
     # twelve users find their pages in the processor's cache whatever the lake
     same: dict[int, list[list[float]]] = {size: [] for size in sizes}
     few = lakes.users_of(sizes[0])

@@ -1,7 +1,6 @@
-"""Serve a bench app as the gateway is served: `python -m bench.host MODULE PORT [proxied]`.
+"""Serves a bench app as the gateway is served: `python -m bench.host MODULE PORT [proxied]`.
 
-Belongs here: uvicorn's settings, the same as in hb_assets/gateway/server.py. Doesn't belong here:
-the apps.
+uvicorn's settings are the same as in hb_assets/gateway/server.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Lakes of any size, made fast and the same every time, and kept.
+"""Lakes of any size, made fast and the same every time, and kept for the next run.
 
-Belongs here: consolidated files to ask questions of, and raw fragments to consolidate, written by
-the lake's own writers. Doesn't belong here: which rows come in, and when (`traffic`).
+Consolidated files to query, and raw fragments to consolidate, written by the lake's own writers.
 
 All rows are of one day. In consolidated files each user has a reading a second: whatever a lake has
-more of lies in the files that a question has to read. More days would only be more folders.
+more of lies in the files that a query has to read. More days would only be more folders.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A consolidated day laid out in several ways: what it weighs, and what questions cost.
+"""A consolidated day laid out in several ways: file size, and the cost of queries.
 
-Belongs here: row groups, encodings and compression to choose from, and what they are judged by.
-Doesn't belong here: the choice (`hb_assets/lake/storage/parquet.py`).
+Row groups, encodings and compression to compare. The layout that is in use is in
+hb_assets/lake/storage/parquet.py.
 
-Each way is asked by our own reader and by DuckDB, which has a day's file to itself as any user's
-notebook would.
+Each layout is queried by our own reader and by DuckDB, which has a day's file to itself as any
+user's notebook would.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _CHOSEN = {
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How a file is written: what differs from the others."""
+    """A file layout: the options that differ from the others'."""
 
     row_group: int = 65_536
     page: int = 65_536
@@ -63,7 +63,7 @@ class Variant:
 
 
 def _encoded(**encodings: str) -> Variant:
-    """As chosen but for these columns; DICTIONARY isn't an encoding that can be asked for."""
+    """The encodings in use but for these columns; DICTIONARY can't be set as an encoding."""
     both = {**_CHOSEN, **encodings}
     return Variant(encodings={name: one for name, one in both.items() if one != "DICTIONARY"})
 
@@ -99,7 +99,7 @@ VARIANTS: dict[str, Variant | None] = {
 
 
 def asked(lake: str, home: str, name: str) -> Found:
-    """Write the lake's consolidated day once more, as the variant says, and ask it questions."""
+    """Write the lake's consolidated day in a variant's layout, and run queries on it."""
     settings = Settings(home=Path(home), lake=str(Path(home) / "lake"))
     again = Lake.open(settings)
     size, written = 0, 0.0
@@ -159,7 +159,7 @@ def asked(lake: str, home: str, name: str) -> Found:
 
 
 def _written(source: Path, to: Path, variant: Variant | None) -> float:
-    """Write a file anew; CPU seconds. It keeps the note, so that our reader takes it."""
+    """Rewrite a file; returns CPU seconds. It keeps the footer metadata, which our reader needs."""
     if variant is None:
         to.hardlink_to(source)
         return 0.0
@@ -188,7 +188,7 @@ def _written(source: Path, to: Path, variant: Variant | None) -> float:
 
 
 def _median(asks: list[Callable[[], None]]) -> float:
-    """Milliseconds, once each was asked before."""
+    """Median milliseconds, with each query run once before."""
     times = []
     for ask in asks:
         ask()

@@ -1,7 +1,6 @@
-"""Bodies to post, and GETs by one client.
+"""Bodies to post, and GETs by one client with the times that their answers took.
 
-Belongs here: what is sent and asked, and the times that answers to GETs took. Doesn't belong here:
-sending POSTs (`posting`), what the times are held against.
+POSTs are sent by `posting` and `pace`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ NDJSON = "application/x-ndjson"
 
 
 class FailedLoadError(Exception):
-    """The load wasn't answered as it should be, so that its figures mean nothing."""
+    """The load got wrong answers, so that its figures mean nothing."""
 
 
 def heartbeats(count: int, users: int, seed: int = 7) -> list[str]:
@@ -87,7 +86,7 @@ def _question(user: str, start: str, end: str, points: int) -> Question:
 
 
 class Client:
-    """One keep-alive connection that asks one question after the other."""
+    """One keep-alive connection that sends one query after the other."""
 
     def __init__(self, port: int, api_key: str | None) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -128,7 +127,7 @@ def percentile(times: Sequence[float], share: float) -> float:
 def asking(served: Served, rows: int) -> Iterator[None]:
     """GETs in a loop, in a process of its own, for the time of the block: each tenth a whole day.
 
-    It asks already when the block begins: its start, with all its imports, is no question.
+    It is under way when the block begins: its start, with all its imports, isn't measured.
 
     Raises:
         FailedLoadError: it ended by itself.

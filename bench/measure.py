@@ -1,7 +1,4 @@
-"""One measurement in a process of its own: seconds, CPU and memory that are nobody else's.
-
-Belongs here: starting that process, and what is read of it. Doesn't belong here: what it does.
-"""
+"""Measures a function in a process of its own: seconds, CPU time and memory of nothing else."""
 
 from __future__ import annotations
 
@@ -25,12 +22,12 @@ Found: TypeAlias = Mapping[str, float | list[float]]
 
 
 class FailedMeasurementError(Exception):
-    """It didn't do what was to be measured, so that its figures mean nothing."""
+    """The function failed at what was to be measured, so that its figures mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a function cost: by the clock, user and system time, peak resident memory.
+    """The cost of a function: wall-clock, user and system time, peak resident memory.
 
     Where it started processes, their CPU time counts too, and the largest one's memory. `found` is
     what it returned.

@@ -1,10 +1,9 @@
-"""What the parts of a consolidation cost, and both sorts of a merge, on the fragments of one shard.
+"""CPU cost of the parts of a consolidation, and of both sorts of a merge, on one shard's fragments.
 
     python -m bench.merging
 
 For docs/decisions/0023-merge-in-memory.md. CPU time of this process, Polars' and DuckDB's threads
-included; the best of three. Belongs here: the parts. Doesn't belong here: what the whole costs,
-held against others (`consolidating`).
+included; the best of three. The whole is compared with others in `consolidating`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The floor of a request: a bare ASGI app that reads nothing and answers as the gateway does.
 
-Belongs here: nothing else. What it reaches, no application on this server can exceed.
+No application on this server can be faster.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""POST batches at a fixed rate, whatever the answers take: `python -m bench.pace` is that process.
+"""Posts batches at a fixed rate, however long the answers take: `python -m bench.pace`.
 
-Belongs here: the schedule, the connections, and what the answers said. Doesn't belong here: loads
-that go as fast as they can (`load`).
+Loads that go as fast as they can are in `posting`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _PATH = "/metrics/heart-rate/batch"
 
 @dataclass(slots=True)
 class Paced:
-    """What became of the schedule.
+    """The outcome of a schedule of posts.
 
     `accepted` heartbeats, of which the last was answered after `seconds`; `answers_ms` counts from
     when each batch was due, and `behind_ms` is how late the latest one was sent.

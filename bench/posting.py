@@ -1,9 +1,9 @@
-"""POST as clients do, over a number of connections, each as soon as it has its answer.
+"""Posts as real clients do, over a number of connections, each as soon as it has its answer.
 
 No two heads are alike. Each request has a `traceparent` of its own (W3C Trace Context); every other
 connection sends head and body in two segments, as http.client does; every tenth request opens a
 connection anew; behind a proxy each request comes for another client. Loads at a fixed rate are
-`pace`'s.
+in `pace`.
 """
 
 from __future__ import annotations

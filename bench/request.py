@@ -1,10 +1,9 @@
 """CPU time of one request, without sockets: `python -m bench.request`.
 
-Belongs here: the way of a single POST from the bytes of its connection to the bytes of its answer,
-through the whole gateway to a real Redis and back, against a no-op app on uvicorn's protocol.
-Doesn't belong here: requests per second (`gateway`), in which kernel, network, load and Redis have
-their share. CPU time is what a noisy machine disturbs least, and the best of many short runs less
-than their median.
+A single POST from the bytes of its connection to the bytes of its answer, through the whole gateway
+to a real Redis and back, against a no-op app on uvicorn's protocol. `gateway` measures requests per
+second, in which kernel, network, load and Redis have their share. CPU time is what a noisy machine
+disturbs least, and the best of many short runs less than their median.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""One run of `make bench`: how much of everything, and where.
-
-Belongs here: what the parts of the table have in common. Doesn't belong here: any figure.
-"""
+"""Parameters that the parts of one run of `make bench` share."""
 
 from __future__ import annotations
 

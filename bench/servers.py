@@ -1,7 +1,4 @@
-"""Start what is measured, and end it: buffers, gateways, the apps beside them.
-
-Belongs here: processes, ports, folders and environments. Doesn't belong here: load, figures.
-"""
+"""Starts and ends the servers that are measured: buffers, gateways, the apps beside them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A day of steady traffic, simulated: consolidated whenever it is due, with a clock of its own.
+"""A simulated day of steady traffic, consolidated whenever it is due, with a clock of its own.
 
-Belongs here: the day, its clock, and how many rows were written for it. Doesn't belong here: when a
-day is due (`lake.compaction.policy`), and who asks (the sensor does, every few seconds).
+It counts the rows that were written for it. `lake.compaction.policy` decides when it is due; what
+the sensor does every few seconds is simulated here.
 """
 
 from __future__ import annotations

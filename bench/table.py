@@ -1,7 +1,4 @@
-"""What came out: rows with their figures, ways beside each other, the machine, how all is shown.
-
-Belongs here: medians, ratios, whether a target was reached. Doesn't belong here: measuring.
-"""
+"""The results of a bench: rows with their figures, medians, ratios and targets, and the machine."""
 
 from __future__ import annotations
 
@@ -149,7 +146,7 @@ class Study:
 
 @dataclass(slots=True)
 class Report:
-    """All that came out of one run, the machine, and notes on what the figures mean."""
+    """The results of one run, the machine, and remarks on what the figures mean."""
 
     machine: list[str]
     notes: list[str]
@@ -157,7 +154,7 @@ class Report:
     beside: list[Ways | Study] = field(default_factory=list)
 
     def add(self, one: Row | Ways | Study | str) -> None:
-        """Put it where it is shown; a text is a note."""
+        """Add a row, a table or a remark (a text)."""
         if isinstance(one, Row):
             self.rows.append(one)
         elif isinstance(one, str):
@@ -193,7 +190,7 @@ class Report:
         )
 
     def show(self, console: Console) -> None:
-        """Print machine, table (Markdown, so that it can be kept as it is) and notes."""
+        """Print machine, table (Markdown, so that it can be kept as it is) and remarks."""
         console.print("\n".join(self.machine), highlight=False)
         table = Table(box=box.MARKDOWN)
         for name in ("what", "ours", "reference", "ratio", "must reach", "reached"):

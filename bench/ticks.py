@@ -1,8 +1,7 @@
-"""Ticks of the drain sensor without Dagster's daemon: `python -m bench.ticks HB_HOME REDIS_URL`.
+"""Runs the drain sensor without Dagster's daemon: `python -m bench.ticks HB_HOME REDIS_URL`.
 
-Belongs here: calling the sensor's function when the daemon would: on a grid of five seconds, each
-tick when the one before is done. Doesn't belong here: what a tick does, and what the daemon adds
-(`control_room`).
+The sensor's function is called when the daemon would: on a grid of five seconds, each tick when the
+one before is done. What the daemon adds is measured in `control_room`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Traffic: a day of heartbeats as they come in, any number of them, the same every time.
+"""Traffic generator: a day of heartbeats as they come in, of any size, the same every time.
 
-Belongs here: who sends how much, in which order it arrives, and what comes twice, is corrected or
-comes late. Doesn't belong here: where it is put (`lakes` makes fragments of it, `backlogs` fills a
-buffer).
+Who sends how much, in which order it arrives, and what comes twice, is corrected or comes late.
+`lakes` makes fragments of it, `backlogs` fills a buffer.
 
 A reading about every nine seconds of each user, so that a larger day has more users and not busier
 ones. Of all rows 5 % repeat another row and 1 % correct one; 2 % come late, up to six hours. Rows

@@ -1,12 +1,12 @@
-"""Ways to make one deduplicated, sorted file of a day's raw fragments: ours, the floor, and others.
+"""Implementations that consolidate a day of raw fragments into one file: ours, the floor, others.
 
-Belongs here: one function for each way, to be measured in a process of its own. All of them take
-the lake's folder and a folder for what they make, and say how many rows and bytes that has. Doesn't
-belong here: which ways are compared, and what for (`consolidating`).
+One function each, to be measured in a process of its own. All of them take the lake's folder and a
+folder for what they make, and return how many rows and bytes that has. `consolidating` compares
+them.
 
-Where a way gets cheaper by leaving out what it could do, it does: the others keep the survivor's
-reading and not its arrival, without which no later fragment could be merged in, check nothing, sync
-nothing, and take the whole day's memory if they can get it.
+Where an alternative gets cheaper by leaving out what it could do, it does: the others keep the
+survivor's reading and not its arrival, without which no later fragment could be merged in, check
+nothing, sync nothing, and take the whole day's memory if they can get it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The whole way, under load: POST, gateway, Redis, drain, lake, all on this machine.
+"""End-to-end load test: POST, gateway, Redis, drain and lake, all on this machine.
 
-Belongs here: the processes of that run, the buffer's depth meanwhile, what is in the lake at the
-end and how long each heartbeat took there. Doesn't belong here: the load (`pace`).
+The processes of that run, the buffer's depth meanwhile, what is in the lake at the end and how long
+each heartbeat took there. The load itself is in `pace`.
 
 A heartbeat is queryable when its fragment has its name: readers list those. Its way there is from
 its entry's id, which is Redis' time when it was appended and before it was answered with 200, to

@@ -1,7 +1,6 @@
 """`make chaos`: one run, from an empty HB_HOME to the verdict.
 
-Belongs here: options, the order of the phases, their share of the time. Doesn't belong here: what
-happens in a phase (`director`).
+Options, the order of the phases, and their share of the time:
 
     1. bare    server, gateways, drainers and consolidators, killed at named points and at random
     2. hb up   the same HB_HOME under its supervisor, Dagster included; members killed at random

@@ -1,7 +1,4 @@
-"""The embedded server as a process of the harness: killed, paused, its append-only file cut.
-
-Belongs here: what happens to the server and to its file. Doesn't belong here: when (`director`).
-"""
+"""The embedded server as a process of the harness: killed, paused, its append-only file cut."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The checker: what was acknowledged, held against what lies in the lake.
+"""The checker: compares what was acknowledged with what lies in the lake.
 
-Belongs here: a few queries of plain DuckDB over the lake's Parquet files, for a reader to follow
-line by line; nothing of hb_assets is used. Doesn't belong here: what the system says of itself (`hb
-audit`, the ledgers).
+A few queries of plain DuckDB over the lake's Parquet files, for a reader to follow line by line;
+nothing of hb_assets is used, nor what the system says of itself (`hb audit`, the ledgers).
 
     writes   every heartbeat that was sent: key, value, client, sequence, acknowledged, unsure
     found    every row of the lake: the consolidated files, and of a (day, shard) that has none yet
@@ -25,7 +24,7 @@ from chaos.load import Sent
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the lake holds of what was acknowledged.
+    """Counts of what the lake holds of what was acknowledged.
 
     `acknowledged` heartbeats have `keys` distinct keys, of which `found` lie in the lake and
     `missing` don't; `twice` keys have more than one row. Of `ordered` keys it is certain which

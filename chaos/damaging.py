@@ -1,8 +1,8 @@
-"""The operator of a disk that flips bits: damages a fragment, and resolves it by `hb damaged`.
+"""An operator on a disk that flips bits: damages a fragment, and resolves it by `hb damaged`.
 
 `python -m chaos.victim damaging` does this once: copies a raw fragment, flips a bit of it in place,
-has `hb consolidate` set it aside, gives its heartbeats up every other time, and puts the copy back.
-A copy that an earlier one, which was killed, left behind is put back first.
+has `hb consolidate` set it aside, accepts its loss every other time, and puts the copy back. A copy
+that an earlier one, which was killed, left behind is put back first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The director: which fault comes next, in the bare phase and under `hb up`.
+"""The director: chooses which fault comes next, in the bare phase and under `hb up`.
 
-Belongs here: the processes of each phase, and the choice of faults out of one seeded source of
-chance. Doesn't belong here: how a fault is done (`members`, `buffer_server`, `proxy`).
+It runs the processes of each phase, and chooses faults from one seeded source of randomness.
+`members`, `buffer_server` and `proxy` inject them.
 """
 
 from __future__ import annotations

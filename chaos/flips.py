@@ -1,8 +1,8 @@
-"""`python -m chaos.flips --count 1000`: damages files of a lake, one at a time, and asks.
+"""Damages files of a lake, one at a time, and queries it: `python -m chaos.flips --count 1000`.
 
-Each time one bit of one file is flipped, or its end is cut off, and a question is put that the file
+Each time one bit of one file is flipped, or its end is cut off, and a query is made that the file
 may matter for: to a new process, or to one that has just read the file. Half of the bits lie in
-bytes that the question reads. The answer has to be right, or has to say that something is wrong. At
+bytes that the query reads. The answer has to be right, or has to say that something is wrong. At
 the end some are asked again with every verification turned off, to see what it is good for.
 
 New processes are forks of one that has loaded everything and read nothing: libraries start threads
@@ -114,7 +114,7 @@ class Damage:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of damages: outcomes by kind and place, and a line for each that isn't good."""
+    """Outcomes of damages by kind and place, and a line for each that isn't good."""
 
     counts: Counter[tuple[str, str, Outcome]] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
@@ -126,7 +126,7 @@ class Tally:
             self.bad.append(f"{outcome} {trace}: {damage}")
 
     def of(self, *outcomes: Outcome) -> int:
-        """How many came to one of these."""
+        """The number of damages with one of these outcomes."""
         return sum(count for (*_, found), count in self.counts.items() if found in outcomes)
 
     def plus(self, other: Tally) -> Tally:
@@ -194,7 +194,7 @@ def _bytes_read(path: Path, way: str) -> Sequence[int]:
 
 
 def in_fork(work: Callable[[], Answer]) -> Answer:
-    """What it comes to in a fork of this process; a fork that dies has told.
+    """Run `work` in a fork of this process; returns its result, or how the fork died.
 
     Raises:
         TimeoutError: it came to nothing in time.
@@ -322,7 +322,7 @@ class Worker:
         self._gateway.end()
 
     def outcome(self, damage: Damage) -> tuple[Outcome, str]:
-        """What comes of a damage, and the trace of an error that nobody foresaw."""
+        """The outcome of a damage, and the trace of an unexpected error."""
         key = damage.way, damage.asked.heeded_by(damage.way)
         if key not in self._expected:
             self._expected[key] = self._answer(damage, None)
@@ -401,7 +401,7 @@ def _asked_by_stdin() -> None:
 
 @contextlib.contextmanager
 def unverified() -> Iterator[None]:
-    """Turn every verification off, as if nobody had thought of it."""
+    """Turn every verification off, as the control of the experiment."""
     plain, read = pq.ParquetFile, checksummed_json.read
 
     def unchecked(*arguments: Any, **named: Any) -> Any:

@@ -1,8 +1,5 @@
 """The load: clients that send heartbeats over HTTP and remember what was answered with 2xx.
 
-Belongs here: which heartbeat is which, sending, and the memory of acknowledgements. Doesn't belong
-here: faults, and the verdict (`checker`).
-
 Heartbeat number `sequence` of a client is a pure function of (client, sequence), so that two bits a
 heartbeat are all that has to be remembered of millions. Of 20 in a row 16 are new keys; the others
 write a key anew: one a few places later in the same batch, one 1000 and one 2000 places later with

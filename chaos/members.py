@@ -1,7 +1,6 @@
-"""Members of the bare phase: `hb` processes that are started again whenever they end.
+"""`hb` processes of the bare phase, which are started again whenever they end.
 
-Belongs here: one process with its fate, and the account of how it ended. Doesn't belong here:
-which fate (`director`).
+Each counts what happened to it and how it ended. `director` chooses its faults.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ Faults = Counter[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What is to happen to a process at a point, at its `hit`-th call there."""
+    """The fault to inject into a process at a point, at its `hit`-th call there."""
 
     point: Point
     hit: int

@@ -1,9 +1,9 @@
-"""Named points: the moments at which a process is killed or paused.
+"""The catalogue of named points: the moments at which a process is killed or paused.
 
-Belongs here: the one catalogue, which the harness and hb_assets_tests both use. Doesn't belong
-here: how a process is made to stop there (`victim`). Production code knows nothing of it: a point
-is a moment before or after a call of a function that is there anyway, named `module:attribute`. A
-function that is renamed takes its point along, or hb_assets_tests/test_kills.py fails.
+The harness and hb_assets_tests both use it; `victim` makes a process stop there. Production code
+knows nothing of it: a point is a moment before or after a call of a function that is there anyway,
+named `module:attribute`. A function that is renamed takes its point along, or
+hb_assets_tests/test_kills.py fails.
 """
 
 from __future__ import annotations

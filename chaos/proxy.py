@@ -1,7 +1,7 @@
 """A TCP proxy on the loopback that loses answers.
 
-Belongs here: passing bytes on, dropping a connection between request and answer, and holding all
-answers back. Doesn't belong here: when that happens (`director`).
+It passes bytes on, drops a connection between request and answer, and holds all answers back.
+`director` says when.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""The report: what was done to the system, and what came of it.
-
-Belongs here: figures of a run, their table, and whether they are good. Doesn't belong here: how
-they were come by.
-"""
+"""The report of a run: the faults that were injected, the outcome, and whether it is good."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A small lake with every kind of file, and what can be asked of it.
+"""A small lake with every kind of file, and the queries and commands that can be run on it.
 
 Three days of a few users in two shards: one consolidated, where a batch was delivered twice, with
 late rows waiting; one pruned; one half raw. Records lie in quarantine, two of them released; a user
-was forgotten, and more came of them. Each question is put by the functions that commands, assets
-and the gateway use, and its answer is plain data, to be held against that of an undamaged lake.
+was forgotten, and more came of them. Each query is made by the functions that commands, assets and
+the gateway use, and its answer is plain data, to be compared with that of an undamaged lake.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Items = frozenset[Hashable]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a question was answered with, and whether it was told that something is wrong.
+    """The answer to a query, and whether it says that something is wrong.
 
     `items` are points, rows or counts. `trace` says that an error came that nobody foresaw.
     """
@@ -158,7 +158,7 @@ def _deliver(lake: Lake, settings: Settings, seq: int, lines: Sequence[bytes]) -
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is asked about: a day and a shard, and a user of that shard."""
+    """The subject of a query: a day and a shard, and a user of that shard."""
 
     day: dt.date
     shard: int
@@ -166,7 +166,7 @@ class Asked:
 
     @classmethod
     def near(cls, chance: random.Random, path: Path) -> Asked:
-        """Something that a file may matter for."""
+        """A subject that a file may matter for."""
         day, shard = layout.place_of(path) or (chance.choice(DAYS), chance.randrange(SHARDS))
         if layout.TOMBSTONES in path.parts or path.name == "lake.json":
             return cls(day, shard_of(FORGOTTEN, SHARDS), FORGOTTEN)
@@ -218,7 +218,7 @@ def _trace(error: BaseException | None, stderr: str) -> str:
 
 
 def in_process(settings: Settings, asked: Asked) -> Answer:
-    """The same question, put to the lake as readers of a gateway do."""
+    """The same query, put to the lake as readers of a gateway do."""
     lake = Lake.open(settings)
     start, end = days.start_ms(DAYS[0]), days.end_ms(RAW)
     page = query.answer(lake, Question(asked.user, start, end, granularity="1s"), settings)

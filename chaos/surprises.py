@@ -1,7 +1,6 @@
-"""Surprises: errors and ends that no fault explains.
+"""Finds errors and process ends that no injected fault explains.
 
-Belongs here: which exit codes and which lines of logs are foreseen. Doesn't belong here: faults
-(`director`), and what became of heartbeats (`checker`).
+It lists which exit codes and which lines of logs are expected.
 """
 
 from __future__ import annotations

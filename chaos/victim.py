@@ -1,8 +1,7 @@
-"""The launcher: `python -m chaos.victim <hb arguments>`, an `hb` that meets its fate at a point.
+"""The launcher of victims: `python -m chaos.victim <hb arguments>` is an `hb` that dies at a point.
 
-Belongs here: wrapping the function of a point, and a clock that jumps. Doesn't belong here: which
-point and when (`director`, tests). What is to happen stands in the environment, so that a process
-has the very command line that it has in production:
+It wraps the function of a point, or makes the clock jump. What is to happen is in the environment,
+so that a process has the very command line that it has in production:
 
     CHAOS_POINT    key of a point, such as `drain/before acknowledge`; none: nothing is wrapped
     CHAOS_HIT      at its how many-th hit (default 1)

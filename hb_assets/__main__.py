@@ -1,7 +1,6 @@
-"""The command `hb`, and `python -m hb_assets`.
+"""Entry point of the command `hb`, and of `python -m hb_assets`.
 
-Belongs here: what has to be there before anything heavy is imported. Doesn't belong here: commands
-(`cli`).
+What has to happen before anything heavy is imported is done here; the commands are in `cli`.
 """
 
 from __future__ import annotations

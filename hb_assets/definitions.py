@@ -1,6 +1,6 @@
-"""What Dagster loads. Nothing happens until it asks.
+"""The definitions that Dagster loads, assembled from the parts in `defs`.
 
-Belongs here: putting the pieces of `defs` together. Doesn't belong here: the pieces.
+Nothing is opened or read until Dagster asks for them.
 """
 
 from __future__ import annotations

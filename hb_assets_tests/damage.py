@@ -1,4 +1,4 @@
-"""A small installation, ways to damage it, and what people see of it wherever they look."""
+"""A small installation, ways to damage it, and what every command and endpoint shows of that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A decoder of suspects that does what an entry says: `python -m hb_assets_tests.dying_decoder`.
+"""A decoder of suspects that fails as an entry says: `python -m hb_assets_tests.dying_decoder`.
 
 It is what `lake.ingest.isolation` starts, but for the decoding of entries with one of these words
 in them.

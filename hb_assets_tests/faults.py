@@ -1,7 +1,6 @@
-"""Faults of storage: system calls on chosen files that fail, as they do on a full or broken disk.
+"""Storage faults: system calls on chosen files that fail, as they do on a full or broken disk.
 
-Belongs here: the layer that makes them fail, inside this process. Doesn't belong here: what ought
-to happen then (the tests). The lake's writers get at the system through `os` and `io.open` alone.
+They fail inside this process; the lake's writers use the system through `os` and `io.open` alone.
 """
 
 from __future__ import annotations

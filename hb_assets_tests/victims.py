@@ -1,4 +1,4 @@
-"""Real `hb` processes that meet their fate at a named point (chaos.points), for tests.
+"""Real `hb` processes that are killed or paused at a named point (chaos.points), for tests.
 
 A forkserver imports the libraries that `hb` needs once, which takes most of the time of a short
 command. Our own modules are imported by each process, so that a point is armed before that.

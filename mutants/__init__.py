@@ -1,4 +1,4 @@
-"""Mutants: lines of the code changed one at a time, each with the test that must notice.
+"""Mutation tests: lines of the code changed one at a time, each with the test that must fail.
 
     make mutants                 all of them, ten minutes
     make mutants ARGS=--short    a quarter of them, another one each day, as in CI

@@ -1,4 +1,4 @@
-"""Tests of a copy of the tree, run by processes that begin with what tests import.
+"""Runs tests of a copy of the tree, in processes that start with what tests import.
 
 A forkserver imports it once: that takes most of a short test's time.
 """

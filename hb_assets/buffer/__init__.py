@@ -1,5 +1,5 @@
-"""The buffer: Redis Streams by shard, between whoever sends heartbeats and the drain.
+"""Redis Streams, one a shard, that buffer heartbeats between producers and the drain.
 
-Belongs here: everything that talks to Redis, and the embedded server. Doesn't belong here: what a
-heartbeat is (`record`), decoding and files (`lake/`).
+Everything that talks to Redis is in this package, and the embedded server. It knows nothing of
+files; decoding is in `lake.ingest`.
 """

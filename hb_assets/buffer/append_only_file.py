@@ -1,7 +1,7 @@
-"""The server's own log of what was appended: its append-only file.
+"""Rewriting the server's append-only file, and searching the buffer for a text.
 
-Belongs here: having it written anew, so that what was deleted is gone from it too, and looking for
-a text in what is still buffered. Doesn't belong here: how durable the log is (`durability`).
+A rewrite removes what was deleted from the keys from the log on disk as well, which is what
+forgetting a user needs. How durable the log is, is checked in `durability`.
 """
 
 from __future__ import annotations

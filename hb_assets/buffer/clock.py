@@ -1,7 +1,6 @@
-"""Redis' clock, as a producer knows it: the one that says when a heartbeat arrives.
+"""Redis' clock as a producer knows it, which decides when a heartbeat arrives.
 
-Belongs here: carrying on what the server told last, and how far this machine's clock is from it.
-Doesn't belong here: what lies too far in the future (`record`).
+The time is carried on from what the server told last, and compared with this machine's clock.
 
 The drain judges a timestamp by the entry's id, which is Redis' clock. Whoever accepts heartbeats
 has to judge by the same one, or would answer 2xx for what ends in quarantine (docs/decisions/0010).
@@ -20,7 +19,7 @@ _TOLERATED_MS = 60_000
 
 
 class ServerClock:
-    """Redis' clock by what it told last and the time that passed since; ours until it told.
+    """Redis' clock, by what it told last and the time that passed since; ours until then.
 
     It is never ahead of the server's, unless that was set back since it was last heard: every
     append's answer tells it anew.
@@ -30,11 +29,11 @@ class ServerClock:
         self._offset_ms: int | None = None
 
     def hear(self, server_ms: int) -> None:
-        """Take in what the server's clock said just now, epoch milliseconds."""
+        """Set the clock to what the server's said just now, epoch milliseconds."""
         self._offset_ms = server_ms - _monotonic_ms()
 
     def ask(self, client: Client) -> None:
-        """Ask the server. Raises BufferUnavailableError."""
+        """Set the clock by asking the server. Raises BufferUnavailableError."""
         try:
             seconds, micros = client.time()
         except (failures.RedisError, OSError) as error:

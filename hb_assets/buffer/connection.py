@@ -1,7 +1,6 @@
-"""Connections to Redis, and what their failures mean.
+"""Connections to Redis, made from settings, and readable errors for the ways in which they fail.
 
-Belongs here: clients out of settings, addresses without passwords, one clear line for each way that
-Redis can fail us. Doesn't belong here: commands (`roundtrip` and its callers), the embedded server.
+Addresses in messages have no passwords. Commands are sent by `roundtrip` and its callers.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ waits gets an answer within HB_REDIS_TIMEOUT and a bit."""
 
 
 class UnfitError(failures.RedisError):
-    """A connection was refused by us, not by Redis; the message is one for users."""
+    """A connection that we refuse to use; the message is one for users."""
 
 
 def connect(settings: Settings) -> Client:
@@ -89,7 +88,7 @@ def unavailable(
 
 
 def is_wrong_type(error: _Failure) -> bool:
-    """Whether something else lies at a key: that concerns one shard, not the server."""
+    """Whether the error says that a key has another type: one shard's fault, not the server's."""
     return _bare(error).startswith("WRONGTYPE")
 
 

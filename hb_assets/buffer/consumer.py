@@ -1,7 +1,7 @@
-"""Reading the buffer: claim, and acknowledge what is durable.
+"""Consumer of the buffer: claims entries, and acknowledges those that are durable in the lake.
 
-Belongs here: the consumer group, who owns which entry, taking over from the dead. Doesn't belong
-here: decoding and files (`lake/`), budgets of time and the loop around it (`drain`).
+It manages the consumer group, knows who owns which entry, and takes over from dead consumers. The
+loop around it and its budgets of time are in `pipeline.drain`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 _STEP_ENTRIES = 2048
-"""Most entries that one read asks for, whatever their size so far lets hope."""
+"""Most entries that one read asks for, however small they are."""
 _FIRST_STEP_ENTRIES = 256
-"""As many at first, while nothing is known of their size; each further read asks for more."""
+"""Entries of the first read, before their size is known; each further read asks for more."""
 _STEP_GROWTH = 4
 _MOST_ENTRIES = 50_000
 """Entries of one claim: with one heartbeat each, a larger one would be at Redis for seconds."""
@@ -43,15 +43,15 @@ _ENTRY_BYTES = 64 * 1024
 _PAGE = 100
 _ACKNOWLEDGE_ENTRIES = 2000
 _BEAT_SECONDS = 5.0
-"""An idle drain beats this often at least, and four times within HB_HEALTH_DRAIN_AGE."""
-"""Start times of one process, where they are reckoned from the clock, may differ by this much."""
+"""An idle drain sets its liveness timestamp this often at least, and four times within
+HB_HEALTH_DRAIN_AGE."""
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
     """One claimed stream entry; made in a tenth of a dataclass's time, since there are many.
 
     `data` is None when the entry lacks the field; `own` is its field `n`: the heartbeats that our
-    append counted, None for a foreign entry; `deliveries` counts this one too.
+    append counted, None for an external entry; `deliveries` counts this one too.
     """
 
     shard: int
@@ -127,7 +127,7 @@ class Consumer:
     def claim(
         self, max_rows: int, max_bytes: int, shards: Iterable[int] | None = None
     ) -> list[Entry]:
-        """Entries to work on: first those that the dead or a failed cycle left, then new ones.
+        """Claim entries: first what a dead consumer or a failed cycle left, then new ones.
 
         All that an earlier claim returned and that was not acknowledged is returned again. A shard
         where something else lies at a key is left out (`unusable`), and looked at again later.
@@ -154,7 +154,7 @@ class Consumer:
         return self._without_unusable(self._turns(shards), claim)
 
     def claim_ahead(self, max_rows: int, max_bytes: int) -> list[Entry]:
-        """New entries alone, while entries of an earlier claim aren't acknowledged yet.
+        """Claim only new entries, while those of an earlier claim aren't acknowledged yet.
 
         Bounds, errors and `ended` as with `claim`.
         """
@@ -162,7 +162,7 @@ class Consumer:
         return self.claim_more()
 
     def claim_more(self) -> list[Entry]:
-        """New entries that still fit into the bounds of the last claim; together they are one.
+        """Claim new entries that still fit into the bounds of the last claim, as a part of it.
 
         Errors and `ended` as with `claim`.
         """
@@ -180,7 +180,7 @@ class Consumer:
         return turns[first:] + turns[:first]
 
     def _take(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Those that fit into the bounds; the next claim of new ones begins with the others."""
+        """The entries that fit into the bounds; the next claim of new ones begins with the rest."""
         taken = self._budget.take(entries)
         self.ended = self._budget.ended
         self._surplus += entries[len(taken) :]
@@ -222,9 +222,9 @@ class Consumer:
             return sum(reply for reply in error.replies if isinstance(reply, int))
 
     def beat(self, counts: Mapping[str, int] | None = None) -> None:
-        """Let others know that what was claimed of all shards is done with, and count it.
+        """Set the shards' liveness timestamps, now that what was claimed is done, and count it.
 
-        Without counts at most once in a while. Never raises: work doesn't wait for being seen.
+        Without counts at most once in a while. Never raises: this must not hold up the work.
         """
         if not counts and time.monotonic() < self._next_beat:
             return
@@ -254,7 +254,7 @@ class Consumer:
         return all(not entries and not pending for entries, _, pending, *_ in states)
 
     def close(self) -> None:
-        """Take this consumer's name off the groups where it has nothing pending."""
+        """Delete this consumer from the groups where it has nothing pending."""
         _open.pop(self.name, None)
         try:
             listed = exchange(self._client, [_list_consumers(shard) for shard in self._shards])
@@ -276,7 +276,7 @@ class Consumer:
     def _without_unusable(
         self, shards: Sequence[int], work: Callable[[Sequence[int]], _Result]
     ) -> _Result:
-        """Do something to these shards; one that proves unusable doesn't hinder the rest."""
+        """Run `work` on these shards; one that proves unusable doesn't hinder the rest."""
         while True:
             try:
                 return work([shard for shard in shards if shard not in self.unusable])
@@ -480,7 +480,7 @@ class _Budget:
         return max(1, step)
 
     def take(self, entries: Sequence[Entry]) -> list[Entry]:
-        """The first ones that fit."""
+        """The first of the entries that fit."""
         for number, entry in enumerate(entries):
             own, size = entry.own, entry.size
             rows = entry.rows if own is None else own
@@ -509,7 +509,7 @@ class _Budget:
 def _acknowledgements(
     lots: Mapping[tuple[int, int, int, int], Sequence[bytes]],
 ) -> Iterator[tuple[int, list[bytes | int]]]:
-    """Shards, each with as many lots (without their shard) as one call may take."""
+    """Lots grouped by shard into calls, each with as many lots as one call may take."""
     arguments: list[bytes | int] = []
     shard, room = -1, 0
     for (of, *alike), ids in sorted(lots.items()):
@@ -582,7 +582,7 @@ def _new_name() -> str:
 
 
 def _is_dead(name: str) -> bool:
-    """Whether the name says that it was a process of this host, and that process is gone."""
+    """Whether the name is that of a process of this host which is gone."""
     host, *rest = name.rsplit(":", 3)
     if len(rest) != 3 or host != _host() or not rest[0].isdigit():
         return False

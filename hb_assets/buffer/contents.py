@@ -1,8 +1,4 @@
-"""Contents: what lies in the buffer, read without taking any of it.
-
-Belongs here: looking at entries, delivered or not, that nobody has acknowledged yet. Doesn't belong
-here: claiming them (`consumer`), counting them (`depth`), decoding them (`lake/`).
-"""
+"""Reading what lies in the buffer without claiming it: entries that nobody has acknowledged yet."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ _PAGE_BYTES = 2**20
 
 
 def that_may_concern(client: Client, shard: int, settings: Settings) -> list[Entry]:
-    """Entries with heartbeats of users of this shard: its own stream's, and all foreign ones.
+    """Entries that may hold heartbeats of this shard's users: its own stream's, and external ones.
 
     Our own appends go to the stream of the users' shard; another producer may use any stream.
     What is acknowledged meanwhile may be missing: read the lake after this, not before.
@@ -52,7 +48,7 @@ def that_may_concern(client: Client, shard: int, settings: Settings) -> list[Ent
                 following[one] = start.decode()
         if left < 0:
             raise BufferTooLargeError(
-                "the buffer holds more than a question may read of it "
+                "the buffer holds more than a query may read of it "
                 f"({settings.fresh_max_bytes:,} bytes, HB_FRESH_MAX_BYTES)"
             )
         starts = following

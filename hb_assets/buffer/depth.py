@@ -1,7 +1,6 @@
-"""How full the buffer is: figures for status, metrics, alarms and the audit.
+"""How full the buffer is: the state of streams and ledgers, for status, metrics, alarms and audit.
 
-Belongs here: reading the streams' and ledgers' state. Doesn't belong here: changing it, and
-reconciling it with the lake (`audit`).
+Nothing is changed here. `pipeline.audit` reconciles these figures with the lake.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ _PAGE = 200
 
 @dataclass(frozen=True, slots=True)
 class ShardDepth:
-    """One shard at one instant.
+    """State of one shard at one instant.
 
     `entries` lie in the stream, `pending` of them (and such as were deleted by hand) are claimed,
-    `undelivered` are not; `heartbeats` and `bytes` are what the ledger says is buffered (foreign
-    entries come into it when they are acknowledged); `oldest_ms` is when the oldest entry arrived;
-    `foreign` entries are more than the ledger explains, and `foreign_bytes` about the memory that
-    they take; `lost` entries, at least, were deleted before they were drained. `idle_ms` has, for
-    each consumer that has entries claimed, how long it wasn't heard of.
+    `undelivered` are not; `heartbeats` and `bytes` are what the ledger says is buffered (external
+    entries enter it when they are acknowledged); `oldest_ms` is when the oldest entry arrived;
+    `foreign` entries of external producers aren't in the ledger; `foreign_bytes`: about the memory
+    that they take; at least `lost` entries were deleted before they were drained. `idle_ms` has,
+    for each consumer that has entries claimed, how long it wasn't heard of.
     """
 
     shard: int
@@ -74,7 +73,7 @@ def depths(client: Client, settings: Settings) -> Depths:
 def scanned(client: Client, settings: Settings) -> dict[int, int]:
     """Heartbeats in each stream, counted from the entries themselves (sum of their field `n`).
 
-    Entries that come or go meanwhile may be counted or not; foreign entries never are. A shard
+    Entries that come or go meanwhile may be counted or not; external entries never are. A shard
     whose stream can't be read is left out.
 
     Raises:
@@ -84,7 +83,7 @@ def scanned(client: Client, settings: Settings) -> dict[int, int]:
 
 
 def foreign_lines(client: Client, settings: Settings) -> int:
-    """Lines of the foreign entries (without `n`) that lie in the streams: no ledger has them yet.
+    """Lines of external entries (without `n`) that lie in the streams: no ledger has them yet.
 
     A stream that can't be read has none.
 
@@ -115,7 +114,7 @@ def _scan(client: Client, settings: Settings) -> dict[int, tuple[int, int]]:
 def high_water(states: Iterable[ShardDepth], settings: Settings) -> list[str]:
     """One line for each shard that is fuller than HB_BUFFER_HIGH_WATER allows.
 
-    The ledger doesn't know foreign entries before they are acknowledged, and nothing refuses them:
+    The ledger doesn't know external entries before they are acknowledged, and nothing refuses them:
     each counts as one heartbeat at least, and with the memory that it takes.
     """
     bound = Bound.of(settings)

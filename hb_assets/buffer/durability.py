@@ -1,12 +1,11 @@
-"""What a stored heartbeat is worth: which crashes it survives.
-
-Belongs here: the mode that HB_DURABILITY names, held against what the server is set up to do, and
-the confirmation of replicas. Doesn't belong here: the embedded server's own configuration
-(`server`), and sending what has to be confirmed (`producer`).
+"""Durability modes: checks that the server keeps what HB_DURABILITY promises.
 
     fsync        the server's append-only file was fsynced before it answered
     replicated   the same, and WAITAOF says so of HB_REPLICAS replicas, for every append
     memory       the server has it in memory
+
+The mode is compared with the server's configuration, and replicas are asked for confirmation. The
+embedded server's own configuration is in `server`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _NUDGE_MS = 100
 
 
 def require(client: Client, settings: Settings) -> None:
-    """Make sure that "stored" means what HB_DURABILITY says; call it before accepting anything.
+    """Verify that "stored" means what HB_DURABILITY says; call it before accepting anything.
 
     Mode `fsync` needs appendonly=yes, appendfsync=always and no-appendfsync-on-rewrite=no: Redis
     then answers an append only after its append-only file is on the disk. Mode `replicated` needs
@@ -64,7 +63,7 @@ def _require_configuration(client: Client, mode: str) -> None:
 
 
 def _fault(found: Mapping[Any, Any] | None, mode: str, where: str) -> str | None:
-    """What of the server's configuration breaks the mode; None is one that it doesn't tell."""
+    """How the server's configuration breaks the mode; a value is None where it doesn't tell."""
     if found is None:
         if mode == "memory":
             return None
@@ -94,9 +93,9 @@ def _fault(found: Mapping[Any, Any] | None, mode: str, where: str) -> str | None
 def verified(client: Client, settings: Settings) -> Client:
     """A client to the same server, each of whose connections is verified before its first use.
 
-    redis-py connects anew without a word when a connection breaks: to a server that was restarted
-    with another configuration, or to another one. What `require` found out about the one before
-    means nothing then. A connection that isn't as `require` wants it fails with UnfitError.
+    redis-py silently reconnects when a connection breaks: to a server that was restarted with
+    another configuration, or to another one. What `require` found out about the one before means
+    nothing then. A connection that isn't as `require` wants it fails with UnfitError.
     """
     where = address(client)
 
@@ -171,13 +170,13 @@ def _require_confirmed(client: Client, confirmation: Confirmation) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
-    """What has to confirm an append: the server's disk and the disks of `replicas`, within `ms`.
+    """What must confirm an append: the server's disk and the disks of `replicas`, within `ms`.
 
     The primary's own count is asked for, but isn't all there is: Valkey 9.1 with appendfsync
     everysec was seen to count itself before its fdatasync, which is why `require` wants `always`.
 
     WAITAOF covers the writes of its own connection, and doesn't wait inside a script or MULTI:
-    send `commands` behind the appends, in the same pipeline; the last one's reply is the word.
+    send `commands` after the appends, in the same pipeline; the last one's reply counts.
     """
 
     replicas: int
@@ -185,7 +184,7 @@ class Confirmation:
 
     @classmethod
     def of(cls, settings: Settings) -> Confirmation | None:
-        """What the mode asks for; None when the server's own answer is enough."""
+        """The confirmation that the mode needs; None when the server's own answer is enough."""
         if settings.durability != "replicated":
             return None
         # Half of the time that the client waits: the server's word has to come first.
@@ -196,9 +195,9 @@ class Confirmation:
     def commands(self) -> tuple[Command, ...]:
         """The commands to send.
 
-        A replica answers the question that a wait makes the primary ask before it has fsynced what
+        A replica answers the request that a wait makes the primary send before it has fsynced what
         it just got, and says more only at its next tick, up to a second later. When WAIT is over,
-        it has got it; the question that WAITAOF then makes the primary ask meets a synced file.
+        it has got it; the request that WAITAOF then makes the primary send meets a synced file.
         """
         return (
             ("WAIT", self.replicas, min(_NUDGE_MS, self.ms)),
@@ -206,7 +205,7 @@ class Confirmation:
         )
 
     def fault(self, reply: Any) -> str | None:
-        """What is missing by the reply of WAITAOF, or None when all have confirmed."""
+        """What the reply of WAITAOF lacks, or None when all have confirmed."""
         if isinstance(reply, Exception):
             return f"not confirmed: WAITAOF was refused ({str(reply).splitlines()[0]})"
         local, replicas = reply
@@ -229,7 +228,7 @@ class Confirmation:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What the mode in force is worth now: `fault` is what breaks its promise, in one line."""
+    """Whether the mode in force holds now: `fault` says in one line what breaks it, if anything."""
 
     mode: str
     fault: str | None = None

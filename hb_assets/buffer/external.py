@@ -1,7 +1,7 @@
-"""Entries as a producer without our library writes them: a plain XADD of the field `data`.
+"""Appending an entry as an external producer does, with a plain XADD of the field `data`.
 
-Belongs here: that one command, for samples, tests and documentation. Doesn't belong here: our own
-appends (`producer`), which know the bound and say how many heartbeats they hold.
+For samples, tests and documentation. Our own appends (`producer`) respect the buffer's bound and
+record how many heartbeats an entry holds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hb_assets.buffer.connection import Client, unavailable
 
 
 def append(client: Client, shard: int, data: bytes) -> None:
-    """Add one entry: newline-delimited JSON in `data`, without `n` and without a bound.
+    """Append one entry: newline-delimited JSON in `data`, without `n` and without a bound.
 
     Raises:
         BufferUnavailableError: Redis didn't take it.

@@ -1,14 +1,13 @@
-"""Names of the buffer's Redis keys, and what lies in them.
+"""Names of the buffer's Redis keys, and the fields that they hold.
 
-Belongs here: the layout that producers in other languages and operators rely on. Doesn't belong
-here: commands on those keys (`producer`, `consumer`, `depth`).
+Producers in other languages and operators rely on this layout:
 
     hb:{07}:stream   stream, one a shard; consumer group `hb`
     hb:{07}:ledger   hash, one a shard
     hb:{07}:lease:2025-01-15   string that expires: who consolidates that day (HB_LOCKS=redis)
     hb:{07}:limit:user:<digest>   string that expires: theoretical arrival time of a rate limit,
                                   epoch microseconds (see `rate_limit`)
-    hb:{all}:beats    hash: signs of life
+    hb:{all}:beats    hash: liveness timestamps
     hb:{all}:counts   hash: counters of work
 
 The braces are part of the name: a cluster hash tag that keeps a shard's keys together, so that one
@@ -25,12 +24,12 @@ to the shard that their user hashes to:
     redis-cli XADD 'hb:{00}:stream' '*' data \
         '{"user_id":"u1","device_id":"device_a","timestamp":"2025-01-15T10:00:00Z","heart_rate":75}'
 
-Such foreign entries aren't held to the buffer's bound, and enter the ledger when they are
-acknowledged. Never trim the streams (MAXLEN, XTRIM): that deletes what nobody has read.
+Entries of such external producers aren't held to the buffer's bound, and enter the ledger when they
+are acknowledged. Never trim the streams (MAXLEN, XTRIM): that deletes what nobody has read.
 
 Fields of a ledger, all counters that only grow:
 
-    appended            heartbeats appended (foreign ones: when they were acknowledged)
+    appended            heartbeats appended (external ones: when they were acknowledged)
     acknowledged        heartbeats that the drain has made durable and deleted from the stream
     appended_bytes      bytes of `data` that our own appends wrote
     acknowledged_bytes  the same of our own entries that were acknowledged
@@ -39,9 +38,9 @@ Fields of a ledger, all counters that only grow:
     acknowledged_entries  those of them that were acknowledged
     lost                entries that were found to be deleted while they were pending: data loss
 
-appended - acknowledged is the number of heartbeats (without foreign ones) that lie in the stream;
-the same of entries, held against XLEN, tells foreign entries (more) from lost ones (fewer). What is
-lost stays an alarm until an operator writes it off, when it has been looked into:
+appended - acknowledged is the number of heartbeats (without external ones) that lie in the stream;
+the same of entries, compared with XLEN, shows external entries (more) and lost ones (fewer). What
+is lost stays an alarm until an operator writes it off, when it has been looked into:
 
     redis-cli HDEL 'hb:{00}:ledger' lost
     redis-cli HINCRBY 'hb:{00}:ledger' acknowledged_entries <entries>
@@ -49,14 +48,14 @@ lost stays an alarm until an operator writes it off, when it has been looked int
 
 The last line makes room in the buffer's bound again; `hb audit` goes on missing the heartbeats.
 
-Fields of the beats, epoch milliseconds by Redis' clock, each when something was last alive:
+Fields of `beats`, epoch milliseconds by Redis' clock, each when something was last alive:
 
     drain:07   a drain that has looked for entries of the shard, and is done with those it found
     dagster    a tick of the buffer sensor
 
-Fields of the counts, that metrics show and nothing else relies on: rows, entries and fragments
-of drains, quarantined records by reason, what ended their claims, consolidations by outcome and the
-rows that they wrote, and how long each took (`liveness`). Both hashes may be deleted at any time.
+Fields of `counts`, which only metrics show: rows, entries and fragments of drains, quarantined
+records by reason, why drain cycles ended, consolidations by outcome and the rows that they wrote,
+and how long each took (`liveness`). Both hashes may be deleted at any time.
 
 An append raises a ledger that was set back (see `receipts`) by what it lacks, in appended and in
 acknowledged.
@@ -70,7 +69,7 @@ from functools import cache
 GROUP = "hb"
 """The consumer group that drains each stream."""
 BEATS = "hb:{all}:beats"
-"""Key of the signs of life."""
+"""Key of the liveness timestamps."""
 COUNTS = "hb:{all}:counts"
 """Key of the counters of work."""
 

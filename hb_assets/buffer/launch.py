@@ -1,9 +1,9 @@
-"""Run as a script: become the embedded server, and hold its folder's lock for as long as it lives.
+"""Script that turns into the embedded server, holding its folder's lock for as long as it lives.
 
-Belongs here: nothing but that. The lock is taken before the server's program replaces this one,
-and goes with the process, however it ends, so that two servers can never write one folder. It is a
-POSIX record lock: such a lock outlives exec, isn't handed on to the server's own children, and the
-kernel tells who holds it. Standard library only: it runs without site-packages, to start fast.
+The lock is taken before the server's program replaces this one, and goes with the process, however
+it ends, so that two servers can never write one folder. It is a POSIX record lock: such a lock
+outlives exec, isn't handed on to the server's own children, and the kernel tells who holds it.
+Standard library only: it runs without site-packages, to start fast.
 
     python -I -S launch.py LOCK SECONDS SERVER CONFIGURATION
 """

@@ -1,7 +1,7 @@
 """Leases on a (day, shard) in Redis, for consolidators on several machines.
 
-Belongs here: the lease. Doesn't belong here: lock files of one machine (`lake.storage.locks`), and
-safety: two consolidators at once lose nothing, a lease only saves their work.
+They save duplicate work and aren't needed for safety: two consolidators at once lose nothing. Lock
+files, for one machine, are in `lake.storage.locks`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SECONDS = 900
 
 
 class Leases:
-    """Call it with a day and a shard for a context manager that holds their lease."""
+    """Makes leases: call it with a day and a shard for a context manager that holds theirs."""
 
     def __init__(self, client: Client, settings: Settings) -> None:
         self._client = client

@@ -1,8 +1,8 @@
-"""Beats: signs of life and counts of work, that drains, consolidations and sensors leave in Redis.
+"""Liveness timestamps and work counters that drains, consolidations and sensors leave in Redis.
 
-Belongs here: writing and reading them, so that a gateway (or any other process, on any machine)
-knows what others do. Doesn't belong here: when a beat is too old (`vitals`), and what has to add up
-(the ledger). A count is made behind the work: a kill between the two loses it, and nothing else.
+By them a gateway (or any other process, on any machine) knows what others do. `pipeline.vitals`
+decides when a timestamp is too old. Counts are written after the work: a kill between the two
+loses the count and nothing else, so that whatever has to add up is counted in the ledger instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hb_assets.buffer.roundtrip import exchange, script
 from hb_assets.core.errors import BufferUnavailableError
 
 DAGSTER = "dagster"
-"""Beat of a sensor's tick: Dagster's daemon and code server run, and reach Redis."""
+"""Name of the timestamp of a sensor's tick: daemon and code server run, and reach Redis."""
 BOUNDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 """Upper bounds of the buckets, in seconds, that pieces of work are counted in."""
 BEYOND = "inf"
@@ -32,14 +32,14 @@ _KEYS = (keys.BEATS, keys.COUNTS)
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """What was found: `beats` by name and `now_ms` by Redis' clock, epoch milliseconds."""
+    """Liveness timestamps (`beats`) by name, and `now_ms`; epoch milliseconds of Redis' clock."""
 
     now_ms: int
     beats: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
 
     def age(self, name: str) -> float | None:
-        """Seconds since this beat; None when there was none."""
+        """Seconds since this liveness timestamp; None when there is none."""
         at = self.beats.get(name)
         return None if at is None else max(0.0, (self.now_ms - at) / 1000)
 
@@ -55,7 +55,7 @@ class Signs:
         )
 
     def labelled(self, name: str) -> dict[str, int]:
-        """The counts that `label` made of this name, by label."""
+        """Counts of this name by the value of its label."""
         prefix = label(name, "")
         return {
             count.removeprefix(prefix): number
@@ -65,17 +65,17 @@ class Signs:
 
 
 def drained(shard: int) -> str:
-    """Name of the beat of a drain that has looked at this shard."""
+    """Name of the liveness timestamp of a drain that has looked at this shard."""
     return f"drain:{shard:02d}"
 
 
 def stopped(sensor: str) -> str:
-    """Name of the beat of a tick that has seen this sensor of Dagster's stopped."""
+    """Name of the timestamp of a tick that has seen this sensor of Dagster's stopped."""
     return f"stopped:{sensor}"
 
 
 def label(name: str, value: str) -> str:
-    """The field that counts one value of a label."""
+    """Name of the field that counts one value of a label."""
     return f"{name}:{value}"
 
 
@@ -87,7 +87,7 @@ def timed(name: str, seconds: float) -> Counter[str]:
 
 
 def beat(client: Client, names: Iterable[str], counts: Mapping[str, int]) -> int:
-    """Note that `names` are alive, and add to counts; one round trip.
+    """Set the liveness timestamps `names` to now, and add to counts; one round trip.
 
     Returns:
         Redis' clock, epoch milliseconds.
@@ -104,7 +104,7 @@ def beat(client: Client, names: Iterable[str], counts: Mapping[str, int]) -> int
 
 
 def look(client: Client) -> Signs:
-    """All beats and counts at one instant.
+    """Read all liveness timestamps and counts at one instant.
 
     Raises:
         BufferUnavailableError: as `beat`.
@@ -129,7 +129,7 @@ def _call(client: Client, name: str, arguments: Iterable[str | bytes | int]) -> 
 
 
 def _numbers(pairs: list[bytes]) -> dict[str, int]:
-    """A hash's fields; what isn't a number is none of ours."""
+    """A hash's fields, without what isn't a number: we don't write such."""
     return {
         name.decode(errors="replace"): int(value)
         for name, value in zip(pairs[::2], pairs[1::2], strict=True)

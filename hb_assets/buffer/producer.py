@@ -1,8 +1,8 @@
-"""Appending to the buffer, within its bound.
+"""Producers that append heartbeats to the buffer, within its bound.
 
-Belongs here: making entries out of lines and sending them, for threads (`Producer`) and for an
-event loop (`AsyncProducer`). Doesn't belong here: what a line says (`record`), what to do when the
-buffer refuses (the gateway answers, an import waits).
+They make entries out of lines and send them, for threads (`Producer`) and for an event loop
+(`AsyncProducer`). The caller decides what to do when the buffer refuses: the gateway answers, an
+import waits.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from hb_assets.core.settings import Settings
 Lines: TypeAlias = Mapping[int, Sequence[bytes]]
 """JSON texts, each without a line end, by shard; `Joined` where they are one text already."""
 Outcomes: TypeAlias = dict[int, HbError | None]
-"""For each shard None (stored, as durably as HB_DURABILITY says) or why that isn't known."""
+"""By shard None (stored, as durably as HB_DURABILITY says) or why that isn't known."""
 
 _log = logging.getLogger(__name__)
 
 _APART_SECONDS = 0.0005
-"""How far apart round trips begin while several calls share one: a command costs as much for one
-heartbeat as for fifty. A single caller never waits for it."""
+"""Seconds between starts of round trips while several calls share one: a command costs as much for
+one heartbeat as for fifty. A single caller never waits for it."""
 _ROUND_TRIP_HEARTBEATS = 50_000
 """About how many heartbeats a micro-batch takes along; what waits behind leaves with the next."""
 
@@ -45,7 +45,7 @@ _ROUND_TRIP_HEARTBEATS = 50_000
 class Joined(Sequence[bytes]):
     """Lines that are one text already, without a line end behind the last.
 
-    Nobody takes it apart unless he looks at them one by one.
+    The text is split only when its lines are iterated over.
     """
 
     __slots__ = ("_count", "text")
@@ -237,7 +237,7 @@ class AsyncProducer:
             future.set_result(outcomes)
 
     async def _verify_anew(self, sends: Sequence[_Send]) -> dict[tuple[int, int], HbError]:
-        """What to answer for sends that found Redis set back, when it is no longer fit."""
+        """The error for sends that found Redis set back, when it isn't durable enough any more."""
         try:
             await self._client.connection_pool.disconnect()
             await self._client.ping()
@@ -250,7 +250,7 @@ class AsyncProducer:
         return {}
 
     def _sends(self, batch: list[_Call]) -> Iterator[_Send]:
-        """What to send: small calls of a shard together, a large one for itself.
+        """Group calls into sends: small calls of a shard together, a large one by itself.
 
         A call so large that it doesn't fit must not take its neighbours' heartbeats down with it.
         """
@@ -271,7 +271,7 @@ class AsyncProducer:
 
 
 def _by_send(sends: Sequence[_Send], found: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """The reply to each send, out of the one to them all, each with what confirms it."""
+    """Split the reply to all sends into one for each, with what confirms it."""
     if not sends:
         return []
     [(reply, confirmation)] = found
@@ -288,9 +288,9 @@ def _hear(replies: tuple[Any, Any], clock: ServerClock) -> None:
 def _receive(
     confirmed: _Confirmed, receipts: Receipts, client: Client | AsyncClient
 ) -> frozenset[int]:
-    """Keep the receipts of confirmed appends; the shards whose ledger was below an earlier one.
+    """Keep the receipts of confirmed appends; return shards whose ledger was below an earlier one.
 
-    What a server that was set back is worth has to be verified anew.
+    The durability of a server that was set back has to be verified anew.
     """
     appended: dict[int, int] = {}
     set_back = set()
@@ -315,7 +315,7 @@ _Call: TypeAlias = tuple[Lines, "asyncio.Future[Outcomes]"]
 
 @dataclass(slots=True)
 class _Send:
-    """What is stored of a shard, all or none: `count` lines in parts, of the calls numbered so."""
+    """Lines of one shard, stored all or none: `count` lines in parts, of the calls numbered so."""
 
     shard: int
     count: int
@@ -357,7 +357,7 @@ def _joined(parts: Sequence[Sequence[bytes]]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What one shard may hold (heartbeats; size in bytes of NDJSON), and how it is appended to.
+    """How much one shard may hold (heartbeats; bytes of NDJSON), and how it is appended to.
 
     `entry_heartbeats` is how large an entry may be, `confirmation` who has to confirm an append.
     """
@@ -370,7 +370,7 @@ class Bound:
 
     @classmethod
     def of(cls, settings: Settings) -> Bound:
-        """The buffer's bound, shared out evenly among the shards."""
+        """The buffer's bound, divided evenly among the shards."""
         return cls(
             max(1, settings.buffer_max_heartbeats // settings.shards),
             max(1, settings.buffer_max_bytes // settings.shards),
@@ -382,7 +382,7 @@ class Bound:
 
     @property
     def confirm(self) -> Sequence[Command]:
-        """What has to be sent behind the appends."""
+        """Commands to send after the appends, which confirm them."""
         return self.confirmation.commands if self.confirmation else ()
 
     def command(self, sends: Sequence[_Send], known: Sequence[int]) -> Command:
@@ -401,7 +401,7 @@ class Bound:
     def outcome(
         self, shard: int, added: int, replies: tuple[Any, Any], client: Client | AsyncClient
     ) -> HbError | None:
-        """What the replies to `added` heartbeats mean: the script's, and that to `confirm`."""
+        """Outcome of appending `added` heartbeats, by the script's reply and that to `confirm`."""
         reply, confirmed = replies
         if isinstance(reply, failures.OutOfMemoryError):
             return BufferFullError(

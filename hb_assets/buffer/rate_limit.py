@@ -1,8 +1,6 @@
-"""Rate limits: how much a subject may send, by the generic cell rate algorithm (GCRA).
+"""Rate limiting by the generic cell rate algorithm (GCRA), shared between processes through Redis.
 
-Belongs here: the algorithm, what this process knows of each subject, and the charges by which
-processes and machines share that in Redis. Doesn't belong here: who the subjects are, and what a
-refused client is told (`gateway.auth.rate_limits`).
+Whom to limit, and what a refused client is told, is in `gateway.auth.rate_limits`.
 
 GCRA (ITU-T I.371, the "virtual scheduling" form) keeps one number a subject, its theoretical
 arrival time TAT: when all that it sent would have come at the allowed rate. A request of cost c is
@@ -10,7 +8,7 @@ admitted while
 
     max(TAT, now) + c * window / quota - now <= window
 
-and then moves TAT on by c * window / quota: a quota at once, and then quota / window for ever.
+and then moves TAT on by c * window / quota: a burst of one quota, then quota / window sustained.
 
 A process decides by the TATs it knows, without asking, and charges what it admitted to Redis in
 the round trip that carries the append; the script adds it to the TAT there, atomically, and answers
@@ -34,16 +32,16 @@ from hb_assets.buffer.roundtrip import Command, script
 from hb_assets.core.record import shard_of
 
 _CHARGED_SHARE = 0.01
-"""What a subject may use up of its quota before it is charged: much less traffic for Redis."""
+"""Part of its quota that a subject may use before it is charged: less traffic for Redis."""
 _MOST_CHARGES = 1000
-"""How many subjects one round trip charges."""
+"""Most subjects that one round trip charges."""
 _MOST_KNOWN = 200_000
 """Subjects of a policy that are remembered, in about 50 MB; the nearest to a full quota are
 forgotten first."""
 
 
 class Policy:
-    """At most `quota` at once, and `quota` in each `window_us` microseconds, for each subject.
+    """A limit for each subject: `quota` at once, and `quota` in each `window_us` microseconds.
 
     `interval_us` is what a cost of 1 moves the theoretical arrival time on by, `owing_us` from when
     on a subject has to be charged.
@@ -61,7 +59,7 @@ class Policy:
         self._subjects: dict[str, Subject] = {}
 
     def subject(self, whom: str) -> Subject:
-        """What is known of somebody; `whom` is a clear name, and goes nowhere from here."""
+        """State of one subject; `whom` is a clear name, which is only kept as a hash."""
         found = self._subjects.get(whom)
         if found is None:
             if len(self._subjects) >= _MOST_KNOWN:
@@ -70,18 +68,18 @@ class Policy:
         return found
 
     def subjects(self, whom: Iterable[str]) -> list[Subject]:
-        """What is known of many, in their order."""
+        """States of many subjects, in their order."""
         known, subject = self._subjects.get, self.subject
         return [known(one) or subject(one) for one in whom]
 
     def _forget(self) -> None:
-        """Forget the half that is nearest to having all of its quota."""
+        """Forget the half of the subjects that is nearest to a full quota."""
         furthest = sorted(self._subjects.items(), key=lambda item: -item[1].arrival_us)
         self._subjects = dict(furthest[: _MOST_KNOWN // 2])
 
 
 class Subject:
-    """Whom a policy limits, and his theoretical arrival time by the limiter's clock.
+    """One subject of a policy, and its theoretical arrival time by the limiter's clock.
 
     `owed_us` is the part of it that wasn't charged yet, `shard` whose hash tag its key has.
     """
@@ -97,14 +95,14 @@ class Subject:
 
 
 class Denial(NamedTuple):
-    """Who has to wait, and for how many seconds."""
+    """A refusal: which subject has to wait, and for how many seconds."""
 
     subject: Subject
     seconds: float
 
 
 class Limiter:
-    """Decides in one event loop, and has what is owed charged; not for several threads."""
+    """Rate limiter of one event loop, which also charges Redis; not for several threads."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -118,10 +116,10 @@ class Limiter:
         return bool(self._due)
 
     def admit(self, wanted: Sequence[tuple[Subject, int]]) -> Denial | None:
-        """Admit a request that costs each subject so much, or say whom it has to wait for.
+        """Admit a request with a cost for each subject, or return the subject that has to wait.
 
-        It costs nobody anything unless all admit it. What costs more than a whole quota is admitted
-        when all of the quota is there, and has to be worked off: it never would be otherwise.
+        A request that one subject refuses costs none of them. A cost above a whole quota is
+        admitted when all of the quota is there, and has to be worked off: else it never would be.
         """
         now = self._clock() * 1e6
         for subject, cost in wanted:
@@ -144,7 +142,7 @@ class Limiter:
         return None
 
     def admit_each(self, policy: Policy, wanted: Mapping[str, int]) -> dict[str, Denial]:
-        """Admit what each of many costs, all or none of his; those who have to wait.
+        """Admit the costs of many subjects, each all or none; return those that have to wait.
 
         As `admit`, without a call and a look at the clock for each: a batch may be of as many
         users as it has heartbeats.
@@ -176,7 +174,7 @@ class Limiter:
         return any(one.arrival_us - now > one.policy.window_us / 2 for one in subjects)
 
     def states(self, subjects: Iterable[Subject]) -> list[tuple[str, int, int]]:
-        """For each its policy, what is left of its quota, and in how many seconds all is back."""
+        """By subject its policy, what is left of its quota, and the seconds until all is back."""
         now = self._clock() * 1e6
         found = []
         for subject in subjects:
@@ -190,7 +188,7 @@ class Limiter:
         return found
 
     def charges(self) -> tuple[list[Command], list[list[Subject]]]:
-        """Commands that charge what is due, and whom each charges, in the order of its replies."""
+        """Commands that charge what is due, and the subjects of each, in order of its replies."""
         if not self._due:
             return [], []
         by_shard: defaultdict[int, list[Subject]] = defaultdict(list)
@@ -206,7 +204,7 @@ class Limiter:
         return commands, list(by_shard.values())
 
     def hear(self, charged: Iterable[Sequence[Subject]], replies: Iterable[Any]) -> None:
-        """Learn from the replies to `charges`; what isn't a list was an error and tells nothing."""
+        """Update the subjects from the replies to `charges`; one that isn't a list is an error."""
         now = self._clock() * 1e6
         for subjects, reply in zip(charged, replies, strict=True):
             if isinstance(reply, list):

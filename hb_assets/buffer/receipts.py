@@ -1,8 +1,8 @@
-"""Receipts: what Redis has confirmed, remembered where Redis can't lose it.
+"""Receipts of confirmed appends, kept in a file where Redis can't lose them.
 
-Belongs here: one small file under HB_HOME, with the highest count of appended heartbeats that each
-shard's ledger was ever seen to have by a producer whose append was confirmed. Doesn't belong here:
-what follows from a ledger that has less (`scripts/append.lua`, `audit`).
+One small file under HB_HOME holds the highest count of appended heartbeats that each shard's ledger
+was ever seen to have by a producer whose append was confirmed. `scripts/append.lua` and the audit
+act on a ledger that has less.
 
 A count in that ledger only grows. One that is below its receipt was set back: bytes of the
 append-only file are gone that were on disk once, a replica took over that didn't have them, or
@@ -74,7 +74,7 @@ class Receipts:
         return [max(pair) for pair in zip_longest(entered, self._highest, fillvalue=0)]
 
     def enter(self, appended: Mapping[int, int]) -> None:
-        """Remember the counts, by shard, that confirmed appends were answered with.
+        """Store the counts, by shard, that confirmed appends were answered with.
 
         Never waits for long.
         """

@@ -1,7 +1,6 @@
-"""Round trips: many commands, one pipeline, one reply each.
+"""Round trips to Redis: many commands in one pipeline, one reply each.
 
-Belongs here: sending commands and script calls together, and loading scripts that the server has
-lost. Doesn't belong here: which commands (`producer`, `consumer`, `depth`).
+Script calls go along with them, and scripts that the server has lost are loaded again.
 """
 
 from __future__ import annotations
@@ -60,13 +59,13 @@ def exchange_confirmed(
 
 @dataclass(frozen=True, slots=True)
 class Replies:
-    """What the shards replied; `faults` has the error of each shard that couldn't."""
+    """Replies by shard; `faults` has the error of each shard that couldn't reply."""
 
     by_shard: dict[int, Any]
     faults: dict[int, BufferUnavailableError]
 
     def whole(self) -> dict[int, Any]:
-        """The replies, where all shards gave one. Raises BufferUnavailableError."""
+        """The replies of all shards. Raises BufferUnavailableError where one gave none."""
         for fault in self.faults.values():
             raise fault
         return self.by_shard
@@ -75,10 +74,10 @@ class Replies:
 def exchange_by_shard(
     client: Client, shards: Iterable[int], commands: Sequence[Command]
 ) -> Replies:
-    """Replies of one command for each of the shards.
+    """Run one command for each of the shards.
 
-    A shard where something else lies at a key is at fault alone; what Redis refuses of all shards
-    (it is still loading, or we lack a permission) is said of them all.
+    A shard where something else lies at a key is a fault by itself; what Redis refuses for all
+    shards (it is still loading, or we lack a permission) is an error of the whole call.
 
     Raises:
         BufferUnavailableError: Redis doesn't answer, or refuses all of them.

@@ -1,13 +1,12 @@
 """The embedded server: a Valkey of our own under HB_HOME, when HB_REDIS_URL isn't set.
 
-Belongs here: its files, its start and end, and who may do which. Doesn't belong here: clients
-(`connection`), the supervisor that keeps `hb up`'s members running.
-
-Under HB_HOME/run (0700), all locks are the kernel's and go with the process that holds them:
+Its files, its start and end, and which process may do which. `cli.supervision` keeps it running
+under `hb up`. Under HB_HOME/run (0700), all locks are the kernel's and go with the process that
+holds them:
 
     up.lock       held by `hb up`: the server is its own, others only use it
     users.lock    shared by every command that uses the server; whoever gets it for itself alone,
-                  and isn't kept off by up.lock, was the last one out and ends the server
+                  and isn't kept off by up.lock, was the last user and ends the server
     start.lock    held while somebody decides to start or to end it
     redis.lock    held by the server process itself (see `launch`)
     redis.conf    its configuration; redis.sock its socket
@@ -57,7 +56,7 @@ class ServerFiles:
 
 
 def prepare(settings: Settings) -> ServerFiles:
-    """Make folders and configuration for a server that isn't running.
+    """Write folders and configuration for a server that isn't running.
 
     Raises:
         SettingsError: HB_HOME can't be written.
@@ -165,7 +164,7 @@ def borrowed(settings: Settings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exclusive(settings: Settings, timeout: float) -> Iterator[None]:
-    """Be this HB_HOME's one `hb up`, with no server running when the block begins.
+    """Hold the lock of this HB_HOME's `hb up`, with no server running when the block begins.
 
     Waits up to `timeout` seconds for commands that use a server of their own. Inside the block,
     start the server that `prepare` describes, and end it before the block ends.
@@ -356,7 +355,7 @@ def _make_folders(settings: Settings) -> None:
 
 
 def _quoted(path: Path) -> str:
-    """A path as a configuration's argument, whatever characters it has."""
+    """A path quoted for the configuration file, whatever characters it has."""
     escaped = "".join(
         chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\x{byte:02x}"
         for byte in os.fsencode(path)

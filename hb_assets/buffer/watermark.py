@@ -1,10 +1,9 @@
-"""The watermark: per shard the entry id up to which every entry was acknowledged.
+"""The watermark of each shard: the entry id up to which every entry was acknowledged.
 
-Belongs here: reading it, and whether it has passed an id. Doesn't belong here: what it is good for
-(`lake.compaction.consolidation`, `lake.compaction.pruning`). An acknowledged entry is deleted, so
-that whatever lies below the oldest entry of a stream was acknowledged; ids only grow, so that
-nothing new appears there. Of an empty stream the server's clock tells below which id nothing more
-will come.
+An acknowledged entry is deleted, so that whatever lies below the oldest entry of a stream was
+acknowledged; ids only grow, so that nothing new appears there. For an empty stream the server's
+clock gives the id below which nothing more will come. Consolidation and pruning use it
+(`lake.compaction`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _LAST_SEQ = 2**64 - 1
 
 
 def watermarks(client: Client, settings: Settings) -> dict[int, tuple[int, int]]:
-    """Per shard the watermark; a shard where something else lies at the key has none.
+    """The watermark by shard; a shard where something else lies at the key has none.
 
     Raises:
         BufferUnavailableError: Redis doesn't answer.
@@ -32,7 +31,7 @@ def watermarks(client: Client, settings: Settings) -> dict[int, tuple[int, int]]
 
 
 def latest(client: Client, settings: Settings) -> dict[int, tuple[int, int]]:
-    """Per shard the last entry id that its stream ever gave: whatever comes has a later one.
+    """By shard the last entry id that its stream ever gave: whatever comes has a later one.
 
     Raises:
         BufferUnavailableError: Redis doesn't answer, or something else lies at a stream's key.
@@ -53,7 +52,7 @@ def passed(client: Client, settings: Settings, ids: Mapping[int, tuple[int, int]
 
 
 def _ends(client: Client, settings: Settings) -> Replies:
-    """Per shard the oldest entry's id or b"", the last id ever given, and the clock (epoch ms)."""
+    """By shard the oldest entry's id or b"", the last id ever given, and the clock (epoch ms)."""
     shards = range(settings.shards)
     commands = [script("watermark", (keys.stream(shard),), ()) for shard in shards]
     return exchange_by_shard(client, shards, commands)

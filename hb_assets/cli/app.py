@@ -1,7 +1,4 @@
-"""The frame that all commands share.
-
-Belongs here: the typer app, the `--json` option, the settings of this process, how errors end.
-Doesn't belong here: any command, and how results look (`output`).
+"""The typer app that all commands share: its `--json` option, settings, and how errors end.
 
 A command module registers itself, and each of its commands stands in `COMMANDS`:
 
@@ -214,7 +211,7 @@ def _agree(settings: Settings) -> None:
 
 
 def existing_lake(settings: Settings) -> Lake:
-    """The lake of a command that has nothing to do without one: it makes neither lake nor home.
+    """Open the lake for a command that needs one: neither lake nor home is created.
 
     Raises:
         SettingsError: HB_HOME or the lake isn't there.
@@ -268,4 +265,4 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _only_listed() -> None:
-    """Stands for a command where none is run."""
+    """Placeholder for a command that is only listed."""

@@ -1,4 +1,4 @@
-"""`hb audit`: whether every heartbeat that was appended lies in exactly one place."""
+"""`hb audit`: checks that every heartbeat that was appended lies in exactly one place."""
 
 from __future__ import annotations
 

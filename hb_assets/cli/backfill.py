@@ -125,7 +125,7 @@ def _chosen(first: str, last: str, settings: Settings, *, missing: bool) -> list
 
 
 def undone(lake: Lake, held: Sequence[dt.date], settings: Settings) -> list[dt.date]:
-    """Of these days those with pending rows, stale minutes, or a consolidation that failed."""
+    """The days among `held` with pending rows, stale minutes, or a failed consolidation."""
     from hb_assets.lake import inventory
     from hb_assets.lake.integrity import known_faults
 

@@ -1,8 +1,4 @@
-"""Dagster as the commands see it: its webserver's GraphQL, over HTTP.
-
-Belongs here: the few queries that commands ask, and what they mean. Doesn't belong here: jobs and
-assets (`defs`), and how results are shown.
-"""
+"""Client of Dagster's webserver: the GraphQL queries that commands make, over HTTP."""
 
 from __future__ import annotations
 
@@ -134,7 +130,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Sensor:
-    """A sensor of our definitions; `ticked` is when it did last, epoch seconds."""
+    """A sensor of our definitions; `ticked` is its latest tick, epoch seconds."""
 
     name: str
     running: bool
@@ -352,7 +348,7 @@ def _expect(answer: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _latest(found: Sequence[dict[str, Any]]) -> list[Run]:
-    """One run per root run: the attempt that was made last."""
+    """The latest attempt of each root run."""
     latest: dict[str, Run] = {}
     for run in sorted(found, key=lambda run: run["creationTime"]):
         tags = {tag["key"]: tag["value"] for tag in run["tags"]}

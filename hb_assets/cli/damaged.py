@@ -39,9 +39,9 @@ File = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """All there is to say of a lake's damage.
+    """A lake's damage, as `hb damaged list` shows it.
 
-    `kept` are files under `damaged/` whose heartbeats no one misses, or has given up.
+    `kept` are files under `damaged/` whose heartbeats nobody misses, or that were accepted as lost.
     """
 
     faults: list[Fault]
@@ -63,7 +63,7 @@ def _state(lake: Lake) -> _State:
 
 @group.command("list")
 def list_files(context: typer.Context, as_json: AsJson = False) -> None:
-    """What is damaged, missing or given up; exit code 1 while anything isn't resolved."""
+    """What is damaged, missing or accepted as lost; exit code 1 while anything isn't resolved."""
     lake = existing_lake(settings_of(context))
     found = _state(lake)
     if as_json:
@@ -81,8 +81,8 @@ def _show_state(lake: Lake, found: _State) -> None:
         output.results.print(fault.message, markup=False, soft_wrap=True)
     for one in found.accepted:
         output.results.print(
-            f"{lake.root / one.file}: {_many(one)} given up on {_instant(one.accepted_ms)}: "
-            f"{one.reason or 'no reason given'}",
+            f"{lake.root / one.file}: {_many(one)} accepted as lost on "
+            f"{_instant(one.accepted_ms)}: {one.reason or 'no reason given'}",
             markup=False,
             soft_wrap=True,
         )
@@ -201,11 +201,11 @@ def _accepted(lake: Lake, done: GivenUp) -> str:
         return "it was deleted; nothing is lost with it"
     kept = "" if done.kept is None else f"; {done.kept:,} rows of its day and shard are kept"
     file = lake.root / done.acceptance.file
-    return f"{file}: {_many(done.acceptance)} are given up{kept}"
+    return f"{file}: {_many(done.acceptance)} are accepted as lost{kept}"
 
 
 def _shortfall(lake: Lake, settings: Settings) -> Callable[[], int]:
-    """Asks the ledger how many heartbeats are missing, known losses left out."""
+    """A function that asks the ledger how many heartbeats are missing, known losses left out."""
 
     def ask() -> int:
         known = sum(one.rows or 0 for one in known_faults.faults(lake) if one.kind == "set_aside")
@@ -245,7 +245,7 @@ def _named(lake: Lake, name: str) -> Iterator[Path]:
 
 
 def _aside(lake: Lake, path: Path) -> Path:
-    """Where the file of a place lies: a fragment that was set aside lies under `damaged/`."""
+    """Path of a place's file; a fragment that was set aside lies under `damaged/`."""
     where = lake.root / DAMAGED / path.relative_to(lake.root)
     return where if not path.exists() and where.exists() else path
 

@@ -1,4 +1,4 @@
-"""`hb drain`: heartbeats from the buffer into durable fragments of the lake."""
+"""`hb drain`: write heartbeats from the buffer into durable fragments of the lake."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def drain_buffer(
 
 
 class _Faults:
-    """Tells what hinders a drain: a line and an alarm when it begins, and when it is over."""
+    """Reports faults of a drain: a line and an alarm when one begins, and when it is over."""
 
     def __init__(self, settings: Settings, consumer: Consumer) -> None:
         self._settings = settings

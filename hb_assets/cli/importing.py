@@ -1,4 +1,4 @@
-"""`hb import`: files into the buffer, with every refused line named."""
+"""`hb import`: append files to the buffer; every refused line is named."""
 
 from __future__ import annotations
 

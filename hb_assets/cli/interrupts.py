@@ -1,7 +1,7 @@
-"""Signals that ask a foreground command to end.
+"""Handling of the signals that ask a foreground command to end.
 
-Belongs here: turning SIGINT, SIGTERM and SIGHUP into one KeyboardInterrupt, and holding it back
-where a step must not be torn. Doesn't belong here: what is ended, and how.
+SIGINT, SIGTERM and SIGHUP become one KeyboardInterrupt, which is held back while a step runs that
+must not be torn.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""`hb keys`: who may use the gateway.
-
-Belongs here: the commands and how keys are shown. Doesn't belong here: the file of keys
-(`gateway.auth.keyring`).
-"""
+"""`hb keys`: create, list and revoke the API keys of the gateway."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The members of `hb up`: what runs, in which order, and when each is ready.
+"""The members of `hb up`: which processes run, in which order, and when each is ready.
 
-Belongs here: their argv, environment and configuration files. Doesn't belong here: keeping them
-alive (`supervision`).
+Their argv, environment and configuration files; `supervision` keeps them alive.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from hb_assets.gateway.http import tls
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One process that is kept alive. `ready` says whether it does its work already."""
+    """One supervised process. `ready` says whether it does its work already."""
 
     name: str
     argv: tuple[str, ...]

@@ -1,7 +1,6 @@
-"""How commands speak: results on stdout, progress and complaints on stderr.
+"""Output of the commands: results on stdout, progress and complaints on stderr.
 
-Belongs here: the two consoles, JSON output, progress bars, the form of numbers. Doesn't belong
-here: what any one command prints.
+The two consoles, JSON output, progress bars, and the format of numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from rich.text import Text
 results = Console(highlight=False)
 """Console of results: stdout."""
 notes = Console(stderr=True, highlight=False)
-"""Console of progress and notes: stderr."""
+"""Console of progress and messages: stderr."""
 
 
 def complain(message: str) -> None:

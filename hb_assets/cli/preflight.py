@@ -1,7 +1,6 @@
-"""What `hb up` looks at before it starts anything.
+"""Checks that `hb up` makes before it starts anything.
 
-Belongs here: one check for each thing that would make a member fail, with the one line that says
-what to do. Doesn't belong here: starting anything.
+One for each thing that would make a member fail, with the one line that says what to do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`hb prune`: delete raw fragments that are consolidated and old, and what crashes left."""
+"""`hb prune`: delete raw fragments that are consolidated and old, and leftovers of crashes."""
 
 from __future__ import annotations
 

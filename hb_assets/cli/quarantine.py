@@ -1,7 +1,7 @@
-"""`hb quarantine`: what couldn't be used, why, and putting it back.
+"""`hb quarantine`: list records that can't be used, show why, and put them back.
 
-Belongs here: the commands and putting back (re-validation under today's settings, append, mark).
-Doesn't belong here: the files (`lake.files.quarantine`).
+Putting back means validation under today's settings, an append, and a mark in the lake
+(`lake.files.quarantine`).
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def replay(
 
 @dataclass(slots=True)
 class _Outcome:
-    """What became of records; `first` of the refused ones, without their content."""
+    """Counts of records by outcome, and the `first` refused ones, without their content."""
 
     replayed: int = 0
     refused: int = 0
@@ -204,7 +204,7 @@ class _Outcome:
 
 
 class _Damage:
-    """Names files that can't be read; the others go on, and the command ends as bad news."""
+    """Reports files that can't be read; the others go on, and the exit code is FAILED."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
@@ -220,7 +220,7 @@ class _Damage:
 
 
 def _chunks(found: Iterator[Quarantined]) -> Iterator[list[Quarantined]]:
-    """A chunk at a time, so that each fits into the buffer."""
+    """Split records into chunks that fit into the buffer."""
     while chunk := list(islice(found, _CHUNK)):
         yield chunk
 
@@ -263,7 +263,7 @@ def _put_back(
 
 
 class _Repaired(msgspec.Struct, frozen=True):
-    """One line of a file for `replay --from`; one of both holds the record."""
+    """One line of a file for `replay --from`; either `raw` or `raw_base64` holds the record."""
 
     id: str
     raw: str | None = None

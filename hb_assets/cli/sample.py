@@ -1,8 +1,8 @@
-"""The sample of `hb up`: the fleet's traffic through the whole system, and whether it adds up.
+"""The sample of `hb up`: sends the simulated fleet's traffic, and checks that it adds up.
 
-Belongs here: sending, waiting, the comparison of what the fleet expects with what lies in the lake.
-Doesn't belong here: the traffic itself (`fleet`). The lake is read as any user would read it, with
-Polars, so that the comparison leans on none of our own counts; `audit` then checks those.
+What the fleet expects (`demo.fleet`) is compared with what lies in the lake. The lake is read as
+any user would read it, with Polars, so that the comparison doesn't rely on any of our own counts;
+`audit` then checks those.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NDJSON = {"content-type": "application/x-ndjson"}
 _SEND_SECONDS = 120.0
 _KEY_SECONDS = 20.0
 _DRAIN_SECONDS = 180.0
-"""How long the buffer may stay as it is before we say that nobody drains it."""
+"""Seconds that the buffer may stay unchanged before we say that nobody drains it."""
 _POLL_SECONDS = 0.3
 
 
@@ -133,7 +133,7 @@ def _total(figures: Sequence[Figures]) -> dict[str, int]:
 
 
 def _send(made: Fleet, settings: Settings, gateway: str, client: Client) -> dict[dt.date, Figures]:
-    """Send everything in its order; sent, accepted and refused as the gateway answered."""
+    """Send everything in order; returns what the gateway answered: sent, accepted, refused."""
     found = {day: Figures() for day in made.expected}
     total = sum(figures.sent for figures in made.expected.values())
     with (
@@ -263,7 +263,7 @@ def _look_into_lake(
 ) -> list[str]:
     """Count the sample's rows of a day in the lake's Parquet; values that differ from the fleet's.
 
-    Fills in what the gateway's answers couldn't say; heartbeats of foreign entries that became
+    Fills in what the gateway's answers couldn't say; heartbeats of external entries that became
     rows count as accepted.
     """
     ours = pl.col("user_id").is_between(pl.lit(made.prefix), pl.lit(made.prefix + "~"))

@@ -1,7 +1,6 @@
-"""The running `hb up`, as other processes see it: one JSON file under HB_HOME.
+"""The state file of a running `hb up`, by which other processes find it.
 
-Belongs here: what `hb up` tells about itself, how it is found, how leftovers are known. Doesn't
-belong here: starting or ending anything.
+One JSON file under HB_HOME with the processes of `hb up`, by which leftovers are recognised too.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class MemberState(msgspec.Struct, frozen=True):
 
 
 class UpState(msgspec.Struct, frozen=True):
-    """What a running `hb up` tells about itself."""
+    """The state that a running `hb up` publishes."""
 
     identity: Identity
     start_date: dt.date
@@ -53,7 +52,7 @@ class UpState(msgspec.Struct, frozen=True):
 
 
 def redis_digest(settings: Settings) -> str:
-    """What tells one Redis from another without telling its password."""
+    """Digest that tells one Redis from another without revealing its password."""
     url = settings.redis_url
     return (
         hashlib.blake2b(url.get_secret_value().encode(), digest_size=8).hexdigest() if url else ""

@@ -1,7 +1,7 @@
-"""`hb status`: how members, buffer and lake stand, and what raises an alarm.
+"""`hb status`: the state of members, buffer and lake, and what raises an alarm.
 
-It works when nothing runs, and starts nothing. What can't be looked at is an alarm, one line each,
-and everything else is looked at all the same. Every figure is somebody else's.
+It works when nothing runs, and starts nothing. What can't be read is an alarm, one line each, and
+everything else is shown all the same. Every figure is computed elsewhere.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def status(
 
 
 def look(settings: Settings, *, latest: int = 14) -> Status:
-    """How everything stands now; of the lake the `latest` days (0: all)."""
+    """Collect the status of everything; of the lake the `latest` days (0: all)."""
     found = Status(durability=settings.durability)
     up = state.running(settings)
     if up is not None:
@@ -163,7 +163,7 @@ def _look_at_keys(found: Status, settings: Settings) -> None:
 
 
 def _alarms_of_gateway(settings: Settings) -> list[str]:
-    """What the gateway of these settings says in /health; nothing where none answers."""
+    """Alarms that the gateway of these settings lists in /health; none where none answers."""
     import httpx  # a tenth of what it takes to load all of us, and mostly for nothing
 
     try:

@@ -1,8 +1,7 @@
 """Supervision of the members of `hb up`, by supervisord as a child process of ours.
 
-Belongs here: supervisord's configuration, its start and end, what it says about the members, and
-how processes of an `hb up` that was killed are ended. Doesn't belong here: which members there
-are and when one is ready (`members`).
+supervisord's configuration, its start and end, what it says about the members, and how processes of
+an `hb up` that was killed are ended. Which members there are is in `members`.
 
 Nothing lingers: supervisord gets SIGTERM when `hb up` dies however it dies (Linux), and ends its
 members; what outlives even that is ended by the next `hb up`, by the recorded processes.
@@ -76,7 +75,7 @@ class Supervisor:
 
     @property
     def states(self) -> tuple[MemberState, ...]:
-        """The members as they were at the latest look, half a second ago at most."""
+        """States of the members, half a second old at most."""
         return self._states
 
     def log(self, name: str) -> Path:
@@ -168,7 +167,7 @@ class Supervisor:
                 self._on_change(self._states, self._processes)
 
     def _look_at_processes(self) -> None:
-        """Everything below us that lives, orphans of killed members too: we saw them before."""
+        """List living descendants, orphans of killed members too: we saw them before."""
         assert self._process is not None
         found = {known for known in self._processes if known.lives()}
         try:

@@ -1,7 +1,7 @@
 """`hb up`: everything in the foreground, under supervision; `hb down` ends it from elsewhere.
 
-Belongs here: the order of things: look, start, wait, send the sample, stay, end. Doesn't belong
-here: how each of them is done.
+The order of things: check, start, wait, send the sample, stay, end. Each is done by a module beside
+this one.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def down(context: typer.Context, as_json: AsJson = False) -> None:
 def _everything(
     settings: Settings, interrupts: Interrupts
 ) -> Iterator[tuple[Supervisor, ControlRoom]]:
-    """All members, started and ready within it; all of them gone after it."""
+    """Context with all members started and ready; all of them have ended after it."""
     preflight.make_home(settings)
     with ExitStack() as stack:
         stack.enter_context(preflight.only_one(settings))
@@ -132,7 +132,7 @@ def _everything(
 
 
 class _Notebook:
-    """Keeps the state file up to date; the supervisor's watcher and we both write into it."""
+    """Keeps the state file up to date; we and the supervisor's watcher thread both write it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

@@ -1,8 +1,8 @@
-"""pandera models, derived from the record: what every file of the lake must satisfy.
+"""pandera models that every file of the lake has to satisfy, derived from the record.
 
-Belongs here: column types, nulls, ranges and the partition's day. Doesn't belong here: what spans a
-whole file (order, unique keys, counts): DuckDB computes that in `lake.integrity.checks`. Apart from
-`schema`, since importing pandera takes seconds that a gateway needn't spend.
+They check column types, nulls, ranges and the partition's day. What spans a whole file (order,
+unique keys, counts) is computed by DuckDB in `lake.integrity.checks`. Apart from `schema`, since
+importing pandera takes seconds that a gateway needn't spend.
 """
 
 from __future__ import annotations

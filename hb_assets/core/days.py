@@ -1,7 +1,7 @@
-"""Days: UTC dates of event time, the partitions of the lake and of Dagster.
+"""UTC dates of event time, which are the partitions of the lake and of Dagster.
 
-Belongs here: arithmetic between epoch milliseconds, dates and partition keys. Doesn't belong
-here: anything that reads a clock by itself; callers pass "now" as epoch milliseconds.
+Arithmetic between epoch milliseconds, dates and partition keys. Nothing here reads a clock: callers
+pass "now" as epoch milliseconds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Errors that a user can act on.
+"""Exceptions that a user can act on.
 
-Belongs here: exceptions that cross a layer and end as one clear line in a terminal, a log or an
-HTTP answer. Doesn't belong here: refusals of single heartbeats (`record.Refusal`), which are
-results, not exceptions. Messages never hold a heart rate or a clear user_id (health data).
+They cross layers, and end as one clear line in a terminal, a log or an HTTP answer. Refusals of
+single heartbeats are results, not exceptions (`record.Refusal`). Messages never hold a heart rate
+or a clear user_id (health data).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BufferFullError(HbError):
 
 
 class BufferTooLargeError(HbError):
-    """The buffer holds more than a question that asks for it (fresh=true) may read."""
+    """The buffer holds more than a query with fresh=true may read."""
 
 
 class SpoolFullError(HbError):
@@ -65,7 +65,7 @@ class DamagedFileError(HbError):
     """A file of the lake can't be read; the message names its path and the way out.
 
     `path` is the file, where it is one that may be moved away; `day` and `shard` say what can't be
-    answered without it, where it was a question that met it.
+    answered without it, where a query met it.
     """
 
     def __init__(self, message: str, *, path: Path | None = None) -> None:
@@ -78,7 +78,7 @@ class DamagedFileError(HbError):
 class CheckFailedError(HbError):
     """A consolidated file failed a check before it was published; the old one is still in place.
 
-    `figures` are the results of all checks of that file (`lake.checks.Figure`).
+    `figures` are the results of all checks of that file (`lake.integrity.checks.Figure`).
     """
 
     def __init__(self, message: str, *, figures: Sequence[Any] = ()) -> None:

@@ -1,7 +1,7 @@
 """Files and folders that other users of the machine can't open, whatever the umask says.
 
 What we keep is health data. A process sets its umask once (`umask`), for what its libraries and
-children write; what may also be made in somebody else's process says so itself.
+children write; files that may also be made in somebody else's process get their mode explicitly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FOLDER, FILE = 0o700, 0o600
 
 
 def umask() -> None:
-    """Close what this process and its children make from here on."""
+    """Set the umask, so that only the owner can read what this process and its children make."""
     os.umask(0o077)
 
 
@@ -33,12 +33,12 @@ def make_folder(folder: Path) -> None:
 
 
 def opener(path: str, flags: int) -> int:
-    """For `open(..., opener=private.opener)`."""
+    """Opener that makes private files, for `open(..., opener=private.opener)`."""
     return os.open(path, flags, FILE)
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file at once: whoever reads sees the old one or the new one, after a crash too.
+    """Replace a file atomically: readers see the old one or the new one, after a crash too.
 
     Raises:
         OSError: it can't be written; the old one is still there.

@@ -1,8 +1,8 @@
-"""The heartbeat: the one place that says what a record is and when it is valid.
+"""The heartbeat: which fields a record has, and when it is valid.
 
-Belongs here: the fields with their bounds, the reason codes, the reading of one JSON text, and the
-canonical JSON form that we write ourselves. Doesn't belong here: storage types (`schema` derives
-them from these classes) and anything that handles many records at once (`lake.ingest.decode`).
+The only definition of both. It holds the fields with their bounds, the reason codes, the parser of
+one JSON text, and the canonical JSON form that we write ourselves. Storage types are derived from
+these classes in `schema`; many records at once are decoded in `lake.ingest.decode`.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def read_array(text: bytes) -> list[Wire] | None:
 
 
 def read_lines(text: bytes, lines: int) -> list[Wire] | None:
-    """As `read_array`, of NDJSON, that many lines: one object on each.
+    """As `read_array`, for NDJSON of so many lines with one object on each.
 
     As an array, since `decode_lines` lets an object reach over several lines, and several stand in
     one. No text holds a line end, and no object of these shapes another one: what stands between a
@@ -262,7 +262,7 @@ def _is_odd(text: bytes) -> bool:
 def judge(
     wires: Iterable[Wire], now_ms: int, bounds: TimeBounds
 ) -> tuple[list[Heartbeat], list[tuple[int, Refusal]]]:
-    """What records of the common shape are: heartbeats, and refusals with their indexes.
+    """Validate records of the common shape: heartbeats, and refusals with their indexes.
 
     One loop that calls as little as it can: a gateway spends a quarter of its time here.
     """
@@ -289,7 +289,7 @@ def judge(
 def parse_object(
     fields: Any, now_ms: int, bounds: TimeBounds
 ) -> tuple[Heartbeat | Refusal, Sequence[str]]:
-    """As `parse`, of a value that is decoded already (a row of a table)."""
+    """As `parse`, for a value that is decoded already (a row of a table)."""
     if not isinstance(fields, dict):
         return Refusal("record", "not_an_object", "a heartbeat is a JSON object"), ()
     unknown = tuple(name for name in fields if name not in WIRE_FIELDS)
@@ -308,7 +308,7 @@ class Ignored(Counter[str]):
     OTHERS = "*"
 
     def add(self, names: Iterable[str], times: int = 1) -> None:
-        """Count these as well, each so many times."""
+        """Count each of these names `times` times."""
         for name in names:
             known = name[: self.LENGTH]
             if known not in self and len(self) >= self.MOST:
@@ -322,7 +322,7 @@ def encode(heartbeat: Heartbeat) -> bytes:
 
 
 def encode_lines(heartbeats: Sequence[Heartbeat]) -> bytes:
-    """The same of many, a line each; no line end behind the last."""
+    """Canonical JSON of many heartbeats, a line each; no line end behind the last."""
     return _encoder.encode_lines(heartbeats)[:-1]
 
 
@@ -333,7 +333,7 @@ def shard_of(user_id: str, shards: int) -> int:
 
 
 def shards_of(user_ids: Iterable[str], shards: int) -> list[int]:
-    """The same of many users, each of whom is hashed."""
+    """Shards of many users, as `shard_of`; each user is hashed."""
     md5, number = hashlib.md5, int.from_bytes
     digests = (md5(user_id.encode(), usedforsecurity=False).digest() for user_id in user_ids)
     return [number(digest[8:], "little") % shards for digest in digests]

@@ -1,8 +1,7 @@
-"""Storage types, derived from the record: Arrow and DuckDB columns.
+"""Arrow and DuckDB column types, derived from the record.
 
-Belongs here: the projections of `record`'s fields to other type systems. Doesn't belong here: a
-field that `record` doesn't know (but for the minute-level table, which only exists in the lake),
-pandera's models (`contracts`), and anything that reads or writes files.
+Every column comes from a field of `record`, except those of the minute-level table, which exists
+only in the lake. pandera's models are in `contracts`.
 """
 
 from __future__ import annotations

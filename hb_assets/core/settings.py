@@ -1,7 +1,7 @@
-"""Settings: the one module that reads the environment.
+"""All settings, read from environment variables; no other module reads the environment.
 
-Belongs here: every knob with its default, meaning and check; paths under HB_HOME. Doesn't belong
-here: opening anything (connections, files, lakes). docs/settings.md is generated from this file.
+Every setting with its default, meaning and check, and the paths under HB_HOME. Nothing is opened
+here (connections, files, lakes). docs/settings.md is generated from this file.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _words(value: object) -> object:
 
 
 class Quota(NamedTuple):
-    """An amount, at once or in each window."""
+    """A rate limit: an amount, at once or in each window."""
 
     amount: int
     window: dt.timedelta
@@ -433,7 +433,7 @@ class Settings(BaseSettings):
     )
     limit_queries: Limit = Field(
         default=Quota(6_000, dt.timedelta(minutes=1)),
-        description="Most questions (GET) of one API key, and of one address.",
+        description="Most queries (GET) of one API key, and of one address.",
     )
     trusted_proxies: Words = Field(
         default=(),
@@ -628,7 +628,7 @@ class Settings(BaseSettings):
 
     @property
     def first_day_file(self) -> Path:
-        """What keeps the first day that Dagster has a partition of."""
+        """File that records the first day that Dagster has a partition of."""
         return self.home_dir / "first_day"
 
     @property

@@ -1,7 +1,6 @@
-"""docs/settings.md, generated: `python -m hb_assets.core.settings_page > docs/settings.md`.
+"""Generator of docs/settings.md: `python -m hb_assets.core.settings_page > docs/settings.md`.
 
-Belongs here: how the settings are shown. Doesn't belong here: what they mean (`settings` says it);
-anything about this machine or its environment, so that the page is the same everywhere.
+Nothing of this machine or its environment goes into the page, so that it is the same everywhere.
 """
 
 from __future__ import annotations

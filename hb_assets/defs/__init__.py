@@ -1,5 +1,4 @@
-"""The control room: what Dagster shows and does.
+"""Dagster's assets, checks, sensors and jobs.
 
-Assets, checks, sensors and jobs, all of them thin: they call plain functions of the layers below,
-which know nothing of Dagster.
+All of them are thin: they call plain functions of the layers below, which know nothing of Dagster.
 """

@@ -1,10 +1,10 @@
-"""Dagster's code server as `hb up` runs it; it loads the definitions again for earlier days.
+"""Dagster's code server as `hb up` runs it, which reloads its definitions for earlier days.
 
 `python -m hb_assets.defs.code_server` takes the options of `dagster code-server start`, of which
 `--socket` or `--port` says where it listens. That is a proxy before a server of its own, which it
 replaces at a reload; runs of the old one go on. It reloads when the lake holds a day before the
-first partition. Nobody starts that server again when it is killed,
-so that the proxy then ends, and is started again by its supervisor.
+first partition. Nobody starts that server again when it is killed, so that the proxy then ends, and
+is started again by its supervisor.
 """
 
 from __future__ import annotations

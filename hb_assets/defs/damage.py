@@ -1,7 +1,7 @@
-"""known_damage: the job that has the check `complete` say how days stand, without touching them.
+"""The job `known_damage`, which evaluates the check `complete` of days without touching them.
 
-The damage sensor asks for it when that changed. An evaluation that belongs to no run would do, but
-Dagster keeps one of these for each check and partition, and fails at the second.
+The damage sensor asks for it when a day's faults changed. An evaluation that belongs to no run
+would do, but Dagster keeps one of these for each check and partition, and fails at the second.
 """
 
 # No `from __future__ import annotations`: Dagster compares the annotation of `context` itself.
@@ -28,7 +28,7 @@ class Days(dg.Config):
 def tell_damage(
     context: dg.OpExecutionContext, config: Days, installation: dg.ResourceParam[Installation]
 ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
-    """The one step."""
+    """Evaluate the check `complete` of each of these days."""
     with outcomes.failures():
         faults = known_faults.faults(
             installation.lake(), [days.parse_day(day) for day in config.days]
@@ -41,8 +41,8 @@ def tell_damage(
 
 @dg.job(
     name=KNOWN_DAMAGE,
-    description="Has the check `complete` of heartbeats say what stands wrong with some days. The "
-    "damage sensor launches it.",
+    description="Has the check `complete` of heartbeats say what is known to be wrong with some "
+    "days. The damage sensor launches it.",
 )
 def known_damage() -> None:
     """The job."""

@@ -1,9 +1,7 @@
-"""Executors: what runs the steps of a run.
-
-Belongs here: which one the settings name. Doesn't belong here: starting runs (`launcher`).
+"""The executor that runs the steps of a run, chosen by HB_EXECUTOR.
 
 In process is the default: a run is one day's work, and mostly seconds long; processes of their own
-would cost more than the steps do.
+would cost more than the steps do. Runs are started by `launcher`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Jobs: what is launched by name, from the UI, by sensors and by `hb`.
-
-Belongs here: which assets run together. Doesn't belong here: what they do (`assets`).
-"""
+"""Jobs that the UI, sensors and `hb` launch by name: which assets run together."""
 
 from __future__ import annotations
 

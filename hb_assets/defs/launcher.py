@@ -1,7 +1,5 @@
 """The run launcher: Dagster's own, which also notices that a run's process is gone.
 
-Belongs here: whether a run's process lives. Doesn't belong here: starting one.
-
 Dagster's code server notices when a run's process dies, but when the machine or all of `hb up`
 went down nobody does: the run would look started for ever, and keep every other run of its day
 waiting. The monitoring daemon asks us, and fails such a run; run_retries (dagster.yaml) then

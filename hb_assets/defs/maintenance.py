@@ -1,6 +1,6 @@
-"""maintenance: the job and the schedule that keep the lake from only growing.
+"""The job `maintenance` and its schedule, which keep the lake from only growing.
 
-Belongs here: its one step and when it runs. Doesn't belong here: the work itself (`maintenance`).
+The work itself is in `pipeline.maintenance`.
 """
 
 # No `from __future__ import annotations`: Dagster compares the annotation of `context` itself.
@@ -18,7 +18,7 @@ MAINTENANCE = "maintenance"
 
 @dg.op(description="Prune raw fragments, and remove what crashes left behind.")
 def prune(context: dg.OpExecutionContext, installation: dg.ResourceParam[Installation]) -> None:
-    """The one step; it fails, after all else was done, when a day can't be pruned."""
+    """Prune the lake; the step fails, after all else was done, when a day can't be pruned."""
     settings = installation.settings
     with outcomes.failures():
         lake = installation.lake()

@@ -1,7 +1,7 @@
-"""Metadata: counts, columns and previews that Dagster shows beside an asset.
+"""Metadata that Dagster shows beside an asset: counts, columns and previews.
 
-Belongs here: their shape. Doesn't belong here: a heart rate or a clear id; ids are masked, and
-the column of heart rates is not even read (invariant 7).
+It never holds a heart rate or a clear id; ids are masked, and the column of heart rates is not
+even read (invariant 7).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def columns(schema: pa.Schema) -> dg.TableSchema:
 
 
 def of_raw(lake: Lake, state: DayState) -> Metadata:
-    """How a day's fragments stand."""
+    """Metadata of a day's fragments."""
     counts = {
         "dagster/row_count": state.fragment_rows,
         "fragments": state.fragments,
@@ -56,7 +56,7 @@ def of_raw(lake: Lake, state: DayState) -> Metadata:
 
 
 def of_heartbeats(lake: Lake, done: Consolidated) -> Metadata:
-    """What a consolidation of a day did, and a few rows of it."""
+    """Metadata of a day's consolidation, and a few of its rows."""
     files = [layout.consolidated_file(lake.root, done.day, shard) for shard in range(lake.shards)]
     return {
         **of_consolidated(done),
@@ -66,7 +66,7 @@ def of_heartbeats(lake: Lake, done: Consolidated) -> Metadata:
 
 
 def of_consolidated(done: Consolidated) -> Metadata:
-    """What a consolidation did."""
+    """Metadata of a consolidation."""
     counts = {
         "dagster/row_count": done.unique,
         "rows": done.rows,
@@ -86,7 +86,7 @@ def of_consolidated(done: Consolidated) -> Metadata:
 
 
 def of_minutes(lake: Lake, done: MinutesBuilt, settings: Settings) -> Metadata:
-    """What building minutes did, and a few rows of them."""
+    """Metadata of a day's minutes, and a few of them."""
     counts = {
         "dagster/row_count": done.rows,
         "readings": done.readings,
@@ -114,7 +114,7 @@ def _folder(lake: Lake, kind: str, day: dt.date) -> dg.MetadataValue:
 def preview(lake: Lake, files: Iterable[Path], names: Iterable[str]) -> dg.MetadataValue:
     """The first row of each of a few files, ids masked.
 
-    Files that aren't there, or can't be read, are left out: that they can't is said elsewhere.
+    Files that aren't there, or can't be read, are left out: that is reported elsewhere.
     """
     shown = list(names)
     records: list[dg.TableRecord] = []

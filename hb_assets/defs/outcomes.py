@@ -1,7 +1,7 @@
-"""Outcomes: what plain functions return, report or raise, in Dagster's words.
+"""Translates what plain functions return, report or raise into Dagster's terms.
 
-Belongs here: figures as check results, errors as failures with one line, progress as log lines.
-Doesn't belong here: metadata of assets (`metadata`), and deciding anything.
+Figures become check results, errors become failures with one line, progress becomes log lines.
+Metadata of assets is in `metadata`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hb_assets.lake.integrity.known_faults import Fault
 from hb_assets.pipeline.drain import Drained
 
 COMPLETE = "complete"
-"""The check that stays red for a day until what stands wrong with it is resolved."""
+"""The check that stays red for a day until what is known to be wrong with it is resolved."""
 DESCRIPTIONS = {
     **checks.DESCRIPTIONS,
     COMPLETE: "nothing of the day is known to be damaged or lost; red until that is resolved "
@@ -33,7 +33,7 @@ DESCRIPTIONS = {
 _SHOWN = 3
 
 RETRIES = dg.RetryPolicy(max_retries=2, delay=2)
-"""For those errors of `failures` that may pass by themselves; the others fail the run at once."""
+"""Retries of errors in `failures` that may pass by themselves; others fail the run at once."""
 
 
 def check_specs(
@@ -141,7 +141,7 @@ def evaluation(
 
 
 def summary(lines: Sequence[str]) -> str:
-    """A few lines as one, with how many more there are."""
+    """Join a few lines into one, with the number of those left out."""
     more = f"; and {len(lines) - _SHOWN:,} more" if len(lines) > _SHOWN else ""
     return "; ".join(lines[:_SHOWN]) + more
 

@@ -1,4 +1,4 @@
-"""Partitions: UTC days of event time, from the earliest day that the lake ever held.
+"""The partitions: UTC days of event time, from the earliest day that the lake ever held.
 
 A new installation begins today. Its first day is kept in a file of its own under HB_HOME, so that
 it never moves later: Dagster fails backfills whose days are gone.
@@ -75,7 +75,7 @@ def has(day: dt.date, first: dt.date, now_ms: int, settings: Settings) -> bool:
 
 
 def waiting(first: dt.date, now: dt.date) -> str | None:
-    """What to say of days before the loaded definitions' first one; None where there are none.
+    """A message about days before the loaded definitions' first one; None where there are none.
 
     Args:
         first: the first partition of the loaded definitions.

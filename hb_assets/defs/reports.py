@@ -1,7 +1,4 @@
-"""Reports: what Dagster's event log hasn't heard yet of the lake's raw fragments.
-
-Belongs here: the drain sensor's cursor, and which days to report by it. Doesn't belong here:
-draining.
+"""The drain sensor's cursor, and which days' fragments it still has to report to Dagster.
 
 Reports come from the lake, never from the memory of whoever wrote: fragments of a killed tick or
 of an `hb drain` worker are found by the next tick. With several writers neither names nor mtimes
@@ -35,7 +32,7 @@ _DIGITS = 8
 
 
 class Cursor(msgspec.Struct, frozen=True):
-    """What was reported.
+    """The drain sensor's cursor: what was reported.
 
     `months` has digests by month (`2025-01`) and day of the month (`15`); `last` is the day that
     was reported last, behind which the next tick goes on; `recent` are the days that were reported
@@ -118,7 +115,7 @@ def unreported(
     now_ms: int,
     faults: dict[str, str],
 ) -> Iterator[tuple[dt.date, str]]:
-    """Days whose fragments differ from what was reported, with the digest of those now there.
+    """Days whose fragments differ from what was reported, with the digest of the present ones.
 
     They begin behind the day that was reported last and wrap around, so that days which change all
     the time can't keep others waiting. Those that were reported a moment ago wait.

@@ -1,7 +1,4 @@
-"""The resource that assets and sensors share: this installation's buffer and lake.
-
-Belongs here: opening and closing them. Doesn't belong here: work.
-"""
+"""The resource that assets and sensors share, which opens this installation's buffer and lake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dagster's webserver as `hb up` runs it: on 127.0.0.1, for pages of its own alone.
+"""Dagster's webserver as `hb up` runs it: on 127.0.0.1, for its own pages alone.
 
 `python -m hb_assets.defs.webserver WORKSPACE`, with DAGSTER_HOME and the HB_ settings in the
 environment. `dagster-webserver` and `dagster dev` have no such guard (docs/security.md).

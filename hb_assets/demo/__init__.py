@@ -1,1 +1,1 @@
-"""What `hb up` shows itself with: a simulated fleet of wearables."""
+"""A simulated fleet of wearables, whose traffic `hb up` sends as its sample."""

@@ -1,8 +1,8 @@
-"""A simulated fleet of wearables: what `hb up` sends as its sample, and what must become of it.
+"""A simulated fleet of wearables: the sample that `hb up` sends, and the results to expect of it.
 
-Belongs here: the readings, what goes wrong with them on their way (repeats, corrections, late,
-out of order, invalid), and the figures to expect, day by day. Doesn't belong here: sending
-(`cli.sample`). No clock and no hidden chance: the same `now_ms` gives the same bytes.
+It makes the readings, what goes wrong with them in transit (repeats, corrections, late, out of
+order, invalid), and the expected counts by day; `cli.sample` sends them. No clock and no hidden
+randomness: the same `now_ms` gives the same bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LAG = 5
 
 @dataclass(slots=True)
 class Figures:
-    """What becomes of one day's heartbeats.
+    """Counts of one day's heartbeats by outcome.
 
     sent = accepted + refused + quarantined, and accepted = unique + repeats + corrections.
     """
@@ -59,7 +59,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class ForeignEntry:
-    """A stream entry that a producer other than ours writes straight into Redis."""
+    """A stream entry that an external producer writes straight into Redis."""
 
     user_id: str
     lines: tuple[Line, ...]
@@ -67,9 +67,9 @@ class ForeignEntry:
 
 @dataclass(slots=True)
 class Fleet:
-    """Everything that is sent, in its order, and what to expect of it.
+    """All traffic in its order, and the results to expect.
 
-    `posts` go to the gateway as batches, `singles` one by one after them, `foreign` straight into
+    `posts` go to the gateway as batches, `singles` one by one after them, `foreign` (external) into
     Redis. `survivors` gives the one heart rate that stays of each key (user, device, epoch ms).
     """
 
@@ -249,7 +249,7 @@ def _invalid(
 
 
 def _write_foreign(fleet: Fleet, now_ms: int, chance: random.Random) -> None:
-    """Entries of a foreign producer: one good heartbeat each among lines that can't be used."""
+    """Entries of an external producer: one valid heartbeat each among invalid lines."""
     for day in fleet.expected:
         user_id = f"{fleet.prefix}foreign"
         at = min(days.start_ms(day) + 1000 * chance.randrange(3600), now_ms)

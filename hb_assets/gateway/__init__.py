@@ -1,1 +1,1 @@
-"""The HTTP gateway: heartbeats in, minute-level readings out. The only place that knows HTTP."""
+"""The HTTP gateway: accepts heartbeats and serves minute-level heart rate. Only it knows HTTP."""

@@ -1,8 +1,7 @@
-"""The application: which path and method lead to which handler.
+"""The gateway as an ASGI application: its routes, and how its parts are put together.
 
-Belongs here: routes, the scope that each needs, and how the parts are put together. Doesn't belong
-here: what a route does. A table of paths does instead of Starlette's router and middleware, which
-cost as much as all else that we do for a heartbeat.
+Each route names the scope that a key needs for it. A table of paths does instead of Starlette's
+router and middleware, which cost as much as all else that we do for a heartbeat.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Gateway:
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Ready to serve for the time of the block.
+        """Context within which the gateway is ready to serve.
 
         Raises BufferUnavailableError, LakeMismatchError and SettingsError.
         """
@@ -103,7 +102,7 @@ def _routes(settings: Settings, backend: Backend, metrics: Metrics) -> dict[str,
 
 
 class _Table:
-    """Finds the handler by path and method, and lets those in who may.
+    """Routing: finds the handler by path and method, and checks access to it.
 
     404 without a path, 405 names its methods, and so does OPTIONS, those of all paths for `*` (RFC
     9110, 9.3.7); 401 and 403 as `access` has it.

@@ -1,7 +1,7 @@
 """The backend: what the gateway's handlers work with, opened and closed together.
 
-Belongs here: the producer, the spool, the API keys, the client that depth and health are read by,
-the lake, its readers, and the limits on threads that wait for them. Doesn't belong here: HTTP.
+The producer, the spool, the API keys, the client that depth and health are read by, the lake, its
+readers, and the limits on threads that wait for them. It knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Backend:
             ) from None
 
     async def ask(self, probe: Probe[T]) -> T:
-        """The answer of a probe of others, out of the threads that are there for it.
+        """The answer of another module's probe, run in the backend's threads.
 
         Raises:
             TimeoutError: none in time.
@@ -148,7 +148,7 @@ class Backend:
         return self._producer.clock.warnings()
 
     async def reply(self, asked: Asked) -> Reply:
-        """The answer to a question, out of the lake and maybe the buffer. Raises as `Readers`."""
+        """Answer a query from the lake and maybe the buffer. Raises as `Readers`."""
         return await self._readers.reply(asked)
 
     async def depths(self) -> Depths:
@@ -160,15 +160,15 @@ class Backend:
         return await self._of_redis(self._ask_depths)
 
     async def standing(self) -> durability.Standing:
-        """What HB_DURABILITY is worth now. Raises BufferUnavailableError as `depths` does."""
+        """Whether HB_DURABILITY holds now. Raises BufferUnavailableError as `depths` does."""
         return await self._of_redis(self._ask_standing)
 
     async def signs(self) -> Signs:
-        """Beats and counts of other processes. Raises BufferUnavailableError as `depths` does."""
+        """Liveness timestamps and counts of other processes. Raises BufferUnavailableError."""
         return await self._of_redis(self._ask_signs)
 
     async def disk(self) -> Disk:
-        """How the lake's disk is: whether it takes a byte, where nobody sees it, and what is free.
+        """The state of the lake's disk: whether it takes a byte, out of sight, and what is free.
 
         Raises:
             OSError: the lake can't be read.
@@ -177,7 +177,7 @@ class Backend:
         return await self._ask_lake.answer(self._probes)
 
     async def survey(self) -> Survey | None:
-        """The lake as it was seen last; None until it was seen at all."""
+        """The latest survey of the lake; None before the first."""
         with contextlib.suppress(TimeoutError):
             survey = await self._ask_survey.answer(self._probes)
             if survey is not self._survey:
@@ -186,7 +186,7 @@ class Backend:
         return self._survey
 
     def _tell(self, survey: Survey) -> None:
-        """One log line for each fault of the lake that is new, or is over."""
+        """Log one line for each fault of the lake that is new or resolved."""
         before = {fault.message: fault for fault in self._survey.faults} if self._survey else {}
         found = {fault.message: fault for fault in survey.faults}
         for message, fault in found.items():
@@ -242,7 +242,7 @@ def _look_at_disk(lake: Lake) -> Disk:
 
 
 def _look_at_spool(spool: Spool, settings: Settings) -> Holdings:
-    """What it holds, and whether it can take more. Raises SpoolUnavailableError."""
+    """What the spool holds, and whether it can take more. Raises SpoolUnavailableError."""
     held = spool.holdings()
     try:
         _write_a_byte(settings.spool_dir)

@@ -1,8 +1,6 @@
-"""The edge: the outermost layer, around every request.
+"""The outermost ASGI layer, around every request: measurement, request ids, common headers, errors.
 
-Belongs here: measuring a request, its id, the headers that every answer has, and making an answer
-out of whatever was raised below. Doesn't belong here: what any route does. Plain ASGI: it adds two
-calls to a request.
+It makes an answer out of whatever was raised below. Plain ASGI: it adds two calls to a request.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The server: a gateway, from its socket to its graceful end.
+"""The gateway's server, from binding its socket to its graceful shutdown.
 
-Belongs here: binding, uvicorn's settings, signals. Doesn't belong here: routes, several processes
-(`workers`), and the keeping alive of the first (`hb up` does that).
+Binding, uvicorn's settings and signals. Several processes on one port are in `workers`.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def serve_on(
 
 
 class Server(uvicorn.Server):
-    """uvicorn with a gateway in it, which says when it is ready; `should_exit` ends it."""
+    """uvicorn serving a gateway, with a callback when it is ready; `should_exit` ends it."""
 
     def __init__(self, settings: Settings, ready: Callable[[], None] | None = None) -> None:
         self._app = Gateway(settings)

@@ -1,8 +1,8 @@
-"""Erasure: making the bytes of a forgotten user go from the lake.
+"""Erasure of a forgotten user from the lake: finds their bytes in every file and removes them.
 
-Belongs here: finding them, in every file, and the steps for one day and for the quarantine; each
-may be done again after a crash. Doesn't belong here: the tombstone (`tombstones`), which has to
-stand before, and buffer and spool (`erasure` of the layer above).
+The steps for one day and for the quarantine, each of which may be repeated after a crash. The
+tombstone (`files.tombstones`) has to exist before; buffer and spool are erased by
+`pipeline.erasure`, which calls this.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ USING ({IDENTITY})
 
 @dataclass(frozen=True, slots=True)
 class Whose:
-    """Which heartbeats: the user's, up to an arrival by source shard."""
+    """The heartbeats to erase: one user's, up to an arrival by source shard."""
 
     user_id: str
     cutoffs: Cutoffs
 
     def said_in(self, text: bytes) -> bool:
-        """Whether a record's bytes speak of the user, as far as that can be told.
+        """Whether a record's bytes mention the user, as far as that can be told.
 
-        A JSON object does when its `user_id` is the user's. Other bytes do when the user_id stands
-        in them between quotes.
+        A JSON object does when its `user_id` is the user's. Other bytes do when they contain the
+        user_id between quotes.
         """
         try:
             found = msgspec.json.decode(text)
@@ -89,7 +89,7 @@ class Whose:
 
     @property
     def named(self) -> re.Pattern[bytes]:
-        """The field user_id with the user in it, as any JSON text has it, escaped once or not."""
+        """Matches the field user_id with this user, as any JSON has it, escaped once or not."""
         users = b"|".join(re.escape(needle[1:-1]) for needle in self.needles)
         return re.compile(
             rb'\\?"user_id\\?"\s*:\s*\\?"(?:' + users + rb')\\?"',
@@ -103,7 +103,7 @@ def _utf16(char: str) -> Iterator[int]:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """What went: days that were written anew, rows, fragments deleted, records of quarantine."""
+    """Counts of what was erased: days written anew, rows, fragments, records of quarantine."""
 
     days: int = 0
     rows: int = 0
@@ -154,7 +154,7 @@ def _ask(
     query: str,
     connection: duckdb.DuckDBPyConnection,
 ) -> list[tuple[Any, ...]]:
-    """Rows of a query over the fragments and the published file, asked again when one went."""
+    """Rows of a query over the fragments and the published file, run again when one went."""
     published = layout.consolidated_file(lake.root, day, shard)
     for _ in range(_ATTEMPTS):
         paths = [one.path for one in fragments.listed(lake, day, shard)]
@@ -299,7 +299,7 @@ def _quarantine_files(lake: Lake) -> list[Path]:
 
 
 def _forgotten(rows: pa.Table, whose: Whose) -> pa.Array:
-    """Of each record in quarantine whether it is the user's and arrived at the cutoff or before."""
+    """Whether each quarantined record is the user's and arrived at the cutoff or before."""
     early = tombstones.reached(rows, [whose.cutoffs] * rows.num_rows)
     return pc.and_(pa.array(early, pa.bool_()), pa.array(_spoken_of(rows, whose), pa.bool_()))
 

@@ -1,8 +1,8 @@
-"""Inventory: what the lake holds of each day, out of names and footers alone.
+"""Inventory: counts of what the lake holds of each day, from file names and footers alone.
 
 Sensors, `hb status` and the gateway's survey ask for these counts often. What can't be read is one
-line among the `faults`, and everything else is counted all the same. Nothing here reads rows, or
-says what to do (`policy`).
+line among the `faults`, and everything else is counted all the same. No rows are read, and nothing
+is decided here (`compaction.policy` does).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hb_assets.lake.storage.store import Lake
 
 @dataclass(frozen=True, slots=True)
 class DayState:
-    """How a day stands.
+    """The state of a day: its counts, and what is pending.
 
     `digest` changes when its set of raw fragments does, `pending_digest` when its set of pending
     ones does; `oldest_pending_ms` is when the oldest of them was written
@@ -76,9 +76,9 @@ def days_found(lake: Lake, faults: list[str]) -> list[dt.date]:
 
 @contextmanager
 def noted(faults: list[str], path: Path) -> Iterator[None]:
-    """Go on behind the block when what it looks at can't be read; `faults` gets one line about it.
+    """Context that turns a read error into one line of `faults`, and goes on behind the block.
 
-    What went meanwhile is no fault: it was replaced, or pruned.
+    A file that is gone is no fault: it was replaced, or pruned.
     """
     try:
         yield
@@ -100,13 +100,13 @@ def raw_digest(lake: Lake, day: dt.date) -> str:
 
 
 def notes(lake: Lake, day: dt.date) -> list[ConsolidatedNote]:
-    """Notes of the day's consolidated files. Raises DamagedFileError."""
+    """Footer metadata of the day's consolidated files. Raises DamagedFileError."""
     found = (published(lake, day, shard) for shard in range(lake.shards))
     return [one[0] for one in found if one is not None]
 
 
 def day_state(lake: Lake, day: dt.date, settings: Settings) -> DayState:
-    """How a day stands now, shard by shard and file by file."""
+    """The state of a day now, counted shard by shard and file by file."""
     raw: list[Fragment] = []
     waiting: list[Fragment] = []
     faults: list[str] = []
@@ -167,7 +167,7 @@ class _Seen:
 
 
 def _seen(raw: list[Fragment], faults: list[str]) -> dict[Path, _Seen]:
-    """Sizes and times of those fragments that can be read."""
+    """Sizes and times of the fragments that can be read."""
     found = {}
     for one in raw:
         with noted(faults, one.path):
@@ -178,7 +178,7 @@ def _seen(raw: list[Fragment], faults: list[str]) -> dict[Path, _Seen]:
 
 
 def published(lake: Lake, day: dt.date, shard: int) -> tuple[ConsolidatedNote, int] | None:
-    """Note and size in bytes of a consolidated file; None where there is none.
+    """Footer metadata and size in bytes of a consolidated file; None where there is none.
 
     Raises:
         DamagedFileError: the footer can't be read, or the file is gone although raw alone hasn't

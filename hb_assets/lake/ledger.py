@@ -1,7 +1,7 @@
-"""The lake's side of the ledger: what came in, what survived, what is pending, day by day.
+"""The lake's side of the ledger: what came in, what survived and what is pending, day by day.
 
-Belongs here: counting from files themselves, to be held against what their footers and the buffer
-say. Doesn't belong here: the buffer's side, and the verdict (`audit`).
+It counts from the files themselves; `pipeline.audit` compares that with what their footers and the
+buffer say.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hb_assets.lake.storage.store import Lake
 
 @dataclass(slots=True)
 class DayLedger:
-    """One day.
+    """The counts of one day.
 
     `rows` distinct rows came into raw: `unique` + `superseded` + `erased` of them are consolidated,
     `pending` aren't yet; `faults` says, in one line each, what doesn't add up.
@@ -109,7 +109,7 @@ def _day(lake: Lake, day: dt.date, settings: Settings, deep: bool) -> DayLedger:
 
 
 def _damage(lake: Lake, day: dt.date, shard: int, settings: Settings) -> list[str]:
-    """One line for each file of a (day, shard) that isn't what was written, or nothing of ours."""
+    """One line for each file of a (day, shard) that isn't what was written, or isn't ours."""
     paths = [one.path for one in fragments.listed(lake, day, shard)]
     paths.append(layout.consolidated_file(lake.root, day, shard))
     looks: list[Callable[[], None]] = [
@@ -171,7 +171,7 @@ def _shard(
     settings: Settings,
     deep: bool,
 ) -> DayLedger:
-    """A shard's part, counted again when its file was replaced or a fragment went meanwhile."""
+    """Counts of a shard, taken again when its file was replaced or a fragment went meanwhile."""
     for attempt in range(_ATTEMPTS):
         part = DayLedger(day)
         try:
@@ -250,7 +250,7 @@ def _pending_rows(
     raw: Sequence[Fragment],
     settings: Settings,
 ) -> int:
-    """Distinct rows that wait for their consolidation; a row that comes again is none."""
+    """Distinct rows that wait for their consolidation; a replayed row isn't counted."""
 
     def count(some: Sequence[Fragment]) -> int:
         inputs = Inputs.of(lake, published, some, raw)
@@ -331,7 +331,7 @@ def of_erased(
 
 
 def of_erased_found(lake: Lake, settings: Settings) -> tuple[int, list[str]]:
-    """As `of_erased`, of all files that can be read, and a line for each that can't."""
+    """As `of_erased`, for all files that can be read, with a line for each that can't."""
     faults: list[str] = []
     return of_erased(lake, settings, lambda error: faults.append(str(error))), faults
 
@@ -349,7 +349,7 @@ class WrittenOff:
 
 
 def of_accepted(lake: Lake) -> WrittenOff:
-    """The accepted losses whose files aren't back."""
+    """Sum of the accepted losses whose files aren't back."""
     faults: list[str] = []
     found = [
         one for _, one in accepted_losses.standing(lake, lambda error: faults.append(str(error)))
@@ -398,7 +398,7 @@ _NAMED = pa.schema(
 
 
 def of_quarantine(lake: Lake, settings: Settings) -> QuarantineLedger:
-    """The quarantine's side."""
+    """Count the distinct records in quarantine."""
     faults: list[str] = []
     with quarantine.gathered(
         lake, settings, on_damage=lambda error: faults.append(str(error))
@@ -409,7 +409,7 @@ def of_quarantine(lake: Lake, settings: Settings) -> QuarantineLedger:
 
 
 def _in_fragments(lake: Lake, connection: duckdb.DuckDBPyConnection, faults: list[str]) -> int:
-    """How many of them lie in fragments; only fragments that may hold one are read."""
+    """How many quarantined records lie in fragments; only fragments that may hold one are read."""
     named = [
         (str(one.path), one.name.source, *one.name.first, *one.name.last)
         for day in layout.days_of(lake.root, RAW)

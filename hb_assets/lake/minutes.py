@@ -1,8 +1,8 @@
-"""Minutes: one row per user, minute and device, with and without device priority.
+"""Minute-level heart rate: one row per user, minute and device, with and without device priority.
 
-Belongs here: the rule of minute-level heart rate (in SQL, shared with `query`), and the files
-that hold it. Doesn't belong here: answering questions. Sums and counts, not means, are stored, so
-that coarser spans add up from them.
+The rule is in SQL here, for a day of all users, and in `query.aggregate` for one user's readings; a
+test compares the two. Sums and counts, not means, are stored, so that coarser spans add up from
+them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ ORDER BY user_id, minute, device_id
 
 
 class MinutesNote(msgspec.Struct, frozen=True, kw_only=True):
-    """What a minute-level file's footer says: made from which edition, with which priority."""
+    """Footer metadata of a minute-level file: the version it was made from, and the priority."""
 
     format: int
     day: str
@@ -69,7 +69,7 @@ class MinutesNote(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class MinutesBuilt:
-    """What building a day's minutes did: rows, readings that went in, kept ones, bytes, checks."""
+    """Counts of building a day's minutes: rows, readings, kept readings, bytes; and its checks."""
 
     day: dt.date
     rows: int = 0
@@ -103,7 +103,7 @@ def build(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> MinutesBuilt:
-    """Make a day's minutes anew, where they are stale, from its consolidated files.
+    """Rebuild a day's minutes, where they are stale, from its consolidated files.
 
     Raises:
         CheckFailedError: a new file failed its checks; the old one is still in place.

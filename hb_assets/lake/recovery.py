@@ -48,12 +48,12 @@ from hb_assets.lake.storage.layout import DAMAGED, HEARTBEATS, RAW, FragmentName
 from hb_assets.lake.storage.store import Lake
 
 Shortfall = Callable[[], int]
-"""How many heartbeats the ledger misses at most, known losses left out; it may take a while."""
+"""Returns how many heartbeats the ledger misses at most, known losses left out; it may be slow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A file that was put back, with so many rows; whether its loss had been accepted."""
+    """A file that was put back: its rows, and whether its loss had been accepted."""
 
     path: Path
     rows: int
@@ -62,7 +62,7 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class GivenUp:
-    """A loss that was accepted (None: nothing is lost, the damaged file was only to be deleted).
+    """An accepted loss (None: nothing is lost, the damaged file was only to be deleted).
 
     `kept` rows of a consolidated file were sound.
     """
@@ -177,7 +177,7 @@ def _restore_consolidated(lake: Lake, copy: Path, place: Place, settings: Settin
 
 
 def _lacking(lake: Lake, place: Place, note: ConsolidatedNote) -> int:
-    """Fragments that the published file includes, and neither a file with this note nor raw."""
+    """Fragments that the published file includes, but neither raw nor a file with `note` does."""
     try:
         published = current(lake, place.day, place.shard)
     except DamagedFileError:
@@ -218,7 +218,7 @@ def accept(
     lock: Lock = no_lock,
     delete: bool = False,
 ) -> GivenUp:
-    """Accept that what a damaged file held, and no other file holds, is lost.
+    """Accept the loss of what a damaged file held and no other file holds.
 
     Args:
         lake: which lake.
@@ -247,8 +247,8 @@ def accept(
         if lake.root / where != path:
             if not delete:
                 raise HbError(
-                    f"{path} was made anew, or given up, when it was moved there: nothing more is "
-                    "lost with it; --delete deletes it"
+                    f"{path} was made anew, or accepted as lost, when it was moved there: "
+                    "nothing more is lost with it; --delete deletes it"
                 )
             _delete(path, delete=True)
             return GivenUp(None)
@@ -267,7 +267,7 @@ def _accept_fragment(
     delete: bool,
 ) -> GivenUp:
     aside = lake.root / DAMAGED / path.relative_to(lake.root)
-    given_up = parquet.damaged(path, "given up")
+    given_up = parquet.damaged(path, "accepted as lost")
     if path.exists() and damage.set_aside(lake, given_up, settings) is None:
         raise HbError(f"{path} is sound: nothing is lost with it")
     try:
@@ -304,7 +304,7 @@ def _accept_fragment(
 
 
 def _ignore(_: DamagedFileError) -> None:
-    """Other acceptances are no concern of this one."""
+    """Ignore damage of other acceptances, which don't concern this one."""
 
 
 def _is_noticed(lake: Lake, path: Path, place: Place) -> bool:
@@ -325,7 +325,7 @@ def _rows_of_fragment(
     note: ConsolidatedNote | None,
     shortfall: Shortfall,
 ) -> tuple[int | None, int | None]:
-    """How many rows are lost with a fragment, or at most how many.
+    """The number of rows that are lost with a fragment, or an upper bound.
 
     Its footer tells how many it had. Where another fragment may hold the same rows, after a drain
     that died before it could acknowledge, that is only a bound.
@@ -396,7 +396,7 @@ def _accept_consolidated(
 def _give_up_whole(
     lake: Lake, path: Path, place: Place, settings: Settings, reason: str, shortfall: Shortfall
 ) -> GivenUp:
-    """Go on with what raw has: without its footer nothing of the file can be told."""
+    """Give up a file whose footer can't be read: only what raw has remains."""
     day, shard = place.day, place.shard
     since = incomplete_since(lake, day, shard)
     found = next(
@@ -431,7 +431,7 @@ def _salvage(
     reason: str,
     shortfall: Shortfall,
 ) -> GivenUp:
-    """Publish what is sound of a file, with what raw still has of it, in its place."""
+    """Publish in a file's place what is sound of it, with what raw still has of it."""
     day, shard = place.day, place.shard
     with TempFile(lake.root, path.parent) as temp, TempFile(lake.root, path.parent) as sound:
         kept = 0

@@ -1,10 +1,8 @@
-"""The survey: what the whole lake holds, in one look that costs little when little changed.
-
-Belongs here: sums over all days, for metrics and health, and what is overdue. Doesn't belong here:
-a single day in full (`inventory`), counting rows (`ledger`), and when a day is due (`policy`).
+"""Survey of the whole lake: sums over all days for metrics and health, cheap when little changed.
 
 A gateway makes it beside its requests, in the same interpreter: raw fragments are told by their
-names alone, and of consolidated files only the footers of new ones are read.
+names alone, and of consolidated files only the footers of new ones are read. A single day in full
+is in `inventory`, counting rows in `ledger`.
 """
 
 from __future__ import annotations
@@ -34,8 +32,8 @@ class Survey:
     """Sums over all days; cumulative ones as `consolidated.ConsolidatedNote` has them.
 
     `overdue` is the day whose oldest pending fragment is farthest beyond the age at which it should
-    have been consolidated, and `overdue_seconds` how far. `faults` are those that stand
-    (`standing.faults`): the sums are those of all files that can be read.
+    have been consolidated, and `overdue_seconds` how far. `faults` are the known ones
+    (`known_faults.faults`): the sums are those of all files that can be read.
     """
 
     days: int = 0
@@ -64,7 +62,7 @@ _CUMULATIVE = ("rows", "unique", "repeats", "corrections", "replayed", "rows_wri
 
 @dataclass(slots=True)
 class _Day:
-    """What one day adds; `oldest_pending_ms` as `inventory.DayState` has it."""
+    """Sums of one day; `oldest_pending_ms` as in `inventory.DayState`."""
 
     fragments: int = 0
     pending_fragments: int = 0
@@ -80,7 +78,7 @@ class _Day:
 
 
 class Surveyor:
-    """Looks at a lake again and again; days that didn't change aren't read again.
+    """Surveys a lake repeatedly; days that didn't change aren't read again.
 
     A look stats the folders of every day, of those that were quiet for an hour now and then; for
     one thread.
@@ -92,7 +90,7 @@ class Surveyor:
         self._folders = Folders()
 
     def look(self) -> Survey:
-        """The lake now."""
+        """Survey the lake now."""
         found = {
             day: self._folders.remembered(self._lake, day, (RAW, HEARTBEATS), _read)
             for day in inventory.days_found(self._lake, [])
@@ -115,7 +113,7 @@ class Surveyor:
 
 
 def _read(lake: Lake, day: dt.date) -> _Day:
-    """What can be read of the day; `standing.faults` says what can't."""
+    """Sums of what can be read of the day; `known_faults.faults` says what can't."""
     time.sleep(_BREATH_SECONDS)
     told: list[str] = []
     sums = _Day()
@@ -151,7 +149,7 @@ def _fragments(lake: Lake, day: dt.date, shard: int) -> list[os.DirEntry[str]]:
 
 
 def _take_in(sums: _Day, note: ConsolidatedNote, size: int) -> frozenset[str]:
-    """Add a consolidated file; the fragments that it lists."""
+    """Add a consolidated file to the sums; returns the fragments that it lists."""
     sums.bytes += size
     for name in _CUMULATIVE:
         setattr(sums, name, getattr(sums, name) + getattr(note, name))

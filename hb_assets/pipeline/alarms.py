@@ -1,7 +1,7 @@
-"""Alarms: when something is raised, repeated or over, and telling the world.
+"""Alarms: when one is raised, repeated or resolved, and sending it.
 
-Belongs here: the decision (pure), one log line, HB_ALERT_WEBHOOK. Doesn't belong here: what is
-wrong (whoever looks, knows), and gauges (`gateway.observability.metrics`). Messages hold no heart
+The decision is a pure function; sending means one log line and HB_ALERT_WEBHOOK. What is wrong is
+known to whoever looked, and gauges are in `gateway.observability.metrics`. Messages hold no heart
 rate and no clear user_id: they leave the machine.
 """
 
@@ -40,7 +40,7 @@ class Raised(msgspec.Struct, frozen=True):
 
 
 def load(text: str | None) -> dict[str, Raised]:
-    """Alarms that stood, out of what `dump` wrote; a text that isn't it means none."""
+    """Parse what `dump` wrote: the alarms that stood; none of another text."""
     try:
         return msgspec.json.decode(text or "{}", type=dict[str, Raised])
     except msgspec.MsgspecError:
@@ -48,19 +48,19 @@ def load(text: str | None) -> dict[str, Raised]:
 
 
 def dump(raised: Mapping[str, Raised]) -> str:
-    """Alarms that stand, as text for a sensor's cursor."""
+    """Serialize the alarms that stand, for a sensor's cursor."""
     return msgspec.json.encode(raised).decode()
 
 
 def alarm(name: str, message: str, now_ms: int, **details: str) -> Alarm:
-    """A notice that something is wrong."""
+    """Make a notice that something is wrong."""
     return Alarm(alarm=name, message=message, at=_instant(now_ms), details=details)
 
 
 def changes(
     raised: Mapping[str, Raised], found: Mapping[str, str], now_ms: int
 ) -> tuple[list[Alarm], dict[str, Raised]]:
-    """What to tell: alarms that are new, or stood for another hour, or are over.
+    """Notices to send: alarms that are new, repeated after an hour, or resolved.
 
     Args:
         raised: alarms that stood before, by name.
@@ -88,7 +88,7 @@ def changes(
 
 
 def of_lake(faults: Iterable[Fault]) -> dict[str, str]:
-    """Messages of what stands against the lake, by name: one for each kind and day."""
+    """Alarm messages of the lake's known faults, by name: one for each kind and day."""
     lines: dict[str, list[str]] = {}
     for fault in faults:
         day = "" if fault.day is None else f":{fault.day}"
@@ -100,7 +100,7 @@ def of_lake(faults: Iterable[Fault]) -> dict[str, str]:
 
 
 def tell(notices: Sequence[Alarm], settings: Settings) -> None:
-    """One log line for each, and a POST to HB_ALERT_WEBHOOK.
+    """Send notices: one log line for each, and a POST to HB_ALERT_WEBHOOK.
 
     Never raises: an alarm that can't be told must not stop what noticed it.
     """

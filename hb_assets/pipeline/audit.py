@@ -1,6 +1,6 @@
-"""The audit: does every heartbeat that was appended lie in exactly one place?
+"""The audit: checks that every heartbeat that was appended lies in exactly one place.
 
-It holds the buffer's ledger (`buffer.depth`) against the lake's (`lake.ledger`). What can't be read
+It compares the buffer's ledger (`buffer.depth`) with the lake's (`lake.ledger`). What can't be read
 is one line among the differences, and everything else is counted all the same.
 
     Redis, per shard:  appended = acknowledged + buffered
@@ -25,7 +25,7 @@ from hb_assets.lake.storage.store import Lake
 
 _ATTEMPTS = 5
 _OF_THE_LEDGER = ("set_aside", "damaged", "missing", "not_adding_up", "unreadable")
-"""Faults by which heartbeats may be missing; a consolidation that failed lost nothing."""
+"""Faults by which heartbeats may be missing; a failed consolidation loses nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
-"""Coordination: what a consolidation and a pruning know of the buffer and of each other.
+"""Coordination of consolidation and pruning with the buffer and with each other.
 
-Belongs here: the watermarks and the locks that `lake.compaction.consolidation` and
-`lake.compaction.pruning` receive as arguments, and counting what was done, for metrics. Doesn't
-belong here: their work. None of it is needed for safety: without a watermark raw is only kept
-longer, without a lock work may be done twice.
+It reads the watermarks and makes the locks that `lake.compaction.consolidation` and
+`lake.compaction.pruning` take as arguments, and counts what was done, for metrics. None of it is
+needed for safety: without a watermark raw is only kept longer, without a lock work may be done
+twice.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Coordination:
         shards: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> Consolidated:
-        """As `compaction.consolidation.consolidate`, with what is known here; it is counted."""
+        """Consolidate a day with these watermarks and locks, and count it."""
         began = time.monotonic()
         written, outcome = 0, "failed"
         try:
@@ -91,7 +91,7 @@ class Coordination:
 
 @contextmanager
 def coordinated(lake: Lake, settings: Settings, *, start_server: bool) -> Iterator[Coordination]:
-    """What is known now. A buffer that can't be reached is one of which nothing is known.
+    """The coordination as of now; without watermarks where the buffer can't be reached.
 
     Args:
         lake: whose locks.

@@ -1,10 +1,9 @@
-"""The drain: from the buffer into durable fragments, and only then acknowledged.
+"""The drain: writes the buffer's entries into durable fragments, and only then acknowledges them.
 
-Belongs here: the cycle claim, decode, publish, acknowledge, how long it gathers before, who is a
-suspect, and the loop around it with its pauses; the drain sensor's tick, `hb drain` and imports all
-call these same functions.
-Doesn't belong here: how entries are claimed (`buffer.consumer`) and how files are made durable
-(`lake`).
+One cycle claims, decodes, publishes and acknowledges. The drain sensor's tick, `hb drain` and
+imports all call these functions: the cycle, how long it gathers entries before, which entries are
+suspected of killing drainers, and the loop around it with its pauses. Entries are claimed by
+`buffer.consumer`.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def pause_after(faults: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """What draining did.
+    """Counts of what was drained.
 
     `rows` went into fragments, `quarantined` records into quarantine; `entries` were acknowledged;
     `empty` when the last cycle brought all that it found, and found all that there was.
@@ -61,7 +60,7 @@ class Drained:
     empty: bool = False
 
     def plus(self, other: Drained) -> Drained:
-        """Both together; `empty` as the other one says."""
+        """The sum of both; `empty` is the other one's."""
         return Drained(
             rows=self.rows + other.rows,
             quarantined=self.quarantined + other.quarantined,
@@ -124,7 +123,7 @@ def _cycle(consumer: Consumer, lake: Lake, settings: Settings, batch: _Batch) ->
 
 
 def _counts(done: Drained, ended: Ended, reasons: Counter[str]) -> Counter[str]:
-    """What others see of a cycle that drained anything."""
+    """Counts of a cycle for `liveness`, if it drained anything."""
     counts = liveness.timed("drain", done.seconds)
     counts["drained_rows"] = done.rows
     counts["drained_entries"] = done.entries
@@ -161,7 +160,7 @@ def _bring(
 
 
 def _write(lake: Lake, settings: Settings, part: Decoded, reasons: Counter[str]) -> Drained:
-    """Make a part of what was decoded durable, while the next one is being decoded."""
+    """Write one decoded part durably, while the next one is being decoded."""
     kept, forgotten = tombstones.withheld(lake, part.rows)
     rejected, forgotten_too = tombstones.withheld(lake, part.rejected)
     published = fragments.publish(lake, kept)
@@ -222,7 +221,7 @@ class _Claims:
         return self._gathered(self._consumer.claim)
 
     def look_ahead(self, batch: _Batch) -> None:
-        """Begin to claim what comes after this batch, where that is sensible."""
+        """Begin to claim the batch after this one, where that is sensible."""
         # What the dead and failed cycles left is for a claim that has nothing in hand.
         due = self._since >= _LEAST_AHEAD and time.monotonic() - self._looked_back > _LOOK_BACK
         more = self._wait or batch.ended not in ("all", "age")
@@ -232,7 +231,7 @@ class _Claims:
             self._ahead = self._thread.submit(self._gathered, self._consumer.claim_ahead)
 
     def give_up(self) -> None:
-        """Leave what lies ahead to a later claim."""
+        """Abandon what was claimed ahead; a later claim gets it again."""
         if self._ahead is not None:
             self._given_up.set()
             wait([self._ahead])

@@ -1,13 +1,12 @@
-"""Erasure: forgetting a user, so that no byte of their heartbeats is left.
+"""Erasure: forgets a user, so that no byte of their heartbeats is left.
 
-Belongs here: the order of steps through spool, buffer and lake, and the proof at the end. Doesn't
-belong here: how each step works (`lake.files.tombstones`, `lake.erasure`,
-`buffer.append_only_file`).
+The order of steps through spool, buffer and lake, and the proof at the end; the steps themselves
+are in `lake.files.tombstones`, `lake.erasure` and `buffer.append_only_file`.
 
 The tombstone comes first: from then on every drain withholds, every consolidation drops and every
-reader passes over what arrived up to its cutoffs, so that a crash at any later step only means that
+reader skips what arrived up to its cutoffs, so that a crash at any later step only means that
 bytes are left, and that asking again goes on where it stopped. Heartbeats that arrive after the
-cutoffs are welcome. The ledger has what went as erased.
+cutoffs are accepted as usual. The ledger counts what was removed as erased.
 """
 
 from __future__ import annotations
@@ -43,16 +42,16 @@ _PATIENCE_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """What went, and what is left.
+    """The result of forgetting a user: what was removed, and what is left.
 
     Attributes:
-        rows: heartbeats that went from consolidated files and pending fragments, those that were
+        rows: heartbeats removed from consolidated files and pending fragments, those that were
             superseded not counted.
-        buffered: heartbeats that went from the buffer.
+        buffered: heartbeats removed from the buffer.
         fragments: raw fragments that were deleted.
         days: days that were written anew.
-        quarantined: records that went from quarantine.
-        spooled: lines that went from the gateway's spool.
+        quarantined: records removed from quarantine.
+        spooled: lines removed from the gateway's spool.
         log_rewritten: whether the server has written its append-only file anew.
         resumed_ms: when it had been asked for, if this only went on with it (epoch ms): what has
             arrived since is still there.
@@ -173,7 +172,7 @@ def _tombstone(
     clear_spool: ClearSpool,
     standing: Tombstone | None,
 ) -> tuple[Tombstone, int]:
-    """The tombstone, with cutoffs above all that the spool might have brought later.
+    """Write the tombstone, with cutoffs above all that the spool might have brought later.
 
     A cutoff never goes back, and isn't below what the lake has of the user: the present Redis may
     not be the one that all of it came by.
@@ -208,7 +207,7 @@ def _changed(tombstone: Tombstone, **changes: object) -> Tombstone:
 def _drain_past(
     cutoffs: Cutoffs, client: Client, consumer: Consumer, lake: Lake, settings: Settings
 ) -> None:
-    """Drain until nothing up to the cutoffs is left, with whatever drainer it lies."""
+    """Drain until nothing up to the cutoffs is left, whichever drainer has it."""
     deadline = time.monotonic() + _PATIENCE_SECONDS + settings.claim_min_idle.total_seconds()
 
     def over() -> bool:

@@ -1,8 +1,7 @@
-"""Maintenance: what has to be done now and then so that the lake doesn't only grow.
+"""Maintenance that keeps the lake from only growing: pruning, sweeping, and raising watermarks.
 
-Belongs here: which pieces of such work, in which order; the `maintenance` job and `hb prune` call
-it. Doesn't belong here: how each is done (`lake.compaction.pruning`,
-`lake.compaction.consolidation`).
+The `maintenance` job and `hb prune` call it; the work itself is in `lake.compaction.pruning` and
+`lake.compaction.consolidation`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from hb_assets.pipeline.coordination import Coordination
 
 @dataclass(frozen=True, slots=True)
 class Maintained:
-    """What was done: fragments pruned, their bytes, leftovers of crashes removed.
+    """Counts of what was done: fragments pruned, their bytes, leftovers of crashes removed.
 
     `renewed` counts consolidated files that were written anew, only to raise their watermark.
     """

@@ -1,8 +1,8 @@
-"""Vitals: whether drains, consolidation and Dagster keep up, judged by the signs that they leave.
+"""Checks whether drains, consolidation and Dagster keep up, by their liveness timestamps.
 
-Belongs here: the verdicts that /health, `hb status` and the buffer sensor share, each by a
-threshold of the settings (HB_HEALTH_...; 0 watches nothing), in lines without any user's data.
-Doesn't belong here: asking (`buffer.liveness`, `buffer.depth`, `lake.survey`), telling (`alarms`).
+/health, `hb status` and the buffer sensor share these verdicts, each by a threshold of the settings
+(HB_HEALTH_...; 0 turns it off), in lines without any user's data. The figures come from
+`buffer.liveness`, `buffer.depth` and `lake.survey`; `alarms` sends what is found.
 
 Time counts from when something waits. A drain that never ran is no fault as long as nothing is
 there to be drained: who starts it may be waiting for a healthy gateway.
@@ -21,7 +21,7 @@ _SHOWN = 3
 
 
 def drain(states: Sequence[ShardDepth], signs: Signs, settings: Settings) -> str | None:
-    """What is wrong where entries wait in shards that no drain has looked at for too long."""
+    """Fault of shards where entries wait and no drain has looked for too long; None if fine."""
     most = settings.health_drain_age
     found = {}
     for state in states:
@@ -51,7 +51,7 @@ def neglected_seconds(state: ShardDepth, signs: Signs) -> float:
 
 
 def backlog(states: Sequence[ShardDepth], signs: Signs, settings: Settings) -> str | None:
-    """What is wrong where the oldest entry waits for too long, whoever looked at it."""
+    """Fault of shards whose oldest entry waits for too long, whoever looked at it."""
     most = settings.health_entry_age
     found = {}
     for state in states:
@@ -67,7 +67,7 @@ def backlog(states: Sequence[ShardDepth], signs: Signs, settings: Settings) -> s
 
 
 def consumers(states: Sequence[ShardDepth], signs: Signs, settings: Settings) -> str | None:
-    """What is wrong where drainers are gone with entries that nobody takes over."""
+    """Fault of shards whose dead drainers hold entries that nobody takes over."""
     most = settings.health_consumer_idle
     found = [state.shard for state in states if dead_consumers(state, settings)]
     if not found:
@@ -80,7 +80,7 @@ def consumers(states: Sequence[ShardDepth], signs: Signs, settings: Settings) ->
 
 
 def dead_consumers(state: ShardDepth, settings: Settings) -> int:
-    """Consumers of a shard that have entries claimed and weren't heard of for too long."""
+    """Consumers of a shard that hold entries and weren't heard of for too long."""
     patience = settings.claim_min_idle.total_seconds()
     return sum(
         _beyond(idle / 1000 - patience, settings.health_consumer_idle) for idle in state.idle_ms
@@ -88,7 +88,7 @@ def dead_consumers(state: ShardDepth, settings: Settings) -> int:
 
 
 def dagster(signs: Signs, settings: Settings) -> str | None:
-    """What is wrong when a sensor is stopped, or Dagster was there once and isn't any more."""
+    """Fault of Dagster: a sensor is stopped, or Dagster was there once and ticks no more."""
     if stopped := signs.stopped:
         names = " ".join(stopped)
         many = f"sensors {', '.join(stopped)} are" if len(stopped) > 1 else f"sensor {names} is"
@@ -105,7 +105,7 @@ def dagster(signs: Signs, settings: Settings) -> str | None:
 
 
 def consolidation(day: dt.date | None, seconds: float, settings: Settings) -> str | None:
-    """What is wrong when a day should have been consolidated so many seconds ago.
+    """Fault of a day that should have been consolidated so many seconds ago.
 
     Args:
         day: the one that is overdue most, None when none is
@@ -123,7 +123,7 @@ def consolidation(day: dt.date | None, seconds: float, settings: Settings) -> st
 
 
 def space(free: int, settings: Settings) -> str | None:
-    """What is wrong when the lake's disk is nearly full; `free` in bytes."""
+    """Fault of a lake's disk that is nearly full; `free` in bytes."""
     least = settings.health_free_space
     if free >= least:
         return None

@@ -1,7 +1,7 @@
-"""Runs first in every Python process that a test starts, and notes what its user would be shown.
+"""Runs first in every Python process that a test starts, and records exceptions in finalisers.
 
 Python prints an exception that a finaliser raises, and goes on: no exit code tells of it. conftest
-puts this folder on the children's PYTHONPATH, and fails the test whose children noted something.
+puts this folder on the children's PYTHONPATH, and fails the test whose children recorded something.
 """
 
 from __future__ import annotations

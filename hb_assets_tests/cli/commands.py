@@ -1,4 +1,4 @@
-"""Running commands in this process, as a terminal would."""
+"""Runs commands in this process, as a terminal would."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_the_bytes_go_as_well(lake: Lake, settings: Settings, bad: Path) -> None
     content = bytearray(bad.read_bytes())
     content[10] ^= 1
     bad.write_bytes(content)
-    assert "2 heartbeats are given up" in hb("accept", str(bad), "--delete", "--yes").stdout
+    assert "2 heartbeats are accepted as lost" in hb("accept", str(bad), "--delete", "--yes").stdout
     assert not list((lake.root / "damaged").rglob("*.parquet"))
     assert told("list")["kept"] == []
 

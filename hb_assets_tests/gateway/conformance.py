@@ -1,8 +1,8 @@
-"""Does the gateway do what /openapi.json says? schemathesis asks it; `make api-check` runs this.
+"""Checks the gateway against /openapi.json with schemathesis; `make api-check` runs this.
 
-Belongs here: one run against a gateway on a real socket, with an API key. It is no part of the
-other tests, since it takes most of a minute. Doesn't belong here: what schemathesis has to be told
-about our interface (`conformance_hooks`).
+One run against a gateway on a real socket, with an API key. It is no part of the other tests, since
+it takes most of a minute. What schemathesis has to be told about our interface is in
+`conformance_hooks`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What schemathesis has to know of our interface, and JSON Schema can't say.
 
-Belongs here: bodies that aren't JSON, and times that depend on now or on one another. Each is a
-generator of requests; no check is turned off here.
+Generators of requests with bodies that aren't JSON, and with times that depend on now or on one
+another; no check is turned off here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Deliveries for tests of the lake: entries as a buffer hands them out, without one."""
+"""Entries for tests of the lake as a buffer hands them out, without a buffer."""
 
 from __future__ import annotations
 

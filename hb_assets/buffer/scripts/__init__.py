@@ -1,9 +1,8 @@
-"""Lua scripts: the changes of a shard that have to happen all at once.
+"""Lua scripts that change a shard atomically, one .lua file each, and a loader for them.
 
-Belongs here: one .lua file a script, and its text and digest. Doesn't belong here: when and with
-what a script is called (`producer`, `consumer`, `depth`). Every key is declared, and all keys of a
-call share a hash tag, so that the scripts work on a cluster (`append` takes any number of shards,
-and would have to be called for each there); nothing in them is newer than 7.0.
+Every key is declared, and all keys of a call share a hash tag, so that the scripts work on a
+cluster (`append` takes any number of shards, and would have to be called for each there); nothing
+in them is newer than Redis 7.0.
 """
 
 from __future__ import annotations

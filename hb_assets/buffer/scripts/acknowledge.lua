@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
 -- Acknowledge and delete entries of one shard and count them in its ledger; an entry that somebody
 -- else has deleted before is not counted again. Has to work when Redis is full, to make it emptier.
--- KEYS: stream, ledger.  ARGV: group, then of each lot of entries that are alike: their n (-1 for foreign
--- ones), heartbeats that the drain counted in each, bytes of data of each, how many ids follow, the ids.
+-- KEYS: stream, ledger.  ARGV: group, then of each lot of entries that are alike: their n (-1 for
+-- external ones), heartbeats that the drain counted in each, bytes of data of each, how many ids follow, the ids.
 -- One command for a lot, however many: each costs more than what it does to an entry.
 -- Returns how many entries this call deleted.
 -- First, since a script is not undone: entries must not go where the ledger can't be written.

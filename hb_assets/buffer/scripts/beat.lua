@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Note by this server's clock that something was alive just now, and count what it did. Has to work
+-- Set liveness timestamps to this server's clock, and add to the counts of work. Has to work
 -- when Redis is full: a drain that makes it emptier is not dead.
--- KEYS: beats, counts.  ARGV: number of names, the names, then of each count: field, increment.
+-- KEYS: timestamps, counts.  ARGV: number of names, the names, then of each count: field, increment.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local beats, names = {}, tonumber(ARGV[1])

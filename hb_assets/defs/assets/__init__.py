@@ -1,7 +1,6 @@
 """The three assets, one partition a UTC day: raw fragments, consolidated files, minutes.
 
-Belongs here: their names, and calls of the functions that make them. Doesn't belong here: how
-they are made (`drain`, `lake`), and when (`sensors`).
+Only the steps are here. `pipeline` and `lake` do the work, `sensors` decide when.
 """
 
 from __future__ import annotations

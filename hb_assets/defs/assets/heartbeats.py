@@ -1,6 +1,6 @@
-"""heartbeats: the consolidated files of a day.
+"""The asset `heartbeats`: the consolidated files of a day.
 
-A graph of three ops: `plan` deals the day's shards out into groups, `consolidate_shards` does one
+A graph of three ops: `plan` divides the day's shards into groups, `consolidate_shards` does one
 group, `check_day` judges what all of them did. In process the groups follow each other, and the
 shards of a group share the cores (`lake.compaction.consolidation`); another executor (HB_EXECUTOR)
 does the groups side by side, wherever it runs its steps. What one op hands to the next is a handful
@@ -29,7 +29,7 @@ from hb_assets.pipeline import alarms
 from hb_assets.pipeline.coordination import coordinated
 
 SHARDS_A_STEP = 4
-"""As many share a step, at least: a step of its own for each costs more than it tells."""
+"""Least shards in a step: a step for each would cost more than it shows."""
 MOST_STEPS = 16
 """Steps of one run, however many shards there are: each writes a dozen events."""
 
@@ -60,7 +60,7 @@ class Consolidation(dg.Config):
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What one step is to do: these shards of the run's day."""
+    """The work of one step: some shards of the run's day."""
 
     shards: tuple[int, ...]
     rebuild: bool
@@ -74,7 +74,7 @@ class Group:
 
 
 def heartbeats(daily: dg.PartitionsDefinition[str]) -> dg.AssetsDefinition:
-    """The asset, with these partitions."""
+    """The asset `heartbeats`, with these partitions."""
     return dg.graph_multi_asset(
         name="heartbeats",
         ins={"raw": dg.AssetIn(RAW_HEARTBEATS, dagster_type=dg.Nothing)},
@@ -141,7 +141,7 @@ def dealt(shards: int) -> list[tuple[int, ...]]:
 def consolidate_shards(
     context: dg.OpExecutionContext, group: Group, installation: dg.ResourceParam[Installation]
 ) -> dg.Output[Consolidated]:
-    """What was done and what failed: the other shards are published all the same."""
+    """Consolidate a group; a shard that fails doesn't keep the others from being published."""
     day, settings = days.parse_day(context.partition_key), installation.settings
     with outcomes.failures():
         lake = installation.lake()
@@ -191,7 +191,7 @@ def check_day(
 
 
 def judged(done: Consolidated) -> list[Figure]:
-    """Figures that say something of the whole day.
+    """Figures that hold for the whole day.
 
     Where a shard failed before its file was checked, these are only those that failed.
     """
@@ -200,7 +200,7 @@ def judged(done: Consolidated) -> list[Figure]:
 
 
 def together(day: dt.date, groups: Sequence[Consolidated]) -> Consolidated:
-    """The day, of what was done with groups of its shards."""
+    """The day's result, joined from those of groups of its shards."""
     counts = {
         field.name: sum(getattr(group, field.name) for group in groups)
         for field in fields(Consolidated)

@@ -1,4 +1,4 @@
-"""minute_heart_rate: the minute-level files of a day."""
+"""The asset `minute_heart_rate`: the minute-level files of a day."""
 
 # No `from __future__ import annotations`: Dagster compares the annotation of `context` itself.
 
@@ -24,7 +24,7 @@ and counts.
 
 
 def minute_heart_rate(daily: dg.PartitionsDefinition[str]) -> dg.AssetsDefinition:
-    """The asset, with these partitions."""
+    """The asset `minute_heart_rate`, with these partitions."""
     return dg.graph_multi_asset(
         name="minute_heart_rate",
         ins={"heartbeats": dg.AssetIn(HEARTBEATS, dagster_type=dg.Nothing)},

@@ -1,4 +1,7 @@
-"""raw_heartbeats: the fragments of a day. The drain sensor reports them; by hand, it drains."""
+"""The asset `raw_heartbeats`: the fragments of a day.
+
+The drain sensor reports its materializations; materialized by hand, it drains.
+"""
 
 # No `from __future__ import annotations`: Dagster compares the annotation of `context` itself.
 
@@ -28,7 +31,7 @@ most.
 
 
 def raw_heartbeats(daily: dg.PartitionsDefinition[str]) -> dg.AssetsDefinition:
-    """The asset, with these partitions."""
+    """The asset `raw_heartbeats`, with these partitions."""
     return dg.asset(
         key=RAW_HEARTBEATS,
         partitions_def=daily,

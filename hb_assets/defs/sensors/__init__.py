@@ -20,9 +20,9 @@ def now_ms() -> int:
 
 
 def beat(context: dg.SensorEvaluationContext, installation: Installation) -> None:
-    """Leave a sign of life in Redis, and the names of sensors that somebody stopped.
+    """Set the liveness timestamps of Dagster and of sensors that somebody stopped.
 
-    Each sensor does, so that the others' alarm (`vitals.dagster`) doesn't hang on one that is
+    Each sensor does, so that the others' alarm (`vitals.dagster`) doesn't depend on one that is
     stopped itself. A Redis that is away is told elsewhere.
     """
     stopped: set[str] = set()

@@ -1,8 +1,8 @@
 """The buffer sensor: alarms when buffer or spool fill up, entries wait too long, or some are lost.
 
-Belongs here: looking, and remembering what stands; and the beat by which others see that Dagster is
-alive. Doesn't belong here: the marks (`buffer.depth`, `gateway.spool.queue`, `vitals`), telling
-(`alarms`), and a Redis that is away, for which the drain sensor raises the alarm.
+It also leaves the liveness timestamp by which others see that Dagster is alive. The thresholds are
+in `buffer.depth`, `gateway.spool.queue` and `vitals`. A Redis that is away is the drain sensor's
+alarm.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def buffer_sensor() -> dg.SensorDefinition:
         minimum_interval_seconds=15,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Raises an alarm when the buffer is nearly full, has lost entries or isn't drained, "
-        "and when the gateway's spool holds heartbeats or is damaged. Its ticks are the sign of life "
-        "of Dagster that the gateway's health looks at.",
+        "and when the gateway's spool holds heartbeats or is damaged. By its ticks the gateway's "
+        "health tells whether Dagster is alive.",
     )(_tick)
 
 
@@ -80,7 +80,7 @@ def _spool_faults(settings: Settings) -> dict[str, str]:
 
 
 def faults(buffer: Depths, signs: Signs, settings: Settings) -> dict[str, str]:
-    """Messages of what is wrong, by the name of the alarm."""
+    """Messages of faults, by the name of the alarm."""
     found = {}
     states = buffer.states
     full = depth.high_water(states, settings)

@@ -1,8 +1,8 @@
 """The consolidation sensor: asks for a run of each day that is due.
 
-Belongs here: which runs are under way or failed, and how long to wait after a failure; alarms of
-days that can't be read, or wait for too long. Doesn't belong here: when a day is due
-(`lake.compaction.policy`), and what is too long (`vitals`).
+It knows which runs are under way or failed, waits after a failure, and raises alarms for days that
+can't be read or wait for too long. `lake.compaction.policy` decides when a day is due, `vitals`
+what is too long.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _tick(
 
 
 def _due(states: Sequence[DayState], now: int, settings: Settings) -> Iterator[tuple[str, ...]]:
-    """Day, reason and fingerprint of what is to be done, of each day that is due.
+    """Each day that is due, with the reason and a fingerprint of what is to be done.
 
     A day with a file that can't be read is: its run sets the file aside, or fails and says why.
     """
@@ -121,7 +121,7 @@ def _due(states: Sequence[DayState], now: int, settings: Settings) -> Iterator[t
 
 
 def _states(installation: Installation, lake: Lake, loaded: Sequence[dt.date]) -> list[DayState]:
-    """How each day stands."""
+    """The state of each day."""
 
     def look(lake: Lake, day: dt.date) -> DayState:
         return inventory.day_state(lake, day, installation.settings)
@@ -131,7 +131,7 @@ def _states(installation: Installation, lake: Lake, loaded: Sequence[dt.date]) -
 
 
 def _attempt(instance: dg.DagsterInstance, day: str, now: int) -> str | None:
-    """What tells this attempt from those before it; None while a failed day has to wait.
+    """A key that tells this attempt from those before it; None while a failed day has to wait.
 
     A run key is never used twice, even when its run failed or was cancelled: the last such run is
     part of it.
@@ -152,7 +152,7 @@ def _attempt(instance: dg.DagsterInstance, day: str, now: int) -> str | None:
 
 
 def _fingerprint(state: DayState, settings: Settings) -> str:
-    """Differs when there is something else to do.
+    """A fingerprint of what is to be done: another one means that there is other work.
 
     That is other pending fragments, another publication, another device priority, or other files
     that can't be read.

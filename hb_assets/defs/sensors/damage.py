@@ -1,4 +1,4 @@
-"""The damage sensor: tells what stands wrong with the lake, day by day, until it is resolved."""
+"""The damage sensor: reports what is known to be wrong with each day, until it is resolved."""
 
 from __future__ import annotations
 

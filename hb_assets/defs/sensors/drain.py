@@ -1,7 +1,7 @@
 """The drain sensor: drains the buffer in its tick, and reports what the lake holds.
 
-Belongs here: a tick's budget, and what becomes of its faults. Doesn't belong here: draining
-(`drain`), and which days to report (`reports`).
+The tick's budget and the handling of its faults are here; draining is in `pipeline.drain`, and
+which days to report in `reports`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from hb_assets.pipeline import alarms, drain
 MOST_EVENTS = 50
 """Asset events of one tick: Dagster writes them one by one, before it saves the cursor."""
 REPORT_SECONDS = 15.0
-"""How long a tick goes on gathering figures of days; the others are left to the next one."""
+"""Seconds for which a tick gathers figures of days; other days wait for the next tick."""
 
 
 DRAIN = {"drain", "shards"}
-"""Alarms about draining; they stand while it rests after a fault."""
+"""Alarms about draining; they stay raised while it rests after a fault."""
 
 
 def drain_sensor(settings: Settings, first: dt.date) -> dg.SensorDefinition:
@@ -91,7 +91,7 @@ def _tick(
 
 
 def _drain(installation: Installation, lake: Lake) -> tuple[str, int, dict[str, str]]:
-    """Drain; one line about it, how many entries were found to be lost, and the faults."""
+    """Drain; returns one line about it, the number of lost entries, and the faults."""
     settings = installation.settings
     faults = {}
     said, lost = "", 0

@@ -1,7 +1,7 @@
 """The failed runs sensor: an alarm for each run that failed for good.
 
-Belongs here: what an alarm says of a run. Doesn't belong here: an exception's text, which may
-quote data; only failures that our own code describes (`outcomes`) are told in words.
+An alarm never contains an exception's text, which may quote data; only failures that our own code
+describes (`outcomes`) are told in words.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Who asks, whether they may, and how much: API keys, scopes, rate limits."""
+"""Authentication, authorization and rate limits of the gateway."""

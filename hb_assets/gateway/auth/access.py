@@ -1,8 +1,8 @@
-"""Access: who asks, and whether they may.
+"""Access control by API key: who sends a request, and whether they may.
 
-Belongs here: finding a request's key, what a key may do, and keeping up with the file of keys.
-Doesn't belong here: that file (`keyring`), and which route needs what (`app`). No key, and no part
-of a secret, ever gets into a log, an error or a repr.
+It finds a request's key, knows what the key may do, and follows changes of the file of keys
+(`keyring`). Which route needs which scope is in `app`. No key, and no part of a secret, ever gets
+into a log, an error or a repr.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 class Principal(msgspec.Struct, frozen=True, gc=False):
-    """Who asks: what a handler and a limit may know of a key.
+    """Who sends a request: what a handler and a limit may know of a key.
 
     Attributes:
         key_id: public id of the key; None where no key is asked for.
@@ -74,7 +74,7 @@ class _Known(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Keys:
-    """The keys of one reading of the file, by id; none at all where there is no file.
+    """The keys of one reading of the file, by id; `keyless` where there is no file.
 
     Another thread puts new ones in their place: whoever decides looks at one object only.
     """
@@ -166,7 +166,7 @@ class Access:
         self._fault = fault
 
     def alarms(self) -> list[str]:
-        """What ails the file of keys."""
+        """What is wrong with the file of keys, in a line each."""
         return [] if self._fault is None else [f"{self._fault}; the last good keys stay in force"]
 
     def _signature(self) -> tuple[int, ...] | None:
@@ -212,7 +212,7 @@ class Access:
         scope[PRINCIPAL] = known.principal
 
     def _check_name(self, scope: Scope) -> None:
-        """Keep out web pages that had their own name point here (DNS rebinding).
+        """Refuse requests of web pages whose own name points here (DNS rebinding).
 
         To the browser we are then that page's origin, and it may read our answers.
         """
@@ -236,7 +236,7 @@ def _host_of(header: bytes) -> bytes:
 
 
 def check_user(scope: Scope, user_id: str) -> None:
-    """Let a request go on that may see this user's readings.
+    """Refuse a request that may not see this user's readings.
 
     Raises:
         ProblemError: 403, the same whether there is such a user or not.
@@ -246,7 +246,7 @@ def check_user(scope: Scope, user_id: str) -> None:
 
 
 def forbidden(detail: str) -> ProblemError:
-    """The answer to somebody whom we know, and who may not."""
+    """The 403 for a client with a valid key that lacks a permission."""
     return ProblemError(403, "forbidden", "Not allowed", detail)
 
 
@@ -263,7 +263,7 @@ def _unknown(*, given: bool) -> ProblemError:
 
 
 def _refused(detail: str) -> ProblemError:
-    """RFC 6750: with a key that can't be used the challenge says so."""
+    """The 401; by RFC 6750 its challenge says so when a key was sent that can't be used."""
     return ProblemError(
         401,
         "unauthenticated",

@@ -1,6 +1,4 @@
-"""The keyring: API keys in one file under HB_HOME, which `hb keys` changes and gateways reread.
-
-Belongs here: what a key and its token are, and the file. Doesn't belong here: requests (`access`).
+"""The file of API keys under HB_HOME, which `hb keys` changes and gateways reread.
 
 A token is `hb_<id>_<secret>`, both in hex: the id, 6 bytes, names the key in lists and logs; the
 secret, 32 random bytes, is shown once and never stored. docs/decisions/0014-access.md says why
@@ -69,12 +67,12 @@ class Key(msgspec.Struct, frozen=True, omit_defaults=True):
     user: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")] | None = None
 
     def is_for(self, user_id: str) -> bool:
-        """Whether it was made for this user's readings alone."""
+        """Whether the key was made for this user's readings alone."""
         given = user_digest(user_id, bytes.fromhex(self.digest)).hex()
         return self.user is not None and hmac.compare_digest(self.user, given)
 
     def expired(self, now: dt.datetime) -> bool:
-        """Whether its time is over."""
+        """Whether the key has expired."""
         return self.expires is not None and self.expires <= now
 
 
@@ -92,7 +90,7 @@ def user_digest(user_id: str, digest: bytes) -> bytes:
 
 
 def path(settings: Settings) -> Path:
-    """The file of keys. Where it is there, a gateway wants a key of everybody."""
+    """Path of the file of keys. Where it exists, a gateway requires a key."""
     return settings.home_dir / "keys.json"
 
 
@@ -128,7 +126,7 @@ def create(
     user_id: str | None = None,
     lifetime: dt.timedelta | None = None,
 ) -> tuple[Key, str]:
-    """Make a key; durable when this returns. Its token is in nobody else's hands.
+    """Make a key; durable when this returns. Its token is only returned here, and not stored.
 
     Args:
         settings: for HB_HOME.
@@ -177,9 +175,9 @@ def revoke(settings: Settings, identifier: str) -> Key:
 
 @contextlib.contextmanager
 def borrowed(settings: Settings, name: str, scopes: Sequence[ScopeName]) -> Iterator[str | None]:
-    """The token of a key for the time of the block; None where no key is asked for.
+    """Context with the token of a temporary key; None where no key is asked for.
 
-    What a killed process leaves of it expires within the hour. Raises as `create` does.
+    The key of a killed process expires within the hour. Raises as `create` does.
     """
     if read(path(settings)) is None:
         yield None

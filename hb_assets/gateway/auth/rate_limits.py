@@ -1,8 +1,8 @@
-"""Limits: who is limited, and what a client is told of it.
+"""Rate limits per API key, user and IP address, and what a refused client is told.
 
-Belongs here: the policies out of the settings, the subjects of a request (its API key, its address,
-its users), 429 and the RateLimit headers (draft-ietf-httpapi-ratelimit-headers). Doesn't belong
-here: the algorithm, and what crosses processes (`buffer.rate_limit`).
+The policies from the settings, the subjects that a request is charged to, 429 and the RateLimit
+headers (draft-ietf-httpapi-ratelimit-headers). The algorithm (GCRA), and how processes share it,
+are in `buffer.rate_limit`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Limits:
     def __init__(
         self, settings: Settings, limiter: Limiter, count: Callable[[str, int], None]
     ) -> None:
-        """`count` is told of each refusal: the policy's name, and how many heartbeats it was."""
+        """`count` is called for each refusal: the policy's name, and how many heartbeats it was."""
         self._limiter = limiter
         self._count = count
 
@@ -50,19 +50,19 @@ class Limits:
         self._ip_asks = policy("ip-queries", settings.limit_queries)
 
     def sender(self, scope: Scope) -> list[Subject]:
-        """Who sends heartbeats: the subjects that the whole of a request is charged to."""
+        """The subjects that all heartbeats of a request are charged to."""
         return _subjects(scope, self._by_key, self._by_ip)
 
     def asker(self, scope: Scope) -> list[Subject]:
-        """Who asks for readings, at a cost of 1 a question."""
+        """The subjects that a query is charged to, at a cost of 1."""
         return _subjects(scope, self._key_asks, self._ip_asks)
 
     def with_user(self, sender: list[Subject], user: str) -> list[Subject]:
-        """The sender of one heartbeat, and whose it is."""
+        """The subjects that one heartbeat is charged to: its sender and its user."""
         return sender if self._by_user is None else [*sender, self._by_user.subject(user)]
 
     def admit(self, subjects: Sequence[Subject], cost: int = 1) -> None:
-        """Admit a request that costs each of the subjects so much.
+        """Admit a request that costs each of the subjects `cost`.
 
         Raises:
             ProblemError: 429, when one of them has to wait; it costs nobody anything then.
@@ -73,7 +73,7 @@ class Limits:
             raise self._refusal(denial)
 
     def over(self, users: Mapping[str, int]) -> dict[str, Denial]:
-        """Admit each user's heartbeats, all or none of his; those who have to wait."""
+        """Admit each user's heartbeats, all or none; returns the users that have to wait."""
         if self._by_user is None:
             return {}
         denied = self._limiter.admit_each(self._by_user, users)
@@ -89,7 +89,7 @@ class Limits:
         return self.headers(subjects) if self._limiter.is_low(subjects) else []
 
     def headers(self, subjects: Sequence[Subject]) -> Headers:
-        """RateLimit and RateLimit-Policy of the subjects, where there are any."""
+        """The headers RateLimit and RateLimit-Policy of the subjects, where there are any."""
         if not subjects:
             return []
         states = self._limiter.states(subjects)
@@ -117,9 +117,9 @@ TITLE = "Too much in too short a time"
 
 
 def denied(denial: Denial) -> str:
-    """What a client is told who has to wait."""
+    """The message for a client that has to wait."""
     policy = denial.subject.policy
-    what = "questions" if policy.name.endswith("queries") else "heartbeats"
+    what = "queries" if policy.name.endswith("queries") else "heartbeats"
     window = policy.window_us / 1e6
     return (
         f"this {_WHOM[policy.name]} may send {policy.quota:,} {what} in {window:g} s: "
@@ -134,14 +134,14 @@ def all_denied(seconds: float, members: Mapping[str, object]) -> ProblemError:
 
 
 class Asking:
-    """A handler that answers questions, and its limit around it."""
+    """A handler of queries, with its rate limit around it."""
 
     def __init__(self, handler: ASGIApp, limits: Limits) -> None:
         self._handler = handler
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, unless whoever asks has to wait.
+        """Answer, unless the client has to wait.
 
         Raises:
             ProblemError: 429.
@@ -179,7 +179,7 @@ def _subjects(scope: Scope, by_key: Policy | None, by_ip: Policy | None) -> list
 
 @lru_cache(maxsize=2**16)
 def _network(host: str) -> str:
-    """What is limited as one address: an IPv4 address, or an IPv6 network."""
+    """The part of an address that is limited as one: an IPv4 address, or an IPv6 network."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

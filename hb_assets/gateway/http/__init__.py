@@ -1,1 +1,1 @@
-"""HTTP as such: connections, request bodies, problem details, TLS."""
+"""HTTP itself: connections, request bodies, problem details, TLS."""

@@ -1,8 +1,6 @@
-"""Bodies: what a request carries, read within bounds.
+"""Request bodies: read and decompressed within bounds, and batches split into records.
 
-Belongs here: which media types and content codings are taken, reading and expanding a body, and
-telling a batch's records apart. Doesn't belong here: what a record says (`record`), and answers
-(`heartbeats`).
+It decides which media types and content codings are accepted. What a record means is in `record`.
 """
 
 from __future__ import annotations
@@ -36,18 +34,18 @@ BATCH_TYPES = JSON_TYPES | NDJSON_TYPES
 CODINGS = ("gzip", "zstd")
 """Content codings that are taken, besides none; x-gzip is gzip (RFC 9110, 8.4.1.3)."""
 FORM = b"application/x-www-form-urlencoded"
-"""What curl calls a body that nobody named."""
+"""The Content-Type that curl sends by default."""
 CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii"})
 
 GONE = "hb.gone"
-"""Where the ASGI scope has a function that tells whether its client has gone."""
+"""Key of the ASGI scope: a function that tells whether the client has gone."""
 
 STEP_BYTES = 256 * 2**10
 """Bytes that are expanded in one go, at most: about a millisecond."""
 STEP_SENT_BYTES = 16 * 2**10
-"""Bytes that are taken to expand in one go: they may be blocks of nothing, ten thousand of them."""
+"""Compressed bytes that are expanded in one go: they may be ten thousand empty blocks."""
 TURN_SECONDS = 0.002
-"""How long bodies are expanded, all of them, before other requests get their turn."""
+"""Seconds for which bodies are expanded, all of them, before other requests get their turn."""
 FREE_MEMBERS = 8
 MEMBER_BYTES = 256
 """A body may have so many gzip members or zstd frames, and one more for each so many bytes.
@@ -58,7 +56,7 @@ that expands to little costs no more than some of what it could have carried.
 FREE_SECONDS = 0.002
 SECONDS_PER_MESSAGE = 20e-6
 SECONDS_PER_BYTE = 60e-9
-"""The CPU time that expanding may take: blocks of nothing can't be counted from outside.
+"""The CPU time that expanding may take: empty blocks can't be counted from outside.
 
 A compressor's own output takes a tenth of it. Heartbeats that come uncompressed take half of it,
 and about as much for each message of the server's (a body may come byte by byte).
@@ -69,7 +67,7 @@ GZIP_BITS = 16 + zlib.MAX_WBITS
 """A gzip header and trailer are required (and checked), whatever the window."""
 
 COMMAS_PER_HEARTBEAT = 32
-"""More commas per heartbeat than this (4 fields need 3) mark an array too costly to take apart."""
+"""More commas per heartbeat than this (4 fields need 3) mark an array too costly to split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ class ClientGoneError(Exception):
 
 
 class Room:
-    """What all bodies may take together that are received, or batches: `most` bytes, expanded."""
+    """Memory that all bodies (or batches) in progress share: `most` bytes, expanded."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -100,7 +98,7 @@ class Room:
         """Held by the body that is being expanded: all of them together leave others their turn."""
 
     def take(self, size: int) -> None:
-        """Take room for a part of a body; its reader gives back what it took.
+        """Take room for a part of a body; the body's reader gives it back.
 
         Raises:
             ProblemError: 503, there is none. It counts as taken all the same.
@@ -214,7 +212,7 @@ async def _read_expanding(
 
 
 async def _turn(pieces: Iterator[bytes], expanded: bytearray, most: int, room: Room) -> bool:
-    """Expand for a moment, as one body of all at a time; whether there may be more to do."""
+    """Expand for a moment, one body at a time; returns whether there may be more to do."""
     async with room.turn:
         began = time.monotonic()
         for piece in pieces:
@@ -269,7 +267,7 @@ _CODINGS: dict[bytes, type[_Gzip | _Zstd]] = {b"gzip": _Gzip, b"x-gzip": _Gzip, 
 
 
 class _Expansion:
-    """Expands a stream of gzip members, or of zstd frames: one after the other, as both allow."""
+    """Decompresses a stream of gzip members, or of zstd frames, one after the other."""
 
     def __init__(self, coding: bytes) -> None:
         self._coding = coding.decode()
@@ -282,7 +280,7 @@ class _Expansion:
         self._may_take = FREE_SECONDS
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
-        """What `data` expands to, a step at a time; a piece may be empty.
+        """Yield what `data` expands to, a step at a time; a piece may be empty.
 
         Raises:
             ProblemError: 400, it is no such stream; 413, it takes too long for what it carries.
@@ -330,7 +328,7 @@ class _Expansion:
         )
 
     def end(self) -> None:
-        """Say that no more comes.
+        """End the stream.
 
         Raises:
             ProblemError: 400, the stream is cut off.
@@ -368,7 +366,7 @@ def _checked_coding(given: bytes) -> bytes:
 
 
 def _check_type(scope: Scope, given: bytes, types: frozenset[bytes]) -> None:
-    """Refuse what is no media type of ours, or not UTF-8.
+    """Refuse a media type that isn't accepted, or that isn't UTF-8.
 
     Without a Content-Type it is JSON, as older clients sent it, but not from a web page: a browser
     sends that, a form or plain text to any address without asking first, and a gateway without
@@ -416,7 +414,7 @@ def media_type(scope: Scope) -> bytes:
 
 
 def split(body: bytes, media_type: bytes, most: int) -> Records:
-    """The records of a batch with their indexes: in the common shape, or else as JSON text.
+    """Split a batch into records with their indexes: in the common shape, or else as JSON text.
 
     An NDJSON media type, or a first character other than `[`, makes it NDJSON. The index is the
     position in the array or the line number, both from 0. Blank lines are skipped, but counted,

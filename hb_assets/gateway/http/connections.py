@@ -1,7 +1,7 @@
-"""Connections: HTTP/1.1 as RFC 9112 has it, within bounds that hold before a request is whole.
+"""HTTP/1.1 connections as RFC 9112 has them, within bounds that hold before a request is whole.
 
 uvicorn's protocol hands on what its parser lets through, which is more than the RFC does, and it
-bounds neither connections nor heads nor time. A slow client (slow loris) costs nothing on the way
+bounds neither connections nor heads nor time. A slow client (slow loris) costs nothing on the path
 of a request: a sweep twice a second looks at what each connection is waiting for, and since when.
 """
 
@@ -54,7 +54,7 @@ REASONS = tuple(kind.replace("-", "_") for kind in get_args(_Kind))
 """Why connections are refused, as `count` is told."""
 
 _Part: TypeAlias = Literal["first byte", "head", "body", "rest", "reader"]
-"""What a connection is waiting for."""
+"""What a connection may be waiting for."""
 
 
 _HOST = re.compile(
@@ -67,7 +67,7 @@ class Guard:
     """The bounds of one gateway process, and all its connections."""
 
     def __init__(self, settings: Settings, count: Callable[[str], None]) -> None:
-        """`count` is told of each refusal, by reason."""
+        """`count` is called for each refusal, by reason."""
         self.count = count
         # Its warnings say that somebody sent what isn't HTTP, a line each: counted is enough.
         self.log = logging.getLogger("uvicorn.error").getChild("connections")
@@ -79,7 +79,7 @@ class Guard:
 
     @contextlib.asynccontextmanager
     async def sweeping(self) -> AsyncIterator[None]:
-        """End what keeps us waiting for too long, for the time of the block."""
+        """Context within which connections that are waited for too long are closed."""
         sweeper = asyncio.create_task(self._sweep_on(), name="connections-sweep")
         try:
             yield
@@ -96,7 +96,7 @@ class Guard:
 
 
 class _Faulty(Exception):  # noqa: N818  # it only ends the parser's work
-    """What came was refused already: the parser has to go no further."""
+    """Stops the parser: what came was refused already."""
 
 
 class _Transport:
@@ -118,7 +118,7 @@ class _Transport:
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """One connection, within bounds; what passes one gets an answer where it can, and is closed.
+    """One connection, within bounds; one that exceeds a bound is answered if possible, and closed.
 
     Requests that were sent ahead (pipelining) are answered in order: a refusal stands behind the
     answers to what came before it, in the place of the answer to what is refused.
@@ -248,7 +248,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def _check_head(self) -> None:
-        """Refuse a head that the parser lets through, and RFC 9112 doesn't; raises _Faulty then."""
+        """Refuse a head that the parser lets through and RFC 9112 doesn't; raises _Faulty then."""
         # a head that came in one step of the parser's is shorter than a step
         if self._head_bytes + self._step_bytes > _HEAD_BYTES:
             size = sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -290,7 +290,7 @@ class GuardedProtocol(HttpToolsProtocol):
             raise _Faulty
 
     def _check_version(self, hosts: list[bytes]) -> None:
-        """Hold the version to those that are spoken here, and Host to what it asks for."""
+        """Refuse other versions of HTTP, and a Host header that the version doesn't allow."""
         version = self.parser.get_http_version()
         if version == "1.0":
             self.expect_100_continue = False  # RFC 9110, 10.1.1
@@ -307,7 +307,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._malformed("its Host isn't a host")
 
     def _check_target(self) -> None:
-        """Take the Host out of a target that names one; refuse one that isn't one."""
+        """Take the host from an absolute target; refuse a malformed one."""
         target, method = self.url, self.parser.get_method()
         if method == b"CONNECT":
             self._refuse(
@@ -334,7 +334,7 @@ class GuardedProtocol(HttpToolsProtocol):
         raise _Faulty
 
     def sweep(self) -> None:
-        """Close it when its client has kept us waiting for too long."""
+        """Close the connection when its client has kept us waiting for too long."""
         now = self.loop.time()
         part, request = self._waiting()
         if part != self._part or request is not self._request:
@@ -358,7 +358,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 self.transport.abort()
 
     def _waiting(self) -> tuple[_Part | None, object]:
-        """What its client has to do next, of which request.
+        """What the client has to send next, and for which request.
 
         None: it is our turn, or uvicorn watches a connection that rests.
         """
@@ -398,7 +398,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _refuse(
         self, status: int, kind: _Kind, detail: str, retry_after: float | None = None
     ) -> None:
-        """Answer in the place of the request that is at fault, or else of the next, and close."""
+        """Answer the request that is at fault, or else the next one, and close."""
         if self._closed:
             return
         self._closed = True
@@ -423,12 +423,12 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 def _disconnect(cycle: RequestResponseCycle) -> None:
-    """Let the handler of a request know that nobody waits for it any more."""
+    """Tell the handler of a request that its client has gone."""
     cycle.disconnected = True
     cycle.message_event.set()
 
 
 @lru_cache(maxsize=256)
 def _is_host(value: bytes) -> bool:
-    """Whether it is a host, with or without a port (RFC 9110, 7.2)."""
+    """Whether a value is a host, with or without a port (RFC 9110, 7.2)."""
     return _HOST(value) is not None

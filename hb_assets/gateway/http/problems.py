@@ -1,8 +1,8 @@
-"""Problems: every error answer of the gateway, as RFC 9457 problem details.
+"""Error answers of the gateway, as RFC 9457 problem details.
 
-Belongs here: the shape of an error answer, and which exception becomes which answer. Doesn't
-belong here: deciding that something is wrong. No answer holds a stack trace, a heart rate, or
-more about our machines than a client needs: what an operator needs is logged instead.
+The shape of an error answer, and which exception becomes which answer. No answer holds a stack
+trace, a heart rate, or more about our machines than a client needs: what an operator needs is
+logged instead.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class ProblemError(Exception):
 
 
 def raw_answer(problem: ProblemError) -> bytes:
-    """The last answer of an HTTP/1.1 connection, for a request that no handler gets to see."""
+    """The last answer on an HTTP/1.1 connection, in bytes, where a request reaches no handler."""
     request_id = secrets.token_hex(8)
     response = problem.response(request_id)
     head = [f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}".encode()]
@@ -110,7 +110,7 @@ _KINDS: dict[type[HbError], tuple[str, str]] = {
     SpoolFullError: ("spool-full", "The buffer can't be reached, and the spool is full"),
     SpoolUnavailableError: ("spool-unavailable", "The spool can't be used"),
 }
-"""Kind and title of each way in which a heartbeat isn't stored."""
+"""Kind and title of each reason why a heartbeat isn't stored."""
 
 
 STORAGE_REASONS = tuple(kind.replace("-", "_") for kind, _ in _KINDS.values())
@@ -136,7 +136,7 @@ def storage_reason(error: HbError) -> str:
 
 
 def storage_message(error: HbError) -> str:
-    """The same for people; where things are and what ails them is for the log alone."""
+    """Message about a heartbeat that was not stored; paths and causes are for the log alone."""
     if isinstance(error, BufferFullError | SpoolFullError):
         return str(error)
     return "not confirmed, the storage doesn't answer: send it again later (twice is harmless)"
@@ -150,7 +150,7 @@ def retry_after(error: HbError) -> float:
 
 
 def of(error: Exception, request_id: str) -> ProblemError:
-    """The problem that an exception is to a client; what only an operator may see is logged."""
+    """The problem to answer an exception with; what only an operator may see is logged."""
     if isinstance(error, ProblemError):
         return error
     if isinstance(error, HbError) and type(error) in _KINDS:

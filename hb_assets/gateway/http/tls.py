@@ -1,7 +1,4 @@
-"""TLS: the gateway's certificate, for the server and for our own commands that speak to it.
-
-Belongs here: SSL contexts out of HB_GATEWAY_CERT and HB_GATEWAY_KEY. Doesn't belong here: sockets.
-"""
+"""TLS contexts from HB_GATEWAY_CERT and HB_GATEWAY_KEY, for the server and our own clients."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from hb_assets.core.settings import Settings
 
 
 def server_context(settings: Settings) -> ssl.SSLContext | None:
-    """What the gateway serves TLS with, 1.2 or newer; None without a certificate.
+    """The gateway's TLS context, 1.2 or newer; None without a certificate.
 
     Raises:
         SettingsError: a file is missing or unreadable, isn't PEM, or the two don't fit together.
@@ -42,7 +39,7 @@ def server_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 def client_context(settings: Settings) -> ssl.SSLContext | bool:
-    """What httpx verifies this machine's own gateway with, whatever address it is reached by.
+    """The TLS context by which httpx verifies this machine's own gateway, at any address.
 
     Exactly the certificate of HB_GATEWAY_CERT is trusted, whatever names it carries: it is seldom
     made out for the loopback address. Without one the gateway speaks plain HTTP: nothing is

@@ -1,1 +1,1 @@
-"""POST: heartbeats out of a request's body, into Redis or the spool."""
+"""POST: heartbeats from a request's body into Redis or the spool."""

@@ -1,9 +1,7 @@
-"""Heartbeats: the POST handlers.
+"""Handlers of the POST routes: one heartbeat, or a batch.
 
-Belongs here: what is valid and what isn't of a request, and the answer about what was stored and
-what was not. Doesn't belong here: reading a body (`bodies`), what makes a heartbeat valid
-(`record`), how it gets to Redis (`intake`). These are plain ASGI callables, to keep the way of one
-heartbeat short.
+They tell what is valid of a request, and answer what was stored and what was not. Storing is in
+`intake`. These are plain ASGI callables, to keep the path of one heartbeat short.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from hb_assets.gateway.http.problems import ProblemError
 from hb_assets.gateway.observability.metrics import Metrics
 
 SLICE = 500
-"""Records of a batch, or users, that are dealt with in one go; then others get their turn."""
+"""Records of a batch, or users, that are handled in one go; then others get their turn."""
 
 T = TypeVar("T")
 
@@ -41,7 +39,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Refused(msgspec.Struct, frozen=True, gc=False):
-    """A heartbeat of a batch that was not stored. `field` is null when it wasn't its fault."""
+    """A heartbeat of a batch that was not stored. `field` is null unless a field is at fault."""
 
     index: int
     field: str | None
@@ -151,7 +149,7 @@ class _Why(NamedTuple):
 
 @dataclass(slots=True)
 class _Sorted:
-    """A batch's records: those that are valid, beside their indexes, and the others as refused."""
+    """A batch's records: the valid ones, beside their indexes, and the refused ones."""
 
     valid: list[record.Heartbeat] = field(default_factory=list)
     indexes: list[int] = field(default_factory=list)
@@ -165,7 +163,7 @@ class _Sorted:
         valid: Sequence[record.Heartbeat],
         refused: Sequence[tuple[int, record.Refusal]],
     ) -> None:
-        """Put records where they belong; `refused` says which of the `indexes` aren't valid."""
+        """Add records; `refused` says which of the `indexes` aren't valid."""
         if refused:
             bad = {at for at, _ in refused}
             self.refused += [
@@ -177,7 +175,7 @@ class _Sorted:
         self.indexes += indexes
 
     def hold_back(self, of: Iterable[T], whys: Mapping[T, _Why]) -> None:
-        """Refuse what is valid for other reasons than what it says.
+        """Refuse valid heartbeats for other reasons than their content.
 
         All of it in one pass, since a batch may be of as many users as it has heartbeats: `of` is
         what each reason is looked up by, the user or shard of each valid one.
@@ -194,7 +192,7 @@ class _Sorted:
         self.retry_after = max([self.retry_after, *(why.wait for why in whys.values())])
 
     def members(self, accepted: int) -> dict[str, object]:
-        """What every answer to a batch says, whatever its status."""
+        """Members of every answer to a batch, whatever its status."""
         return {
             "accepted": accepted,
             "refused": sorted(self.refused, key=lambda refused: refused.index),
@@ -278,7 +276,7 @@ class Batch:
         return batch
 
     async def _hold_back(self, batch: _Sorted) -> None:
-        """Leave out whoever sends more than a user may."""
+        """Refuse the heartbeats of users who are over their rate limit."""
         owners = [heartbeat.user_id for heartbeat in batch.valid]
         users = Counter(owners)
         denials: dict[str, Denial] = {}
@@ -296,7 +294,7 @@ class Batch:
             batch.hold_back(owners, whys)
 
     async def _store(self, batch: _Sorted) -> tuple[int, list[HbError]]:
-        """Append what is valid: how much was stored, and the errors of shards that were not."""
+        """Append the valid heartbeats; returns how many were stored, and the errors by shard."""
         shards = self._shards
         places = [shards[heartbeat.user_id] for heartbeat in batch.valid]
         by_shard: defaultdict[int, list[record.Heartbeat]] = defaultdict(list)

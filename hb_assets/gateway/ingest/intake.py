@@ -1,10 +1,9 @@
-"""Intake: where accepted heartbeats go, to Redis or, while it is away, to the spool.
+"""Stores accepted heartbeats in Redis or, while it is away, in the spool.
 
-Belongs here: which way the lines of a shard take, and the commits that concurrent requests share.
-Doesn't belong here: the spool's file (`spool`), the way from there to Redis (`replay`).
-
+It decides per shard between the two, and shares the spool's commits between concurrent requests.
 While the spool holds anything of a shard, its new heartbeats go to the spool too, whichever
 process put it there: so a heartbeat that is sent after another one was answered arrives after it.
+`spool.replay` brings them from there to Redis.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class Intake:
         return outcomes
 
     async def _settle(self, lines_by_shard: Lines, outcomes: Outcomes) -> Outcomes:
-        """The outcomes, once the spool has what Redis, unreachable, didn't take.
+        """Spool what Redis, unreachable, didn't take; returns the outcomes after that.
 
         What replicas didn't confirm isn't for the spool: this one disk is less than was asked for.
         """
@@ -99,7 +98,7 @@ class Intake:
         self._thread.shutdown()
 
     async def _closed(self) -> bytes:
-        """The marks, once no shard is CLOSING or it takes too long; all callers share the wait."""
+        """Wait until no shard is CLOSING, or for too long; the marks. Callers share the wait."""
         if self._closing is None or self._closing.done():
             self._closing = asyncio.create_task(self._wait_closed(), name="spool-closing")
         await asyncio.shield(self._closing)
@@ -113,7 +112,7 @@ class Intake:
                     await asyncio.sleep(_CLOSING_POLL_SECONDS)
 
     async def _put(self, lines_by_shard: Lines) -> Outcomes:
-        """Into the spool, in the next commit."""
+        """Put lines into the spool, in its next commit."""
         future: asyncio.Future[Outcomes] = asyncio.get_running_loop().create_future()
         self._waiting.append((lines_by_shard, future))
         if self._writer is None or self._writer.done():

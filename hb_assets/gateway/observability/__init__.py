@@ -1,1 +1,1 @@
-"""Health, metrics, and the probes that they are made of."""
+"""Health, metrics, and the probes behind them."""

@@ -1,8 +1,8 @@
-"""Health: whether this gateway and what stands behind it do their work, and which part doesn't.
+"""Health endpoints: whether this gateway and what stands behind it work, and which part doesn't.
 
 A part fails when it keeps this gateway from accepting heartbeats and answering queries. Whatever
-else is wrong is an alarm: it stands beside the parts, and `ready` stays 200. How a part is looked
-at is in `backend`, when something is late in `vitals`.
+else is wrong is an alarm: it is listed beside the parts, and `ready` stays 200. The state of a part
+is read by `backend`; `pipeline.vitals` decides when something is late.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from hb_assets.pipeline import vitals
 
 OK = "ok"
 OFF = "off"
-"""A part that there isn't, or that the settings don't watch."""
+"""Text of a part that doesn't exist, or that the settings don't watch."""
 MOST_FAULTS = 20
-"""Faults of the lake that are told one by one; `hb status` tells all."""
+"""Most faults of the lake that are listed; `hb status` lists all."""
 _UNSEEN = "not seen yet"
 _RETRY_AFTER = "5"
-"""Seconds until another look is worth it: nothing that fails here mends itself sooner."""
+"""Retry-After in seconds: nothing that fails here recovers sooner."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """How one part stands: `text` is "ok" or says it in a line.
+    """The state of one part: `text` is "ok" or says in a line what is wrong.
 
     A part that isn't `healthy` fails, or its fault is among its `alarms`.
     """
@@ -53,19 +53,19 @@ class Part:
 
     @classmethod
     def of(cls, fault: str | None, otherwise: str = OK, alarms: Sequence[str] = ()) -> Part:
-        """With this fault, which is an alarm, or with none."""
+        """A healthy part; a fault is an alarm."""
         if fault is None:
             return cls(otherwise, alarms=alarms)
         return cls(fault, healthy=False, alarms=[fault, *alarms])
 
     @classmethod
     def failed(cls, fault: str, alarms: Sequence[str] = ()) -> Part:
-        """Failing by this fault."""
+        """A part that fails by this fault."""
         return cls(fault, healthy=False, failing=True, alarms=alarms)
 
 
 class Health:
-    """The answers about health; `look` is what all but `live` tell."""
+    """Handlers of the health endpoints; all but `live` answer what `look` finds."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -138,7 +138,7 @@ class Health:
         return Part.failed("no shard of the buffer can be used", alarms)
 
     def _drained(self, depths: Depths | HbError, signs: Signs | HbError) -> dict[str, Part]:
-        """Whether what lies in the buffer is seen to."""
+        """The parts of drains and Dagster: alarms where they don't keep up, never failures."""
         settings = self._backend.settings
         for unknown in (depths, signs):
             if isinstance(unknown, HbError):
@@ -185,7 +185,7 @@ class Health:
 
 
 async def _known(asked: Awaitable[T]) -> T | HbError:
-    """What is asked for, or why it isn't known."""
+    """The result of a probe, or why it isn't known."""
     try:
         return await asked
     except HbError as error:
@@ -193,14 +193,14 @@ async def _known(asked: Awaitable[T]) -> T | HbError:
 
 
 def _of_lake(faults: Sequence[Fault]) -> list[str]:
-    """A line for each of the first faults: whoever asks needs no key, and gets no paths."""
+    """A line for each of the first faults, without paths: no key is needed to see them."""
     lines = list(dict.fromkeys(fault.summary for fault in faults))
     more = len(lines) - MOST_FAULTS
     return [*lines[:MOST_FAULTS], *([f"the lake: {more:,} more faults"] if more > 0 else [])]
 
 
 def _aof(standing: Standing | HbError) -> Part:
-    """Failing where what is accepted isn't as durable as this gateway's 2xx says."""
+    """The part of durability: fails where a 2xx would promise more than the server keeps."""
     if isinstance(standing, HbError):
         return Part(f"unknown: {standing}")
     if standing.fault:
@@ -209,7 +209,7 @@ def _aof(standing: Standing | HbError) -> Part:
 
 
 def _spool(held: Holdings | HbError | None, *, alone: bool) -> Part:
-    """How the spool stands; `alone`: Redis is away, so that a spool that takes nothing fails."""
+    """The part of the spool; `alone`: Redis is away, so that a spool that takes nothing fails."""
     if held is None:
         return Part(OFF)
     alarms: Sequence[str] = ()

@@ -1,12 +1,11 @@
-"""Metrics: what the gateway tells Prometheus.
+"""Prometheus metrics of the gateway: names, labels, buckets, counting, and GET /metrics.
 
-Belongs here: names, labels and buckets, counting what this worker does, and the GET /metrics
-answer. Doesn't belong here: the places that count, and how workers know of each other (`tallies`).
-Every label has few values: nothing out of a request becomes one unchecked.
+How workers share their counts is in `tallies`. Every label has few values: nothing out of a request
+becomes one unchecked.
 
 A request counts in plain numbers, which costs it a microsecond; they become Prometheus' format when
 somebody reads them. Figures of other processes come from where those leave them: Redis' ledgers and
-beats, the lake's footers, the spool's file.
+liveness timestamps, the lake's footers, the spool's file.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class Described:
 
 
 def _table(*rows: tuple[str, str, str]) -> dict[str, Described]:
-    """By name: a counter's ends in _total, a histogram's in :histogram, which is cut off."""
+    """Metrics by name; an end of _total means a counter, :histogram (cut off) a histogram."""
     table = {}
     for name, labels, text in rows:
         kind: Literal["counter", "gauge", "histogram"] = "gauge"
@@ -101,7 +100,7 @@ TABLE = _table(
     ),
     ("hb_heartbeats_accepted_total", "", "Heartbeats that the buffer or the spool took."),
     ("hb_heartbeats_refused_total", "reason", "Heartbeats refused, by reason."),
-    ("hb_rate_limited_total", "policy", "Heartbeats (or questions) that a rate limit refused."),
+    ("hb_rate_limited_total", "policy", "Heartbeats (or queries) that a rate limit refused."),
     ("hb_unknown_fields_total", "", "Fields of heartbeats that were ignored."),
     ("hb_gateway_workers", "", "Workers of this gateway."),
     ("process_cpu_seconds_total", "", "CPU time of all workers of this gateway."),
@@ -147,7 +146,7 @@ TABLE = _table(
     ("hb_drain_rows_total", "", "Rows that drains wrote into fragments."),
     ("hb_drain_entries_total", "", "Entries that drains acknowledged."),
     ("hb_drain_fragments_total", "", "Fragments that drains published."),
-    ("hb_drain_unknown_fields_total", "", "Fields of foreign entries that drains ignored."),
+    ("hb_drain_unknown_fields_total", "", "Fields of external entries that drains ignored."),
     ("hb_quarantined_total", "reason", "Records that drains put into the quarantine, by reason."),
     # -- consolidations, anywhere
     (
@@ -286,7 +285,7 @@ class Metrics:
         _inc(self._refused, reason, count)
 
     def rate_limited(self, policy: str, cost: int) -> None:
-        """Count what a limit refused: `cost` heartbeats, or questions."""
+        """Count what a limit refused: `cost` heartbeats, or queries."""
         _inc(self._limited, policy, cost)
 
     def connection_refused(self, reason: str) -> None:
@@ -294,11 +293,11 @@ class Metrics:
         _inc(self._closed, reason, 1)
 
     def kept(self) -> AbstractContextManager[None]:
-        """Let other workers of this gateway know what is counted, for the time of the block."""
+        """Context within which this worker's counts are shared with the gateway's other workers."""
         return self.tallies.kept()
 
     def counts(self) -> Counts:
-        """What was counted up to now."""
+        """The counts up to now."""
         process = {
             sample.name: sample.value
             for found in self._process.collect()
@@ -347,7 +346,7 @@ class Families(Collector):
         self._found: dict[str, Metric] = {}
 
     def collect(self) -> Iterator[Metric]:
-        """Those that have samples."""
+        """The families that have samples."""
         return iter([self._found[name] for name in TABLE if name in self._found])
 
     def describe(self) -> Iterable[Metric]:
@@ -388,7 +387,7 @@ class Families(Collector):
 
 
 def show_counts(families: Families, counts: Counts, workers: int) -> None:
-    """What the workers of this gateway counted, all together."""
+    """The sum of what the workers of this gateway counted."""
     for key, total in sorted(counts.totals.items()):
         name, *labels = key.split("\t")
         families.set(name, total, *labels)
@@ -406,7 +405,7 @@ def show_counts(families: Families, counts: Counts, workers: int) -> None:
 
 
 def show_buffer(families: Families, depths: Depths, signs: Signs, settings: Settings) -> None:
-    """The buffer, and who drains it."""
+    """Metrics of the buffer and its drains."""
     for number in range(settings.shards):
         families.set("hb_buffer_unusable", number in depths.faults, f"{number:02d}")
     for depth in depths.states:
@@ -426,7 +425,7 @@ def show_buffer(families: Families, depths: Depths, signs: Signs, settings: Sett
 
 
 def show_work(families: Families, signs: Signs) -> None:
-    """What drains and consolidations did, wherever they ran."""
+    """Metrics of drains and consolidations, wherever they ran."""
     for work in ("drain", "consolidation"):
         found = signs.labelled(f"{work}_le")
         names = [*(f"{bound:g}" for bound in liveness.BOUNDS), liveness.BEYOND]
@@ -448,7 +447,7 @@ def show_work(families: Families, signs: Signs) -> None:
 
 
 def show_lake(families: Families, survey: Survey) -> None:
-    """The lake, out of names and footers."""
+    """Metrics of the lake, from names and footers."""
     for name in _LAKE:
         families.set(f"hb_lake_{name}", getattr(survey, name))
     families.set("hb_lake_unique_rows", survey.unique)
@@ -467,14 +466,14 @@ def show_lake(families: Families, survey: Survey) -> None:
 
 
 def show_faults(families: Families, faults: Sequence[Fault]) -> None:
-    """What stands against the lake, each kind from the start."""
+    """Known faults of the lake, each kind from the start."""
     counts = Counter(fault.kind for fault in faults)
     for kind in get_args(Kind):
         families.set("hb_lake_faults", counts[kind], kind)
 
 
 def show_spool(families: Families, held: Holdings) -> None:
-    """The spool: figures of its file, whichever process counts."""
+    """Metrics of the spool, from its file, whichever process counts."""
     for name in _SPOOL:
         families.set(f"hb_spool_{name}", getattr(held, name))
     families.set("hb_spool_replayed_total", held.replayed)
@@ -523,7 +522,7 @@ class Exposition:
             signs = await self._backend.signs()
             show_work(families, signs)
         except HbError as error:
-            _log.debug("metrics without signs of life: %s", error)
+            _log.debug("metrics without liveness timestamps: %s", error)
             signs = Signs(self._backend.now_ms())
         show_buffer(families, depths, signs, self._backend.settings)
 

@@ -1,7 +1,7 @@
-"""Probes: questions to Redis and disks, that no request waits long for and no flood multiplies.
+"""Probes of Redis and disks, cached, that neither a slow answer nor a flood of requests multiplies.
 
-Belongs here: asking in a thread, once at a time, and how long an answer counts. Doesn't belong
-here: which questions (`backend`), and what an answer means (`health`, `metrics`).
+A probe runs in a thread, once at a time, and its answer counts for a while. Which probes there are
+is in `backend`, and what an answer means in `health` and `metrics`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from concurrent.futures import Executor
 from typing import Generic, TypeVar
 
 FRESH_SECONDS = 1.0
-"""How long an answer counts: many who ask within it share one question."""
+"""Seconds that an answer counts: callers within it share one check."""
 LONGEST_SECONDS = 600.0
-"""How long an answer counts at most, that is dear to get."""
+"""Most seconds that an answer of a costly check counts."""
 LIMIT_SECONDS = 3.0
-"""How long a question may take before whoever asks is told that there is no answer."""
+"""Seconds that a check may take before its callers get a TimeoutError."""
 
 T = TypeVar("T")
 
 
 class Probe(Generic[T]):
-    """One question. While it is open nobody asks it again, be it that its thread hangs for ever.
+    """One check, cached. It never runs twice at once, even if its thread hangs for ever.
 
     Args:
         ask: runs in a thread.
         fresh: seconds that an answer, or an error, counts.
-        limit: seconds from its beginning that a question is waited for.
-        share: the question takes at most this share of a core, by counting longer, up to
+        limit: seconds from its start that an answer is waited for.
+        share: the check takes at most this share of a core: its answer counts longer, up to
             LONGEST_SECONDS.
     """
 
@@ -54,7 +54,7 @@ class Probe(Generic[T]):
 
         Raises:
             TimeoutError: none within the limit.
-            Exception: what the question raised.
+            Exception: what the check raised.
         """
         asked = self._asked
         if asked is None or (asked.done() and time.monotonic() >= self._counts_until):
@@ -80,6 +80,6 @@ class Probe(Generic[T]):
 
 
 def _looked_at(asked: asyncio.Future[T]) -> None:
-    """An error isn't called "never retrieved", even when nobody waits for it any more."""
+    """Retrieve an error that nobody waits for, so that asyncio doesn't warn of it."""
     if not asked.cancelled():
         asked.exception()

@@ -1,7 +1,6 @@
-"""Formats: points as bytes, in the media type that a client accepts.
+"""Encoders of an answer's points, one for each media type, and content negotiation.
 
-Belongs here: content negotiation for readings, and one encoder for each format. Doesn't belong
-here: which points (`lake.query`), and errors, which are JSON whatever a client accepts.
+Errors are JSON whatever a client accepts.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What is encoded: points (buckets.POINTS) of a user, and where the next page is, if any.
+    """The answer to encode: points (aggregate.POINTS) of a user, and the next page, if any.
 
     `warnings` say in one line each what is wrong with the days of these points.
     """
@@ -96,7 +95,7 @@ def _readings(points: pa.Table) -> list[Reading]:
 
 
 _SECONDS = pa.timestamp("s")
-"""UTC that says nothing of it: with a zone the text takes fifteen times as long."""
+"""UTC without a zone: with one, formatting takes fifteen times as long."""
 _encoder = msgspec.json.Encoder()
 
 ENCODERS: Mapping[str, Callable[[Body], bytes]] = {
@@ -106,13 +105,13 @@ ENCODERS: Mapping[str, Callable[[Body], bytes]] = {
     ARROW: _arrow,
     PARQUET: _parquet,
 }
-"""By media type; where a client likes several the same, the first of these is sent."""
+"""Encoders by media type; of several that a client prefers equally, the first is used."""
 
 _ALIASES = {"application/ndjson": NDJSON, "application/jsonl": NDJSON}
 
 
 def chosen(accepted: Sequence[str]) -> str:
-    """The media type to answer with, by the values of the Accept headers (RFC 9110, 12.5.1).
+    """Choose the media type to answer with, by the Accept headers (RFC 9110, 12.5.1).
 
     Raises:
         ProblemError: 406, none of ours will do; it lists them.

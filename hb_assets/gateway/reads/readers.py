@@ -1,7 +1,6 @@
-"""Readers: threads that answer questions, beside the loop that takes heartbeats.
+"""Threads that answer queries, beside the event loop that accepts heartbeats.
 
-Belongs here: one question from lake and buffer to the bytes of its answer. Doesn't belong here:
-what a request may ask (`readings`), media types (`formats`), what a point is (`lake`).
+Each query goes from lake and buffer to the bytes of its answer.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from hb_assets.lake.query.query import Question
 from hb_assets.lake.storage.store import Lake
 
 _SWITCH_SECONDS = 0.0005
-"""After what time a reader gives up the GIL that the loop waits for; Python's own is 5 ms."""
+"""Seconds after which a reader yields the GIL to the waiting loop; Python's default is 5 ms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question, the form of its answer, and whether what is buffered belongs to it.
+    """A query, the format of its answer, and whether buffered heartbeats belong to it.
 
     `page_at` makes the address of the page that begins at an instant (epoch milliseconds).
     """
@@ -62,7 +61,7 @@ class Readers:
         self._pool = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "readers")
 
     async def reply(self, asked: Asked) -> Reply:
-        """The answer.
+        """Answer a query.
 
         Raises:
             DamagedFileError: a file of the lake can't be read.
@@ -72,7 +71,7 @@ class Readers:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._reply, asked)
 
     def close(self) -> None:
-        """Take no more questions."""
+        """Shut the pool down; no more queries are accepted."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _reply(self, asked: Asked) -> Reply:

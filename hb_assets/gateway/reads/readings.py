@@ -1,7 +1,7 @@
-"""Readings: the GET handler, heart rate of one user over time.
+"""Handler of GET /metrics/heart-rate: heart rate of one user over time.
 
-Belongs here: the query's parameters, and the headers of the answer. Doesn't belong here: how points
-are computed and which device wins (`lake.query`), and their bytes (`formats`).
+The query's parameters and the answer's headers. Points and device priority are computed in
+`lake.query`, and encoded in `formats`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _no_buffer(kind: str, title: str, why: str) -> ProblemError:
 
 
 def _read(given: QueryParams, settings: Settings) -> tuple[Question, bool]:
-    """The question, and whether it is about the buffer too.
+    """Parse the query, and whether the buffer belongs to it.
 
     As in the system before us a parameter that is missing or of the wrong type is a 422, and a time
     that can't be used is a 400.
@@ -126,11 +126,11 @@ def _read(given: QueryParams, settings: Settings) -> tuple[Question, bool]:
 
 
 class _Parameters:
-    """Parameters of a query, read one by one; what is wrong with them is gathered."""
+    """Parameters of a query, read one by one; their errors are collected."""
 
     def __init__(self, given: QueryParams) -> None:
         self._given = given
-        # which one counts is another question to each server and proxy
+        # which one counts differs between servers and proxies
         self.faults = [
             (name, f"{name} is given more than once")
             for name in PARAMETERS

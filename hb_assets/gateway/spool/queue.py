@@ -1,9 +1,7 @@
-"""The spool: heartbeats that were accepted while Redis was away, in order, on the disk.
+"""The spool's queue on disk: heartbeats that were accepted while Redis was away, in order.
 
-Belongs here: what lies under HB_HOME/spool, and who may touch it when. Doesn't belong here: its
-tables (`records`), what is spooled (`intake`), bringing it to Redis (`replay`).
-
-Under HB_HOME/spool (0700, its files 0600), shared by all gateways of one HB_HOME:
+What lies under HB_HOME/spool (0700, its files 0600), shared by all gateways of one HB_HOME, and who
+may touch it when:
 
     spool-<number>.sqlite   the records: SQLite, WAL, synchronous=FULL. The highest number counts;
                             lower ones are those that SQLite could no longer read
@@ -11,7 +9,8 @@ Under HB_HOME/spool (0700, its files 0600), shared by all gateways of one HB_HOM
     access.lock             held by whoever has a transaction under way
     replay.lock             held by the one process that replays
 
-Health data: what is deleted is overwritten, and an empty spool shrinks to a few pages.
+The database's tables are in `tables`. Health data: what is deleted is overwritten, and an empty
+spool shrinks to a few pages.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class Holdings:
 
     @property
     def full(self) -> bool:
-        """Whether there may be no room for another heartbeat."""
+        """Whether the spool may have no room for another heartbeat."""
         return self.bytes + _FULL_BYTES > self.most_bytes
 
     def alarms(self) -> list[str]:
@@ -136,7 +135,7 @@ class Spool:
                 self._marks = self._seen = None
 
     def queued(self) -> bytes:
-        """The mark of each shard; takes a tenth of a microsecond, in any thread.
+        """The marks of all shards; takes a tenth of a microsecond, in any thread.
 
         A mark is set before a commit and cleared after one: whoever asks after a `put` has
         returned, in whatever process, sees that it isn't FREE.
@@ -170,7 +169,7 @@ class Spool:
         self._do(lambda db: tables.remove(db, found))
 
     def recount(self) -> None:
-        """Count anew what there is, by the records themselves."""
+        """Recount what the spool holds, from the records themselves."""
         self._do(tables.recount)
 
     def compact(self) -> None:
@@ -201,17 +200,17 @@ class Spool:
         return self._do(lambda db: _holdings(db, self._folder, self._most_bytes))
 
     def fact(self, name: str) -> str | None:
-        """What was remembered under this name."""
+        """The value that was stored under this name."""
         value = self._do(lambda db: tables.fact(db, name))
         return None if value is None else str(value)
 
     def remember(self, name: str, value: str) -> None:
-        """Keep a fact through restarts."""
+        """Store a fact, which survives restarts."""
         self._do(lambda db: tables.remember(db, name, value))
 
     @contextlib.contextmanager
     def replaying(self, timeout: float = 0) -> Iterator[bool]:
-        """Be the only one that replays, for the time of the block; False: another one does.
+        """Context that makes this process the only one that replays; False: another one does.
 
         The lock is the kernel's, and goes with the process that holds it.
         """
@@ -232,7 +231,7 @@ class Spool:
     # -- transactions
 
     def _do(self, work: Callable[[sqlite3.Connection], T], *, transaction: bool = True) -> T:
-        """Work on the live database; a database that SQLite can't read is replaced first."""
+        """Run `work` on the live database; one that SQLite can't read is replaced first."""
         with self._mutex:
             try:
                 private.make_folder(self._folder)
@@ -296,7 +295,7 @@ class Spool:
         return db
 
     def _replace(self, error: sqlite3.DatabaseError) -> None:
-        """Begin a new database, with all that can be read of the one that `error` is about."""
+        """Start a new database, with all that can be read of the one that `error` is about."""
         self._close()
         numbers = _numbers(self._folder)
         _log.error(

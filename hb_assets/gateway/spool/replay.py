@@ -1,11 +1,9 @@
-"""Replay: what the spool holds, brought to Redis in order.
+"""Replays the spool into Redis, in order, once Redis is back.
 
-Belongs here: whether Redis is away, asking whether it is back, and emptying the spool into it.
-Doesn't belong here: the spool's file (`spool`), what goes into it (`intake`).
-
-Each gateway process has a replayer; replay.lock lets one of them work at a time, and goes with its
-process. A record is deleted after Redis has acknowledged it: dying between both repeats it, in
-order and before anything newer, which deduplication makes harmless.
+Each gateway process has a replayer, which notices that Redis is away and asks whether it is back;
+replay.lock lets one of them work at a time, and goes with its process. A record is deleted after
+Redis has acknowledged it: dying between both repeats it, in order and before anything newer, which
+deduplication makes harmless.
 """
 
 from __future__ import annotations
@@ -69,7 +67,7 @@ class Replayer:
         self._producer.close()
 
     def lost(self, error: BufferUnavailableError) -> None:
-        """Say that Redis didn't take an append."""
+        """Tell the replayer that Redis didn't take an append."""
         self._tell("buffer", error)
         self.away = True
         self._wake.set()
@@ -104,7 +102,7 @@ class Replayer:
             self._tell("spool", error)
 
     def turn(self) -> float:
-        """One try to empty the spool, if there is a reason; seconds until the next."""
+        """Try once to empty the spool, if there is a reason; returns seconds until the next try."""
         if not self.away and not any(self._spool.queued()):
             self._mended("buffer")
             return IDLE_SECONDS
@@ -132,7 +130,7 @@ class Replayer:
         return min(waits) if len(waits) == len(refused) else self._longer()
 
     def _replay(self) -> dict[int, HbError]:
-        """Pass once through the spool, in order; the shards that Redis refused, and why.
+        """Replay the spool once, in order; returns the shards that Redis refused, and why.
 
         A shard that was refused stays as it is; the others go on.
         """
@@ -172,7 +170,7 @@ class Replayer:
             self._taken = []
 
     def _append(self, by_shard: dict[int, list[Record]]) -> tuple[list[Record], dict[int, HbError]]:
-        """Append the records: which ones Redis has, and the shards that it refused."""
+        """Append records; returns those that Redis has, and the shards that it refused."""
         outcomes = self._producer.append({s: _lines(found) for s, found in by_shard.items()})
         done: list[Record] = []
         errors: dict[int, HbError] = {}

@@ -1,13 +1,12 @@
-"""Records: the tables of a spool's database, and what happens inside one transaction on them.
-
-Belongs here: the layout, and how a record is told to be whole. Doesn't belong here: files, locks
-and marks (`spool`). The tables:
+"""Tables of the spool's SQLite database, and the statements of one transaction on them.
 
     records   id: the place in the order, never used twice; shard; n: heartbeats; checksum (of
               shard, n and lines); lines: NDJSON
     damaged   records that don't match their checksum, as they were found
     held      records, heartbeats and bytes of each shard, kept by triggers
     facts     name and value: `shards`, `replayed` (heartbeats), and what is to be remembered
+
+Files, locks and the marks of shards are in `queue`.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Record:
 
 @contextlib.contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Everything in the block or nothing; on the disk when the block ends."""
+    """A transaction: everything in the block or nothing; on disk when the block ends."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -196,7 +195,7 @@ def recount(db: sqlite3.Connection) -> None:
 
 
 def held_shards(db: sqlite3.Connection) -> set[int]:
-    """The shards that there are records of; a damaged number counts as 0."""
+    """The shards that have records; a damaged number counts as 0."""
     held = db.execute("SELECT shard FROM held WHERE records > 0")
     return {shard if isinstance(shard, int) and 0 <= shard < 100 else 0 for (shard,) in held}
 
@@ -209,13 +208,13 @@ def sums(db: sqlite3.Connection) -> tuple[int, int, int]:
 
 
 def fact(db: sqlite3.Connection, name: str) -> Any:
-    """What is remembered under a name; None for nothing."""
+    """The value that is stored under a name; None where there is none."""
     row = db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
     return None if row is None else row[0]
 
 
 def remember(db: sqlite3.Connection, name: str, value: str | int) -> None:
-    """Remember a value under a name."""
+    """Store a value under a name."""
     if fact(db, name) != value:
         db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 

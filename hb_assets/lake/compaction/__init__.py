@@ -1,1 +1,1 @@
-"""Fragments into consolidated files: when, out of what, the merge, and pruning what is left."""
+"""Compaction of fragments into consolidated files: when, from which inputs, merging, pruning."""

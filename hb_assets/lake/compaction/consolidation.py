@@ -64,7 +64,7 @@ class ShardFailure:
 
     @classmethod
     def of(cls, shard: int, error: HbError | OSError) -> ShardFailure:
-        """What an error says of a shard."""
+        """The failure of a shard by this error."""
         if isinstance(error, CheckFailedError):
             return cls(shard, "check_failed", str(error), error.figures)
         if isinstance(error, DamagedFileError):
@@ -79,7 +79,7 @@ class ShardFailure:
         )
 
     def error(self) -> HbError | OSError:
-        """It as an error again."""
+        """The failure as an error again."""
         if self.kind == "check_failed":
             return CheckFailedError(self.message, figures=self.figures)
         if self.kind == "damaged":
@@ -91,7 +91,7 @@ class ShardFailure:
 
 @dataclass(frozen=True, slots=True)
 class Consolidated:
-    """What a consolidation of a day did, and how the day stands now.
+    """The result of consolidating a day, and the day's totals.
 
     `rows` to `replayed` are the day's totals, but for shards that failed; `written` counts rows
     that this run wrote, in `shards_written` files; `pending` fragments were taken in; `figures` are
@@ -117,7 +117,7 @@ class Consolidated:
     failed: list[ShardFailure] = field(default_factory=list)
 
     def require(self) -> Consolidated:
-        """The same, for callers that need every shard.
+        """Raise the error of the first failed shard, for callers that need every shard.
 
         Raises:
             CheckFailedError: a new file failed its checks; the published one is still in place.
@@ -204,7 +204,7 @@ def consolidate(
 
 
 def _noticed(task: _Task, set_aside: list[str]) -> _ShardResult | None:
-    """Consolidate; what fails, and what doesn't any more, stands in the lake for all to see."""
+    """Consolidate, recording in the lake what fails, and that it no longer does."""
     try:
         result = _without_damage(task, set_aside)
     except (HbError, OSError) as error:
@@ -220,7 +220,7 @@ def _threads(settings: Settings) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Bounds:
-    """What the work on a shard may use, and when it has to end."""
+    """Bounds of the work on a shard: memory, threads, and when it has to end."""
 
     settings: Settings
     memory: Memory
@@ -249,7 +249,7 @@ class _Task:
         return fragments.listed(self.lake, self.day, self.shard)
 
     def listing(self) -> tuple[list[Fragment], Gaps]:
-        """What lies in raw, and what doesn't any more: what is moved meanwhile is in either."""
+        """Fragments in raw, and those moved away: one that is moved meanwhile is in either."""
         raw = self.raw()
         while True:
             gaps, again = Gaps.of(self.lake, self.day, self.shard), self.raw()
@@ -274,7 +274,7 @@ class _ShardResult:
 
 
 _PENDING = _ShardResult(ConsolidatedNote.nothing(), 0, 0, 0, [])
-"""Stands for a shard that isn't done yet."""
+"""Marks a shard that isn't done yet."""
 
 
 def _summary(
@@ -306,7 +306,7 @@ def _summary(
 
 
 def _without_damage(task: _Task, set_aside: list[str]) -> _ShardResult | None:
-    """Consolidate; again without each damaged file that may be moved away."""
+    """Consolidate, and again without each damaged file that may be moved away."""
     while True:
         failure: HbError
         damaged: DamagedFileError | None
@@ -337,7 +337,7 @@ def _without_damage(task: _Task, set_aside: list[str]) -> _ShardResult | None:
 
 
 def _culprit(task: _Task) -> DamagedFileError | None:
-    """The first of the files of a (day, shard) that doesn't hold what may be there."""
+    """The first damaged file of a (day, shard)."""
     for path in [*(one.path for one in task.raw()), task.final]:
         try:
             damage.examine(task.lake, path, task.bounds.settings)
@@ -372,7 +372,7 @@ def _consolidate_shard(task: _Task) -> _ShardResult | None:
         marks = {} if left else task.watermarks  # they would pass those that are left
         note = _merge(replace(task, watermarks=marks), temp.path, base, new, raw, published, gaps)
         if not task.is_published(published):
-            # Overtaken: the rows that were read needn't be those that the note speaks of.
+            # Overtaken: the rows that were read needn't be those of the footer that was read.
             return _consolidate_shard(task)
         figures = _figures(task, temp.path, note, raw, new if base else None)
         checks.require(figures, task.where)
@@ -384,7 +384,7 @@ def _consolidate_shard(task: _Task) -> _ShardResult | None:
 
 
 def _if_nothing_is_pending(task: _Task) -> _ShardResult | None:
-    """How the shard stands; _PENDING where there is something to do."""
+    """The shard's result where nothing is pending; _PENDING where there is something to do."""
     raw = task.raw()
     published = task.published()
     if pending(published, raw):
@@ -400,7 +400,7 @@ def _if_nothing_is_pending(task: _Task) -> _ShardResult | None:
 
 
 def _require_all(task: _Task, published: Current | None, raw: Sequence[Fragment]) -> None:
-    """A rebuild starts from raw, so that it needs every fragment that was ever included."""
+    """Verify that raw has every fragment that was ever included, as a rebuild needs it."""
     if published is None:
         return
     gone = len(published.names - {str(one.name) for one in raw}) + published.note.pruned
@@ -414,7 +414,7 @@ def _require_all(task: _Task, published: Current | None, raw: Sequence[Fragment]
 def _unchanged(
     task: _Task, published: Current | None, raw: Sequence[Fragment]
 ) -> _ShardResult | None:
-    """A published file that stays: it was checked before it was published, and still is that."""
+    """The result of a published file that stays: it was checked before it was published."""
     if published is None:
         return None
     parquet.verify(published.path)
@@ -429,7 +429,7 @@ def _figures(
     raw: Sequence[Fragment],
     new: Sequence[Fragment] | None,
 ) -> list[Figure]:
-    """Check the new file; of its values only those of `new` where it was made of a checked one."""
+    """Check the new file; where it extends a checked one, only the values of `new`."""
     files = None if new is None else [fragment.path for fragment in new]
     shard = task.shard, task.lake.shards
     found = checks.heartbeats(path, task.day, task.bounds.settings, files, shard)
@@ -461,7 +461,7 @@ def _merge(
     published: Current | None,
     gaps: Gaps,
 ) -> ConsolidatedNote:
-    """Write the merged file to `path`; return its note, which stands in its footer as well."""
+    """Write the merged file to `path`; return its footer metadata."""
     before = base.note if base else _NOTHING
     inputs = _inputs(task, base, new, raw)
     tally = Tally()
@@ -506,7 +506,7 @@ def _merge(
 
 
 class _Stopped(Exception):  # noqa: N818  # nothing went wrong: nobody waits for it any more
-    """The work on other shards ended before its time."""
+    """Raised where the work on other shards was stopped early."""
 
 
 _NOTHING = ConsolidatedNote.nothing()
@@ -515,7 +515,7 @@ _NOTHING = ConsolidatedNote.nothing()
 def _inputs(
     task: _Task, base: Current | None, new: Sequence[Fragment], raw: Sequence[Fragment]
 ) -> Inputs:
-    """What to merge; each file is found to be what was written when its rows are read."""
+    """The inputs of the merge; each file is verified when its rows are read."""
     for fragment in new:
         fragments.verify_place(fragment, task.day, task.shard)
     found = Inputs.of(task.lake, base, new, raw)
@@ -525,13 +525,13 @@ def _inputs(
 
 
 def _sound(task: _Task, missed: Collection[FragmentName]) -> Watermarks:
-    """Watermarks but for sources of which a fragment is missed: its rows aren't included."""
+    """Watermarks without sources of which a fragment is missing: its rows aren't included."""
     sources = {name.source for name in missed}
     return {source: mark for source, mark in task.watermarks.items() if source not in sources}
 
 
 def _later(before: Watermarks, now: Watermarks) -> dict[int, tuple[int, int]]:
-    """Per source shard the later one of both."""
+    """By source shard the later one of both."""
     both = {**before, **now}
     return {source: max(mark, before.get(source, mark)) for source, mark in sorted(both.items())}
 
@@ -542,7 +542,7 @@ def _still_listed(
     raw: Sequence[Fragment],
     watermark: Watermarks,
 ) -> tuple[tuple[str, ...], int]:
-    """Names to list, and how many of those listed before were pruned: they needn't be named.
+    """Names to list, and how many listed before were pruned, which needn't be named.
 
     A name is left out only where the watermark would know its rows if they came again.
     """

@@ -1,7 +1,4 @@
-"""Memory that pieces of work side by side share.
-
-Belongs here: the bound, and waiting for room. Doesn't belong here: how much a piece takes.
-"""
+"""A bound of memory that concurrent pieces of work share, and wait for."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Memory:
-    """So many bytes, lent to one piece of work or to several at once."""
+    """A budget of bytes, lent to one piece of work or to several at once."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -20,7 +17,7 @@ class Memory:
 
     @contextmanager
     def lent(self, size: int) -> Iterator[bool]:
-        """Wait until so many bytes are free, and have them; False at once where there never are."""
+        """Borrow bytes, waiting until they are free; False at once for more than there are."""
         if size > self._size:
             yield False
             return

@@ -1,8 +1,8 @@
-"""When a day is due for consolidation: a pure decision.
+"""The rule that decides when a day is due for consolidation, as pure functions.
 
-Belongs here: the rule that keeps write amplification down (a day is rewritten when its pending
-rows are a fair share of it) and late data from waiting for ever. Doesn't belong here: asking for a
-run, and knowing which runs are under way.
+It keeps write amplification down (a day is rewritten when its pending rows are a fair share of it)
+and late data from waiting for ever. Runs are requested and tracked by the consolidation sensor
+(`defs.sensors.consolidation`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def due(state: DayState, now_ms: int, settings: Settings) -> str | None:
 def overdue_seconds(
     day: dt.date, oldest_pending_ms: int | None, now_ms: int, settings: Settings
 ) -> float:
-    """How far a day's oldest pending fragment is beyond its CONSOLIDATE_MAX_AGE; 0: it isn't.
+    """Seconds that a day's oldest pending fragment is beyond its CONSOLIDATE_MAX_AGE; 0: it isn't.
 
     That age begins when the day has ended: stragglers of its last minutes then come along, instead
     of having the day written once more.
@@ -58,7 +58,7 @@ def overdue_seconds(
 def most_overdue(
     oldest: Iterable[tuple[dt.date, int | None]], now_ms: int, settings: Settings
 ) -> tuple[dt.date | None, float]:
-    """Of days with their oldest pending fragments the one that is latest, and by how many seconds.
+    """The day whose oldest pending fragment is overdue most, and by how many seconds.
 
     (None, 0) when none is beyond its age.
     """

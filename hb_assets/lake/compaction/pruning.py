@@ -1,9 +1,6 @@
-"""Pruning: raw fragments that are no longer needed, and what crashes left behind.
+"""Pruning: deletes raw fragments that are no longer needed, and leftovers of crashes.
 
-Belongs here: which fragments may go, and the order of steps that keeps a consolidator from losing
-a row meanwhile (invariant 4). Doesn't belong here: when it runs (`defs`, `hb prune`).
-
-A fragment goes when all of this holds:
+A fragment is deleted when all of this holds:
 
 - the published file lists it, and its rows are, bit for bit, what was written;
 - every entry that it came from is acknowledged (it lies below the file's watermark), so that its
@@ -13,11 +10,12 @@ A fragment goes when all of this holds:
 - no fragment that may hold the same rows was set aside, and no loss of a consolidated file of its
   day and shard was accepted: a restore needs it then, to tell what came before.
 
-The order of steps: read the published file; unlink the temp files of consolidators, who can't
-publish any more and start again; read the published file a second time; delete what both of its
-editions list. A consolidator that creates its temp file later reads an edition that isn't older
-than the first, and publishes only if that edition still stood after it had listed raw. So whatever
-it read, the rows of a deleted fragment are in it, by the fragment or by the file.
+The order of steps keeps consolidators from losing a row meanwhile (invariant 4): read the published
+file; unlink the temp files of consolidators, who can't publish any more and start again; read the
+published file a second time; delete what both of its versions list. A consolidator that creates its
+temp file later reads a version that isn't older than the first, and publishes only if that version
+was still the published one after it had listed raw. So whatever it read, the rows of a deleted
+fragment are in it, by the fragment or by the file.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ Allowed = Callable[[Fragment], bool]
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What pruning did: fragments deleted, their bytes, and leftovers of crashes removed.
+    """Counts of pruning: fragments deleted, their bytes, and leftovers of crashes removed.
 
     `faults` says, in one line each, where it couldn't.
     """
@@ -268,7 +266,7 @@ def _needless(
     listed: Sequence[Fragment],
     connection: duckdb.DuckDBPyConnection,
 ) -> list[Fragment]:
-    """Fragments that neither the audit nor a restore of a damaged file needs."""
+    """The listed fragments that neither the audit nor a restore of a damaged file needs."""
     if not listed or accepted_losses.stems(lake, HEARTBEATS, day, shard):
         return []
     note = published.note if published else None
@@ -290,7 +288,7 @@ USING ({IDENTITY})
 def _apart(
     lake: Lake, listed: Sequence[Fragment], connection: duckdb.DuckDBPyConnection
 ) -> list[Fragment]:
-    """Fragments without a row that lies in quarantine as well."""
+    """The listed fragments without a row that lies in quarantine as well."""
     quarantined = [
         (name, path)
         for path in (lake.root / QUARANTINE).rglob("*.parquet")

@@ -1,1 +1,1 @@
-"""The kinds of file in the lake: a module each, with its footer or its JSON."""
+"""The kinds of file in the lake, a module each, with their footer metadata or their JSON."""

@@ -1,8 +1,8 @@
-"""Accepted losses: files whose heartbeats a person has given up, each with one under `accepted/`.
+"""Accepted losses: one file under `accepted/` for each file that a person has written off.
 
-The audit counts what they held as written off. An acceptance says nothing any more once the file is
-back: a fragment that lies in raw again, a consolidated file that wasn't made without it. So a
-restore that dies half way changes no count.
+The audit counts what such a file held as written off. An acceptance has no effect any more once the
+file is back: a fragment that lies in raw again, a consolidated file that wasn't made without it. So
+a restore that dies half way changes no count.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Acceptance(msgspec.Struct, frozen=True, kw_only=True):
     """One accepted loss.
 
     `file` is where the file lay, relative to the lake; `first` and `last` bound the entry ids of a
-    fragment, which came by the shard `source`. `rows` heartbeats are given up; None: nobody can
+    fragment, which came by the shard `source`. `rows` heartbeats are lost; None: nobody can
     tell, but `at_most` so many. `pruned_ms` is the mark that stood where a consolidated file was
-    given up as a whole (see `recovery`).
+    written off as a whole (see `recovery`).
     """
 
     format: int = FORMAT
@@ -88,7 +88,7 @@ def standing(
 
 
 def of_shard(lake: Lake, day: dt.date, shard: int) -> list[Acceptance]:
-    """Those of a (day, shard) that stand and can be read."""
+    """Standing acceptances of a (day, shard) that can be read."""
     paths = [
         file_of(lake, kind, day, shard, stem)
         for kind in (RAW, HEARTBEATS)

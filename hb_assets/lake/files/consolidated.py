@@ -1,7 +1,6 @@
-"""The consolidated file of a (day, shard), as it is published.
+"""The published consolidated file of a (day, shard): its footer metadata, and which fragments pend.
 
-Belongs here: what its footer says, and so which fragments are pending. Doesn't belong here: making
-one (`consolidation`).
+`compaction.consolidation` makes it.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from hb_assets.lake.storage.store import FORMAT, Lake
 
 
 class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
-    """What a consolidated file's footer says of it. Counts are cumulative: they outlive pruning.
+    """Footer metadata of a consolidated file. Counts are cumulative: they outlive pruning.
 
     `fragments` are the fragments it includes; what it doesn't list is pending. It includes `pruned`
     more, which aren't there any more: of each source shard every row up to the entry id in
     `watermark` is included. `rows` distinct rows came in, of which `unique` survived, `superseded`
     didn't (`repeats` + `corrections`), and `erased` were forgotten; `replayed` rows came again with
     an identity that was there already. `uncounted` rows of the fragments count elsewhere: they came
-    again after theirs were pruned, or were erased before they came here. `edition` is new with
-    every publication; `rows_written` counts all rows that publications of this file wrote.
+    again after theirs were pruned, or were erased before they came here. `edition`, new with
+    every publication, is its version; `rows_written` counts all rows that its publications wrote.
 
     Of the fragments in `excepted` rows are included only up to the entry id that stands there:
     their loss was accepted before the watermark passed them. `losses` names the accepted losses of
@@ -59,7 +58,7 @@ class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def nothing(cls) -> ConsolidatedNote:
-        """The note of a file that was never written: nothing came in."""
+        """The metadata of a file that was never written: nothing came in."""
         return cls(
             format=FORMAT,
             day="",
@@ -88,7 +87,7 @@ class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
         return str(name) in self.fragments or name.last <= self.mark_of(name)
 
     def contradictions(self, day: dt.date, shard: int, rows_in_file: int) -> list[str]:
-        """What a file at this place with so many rows can't be, in a few words each."""
+        """Contradictions between the metadata and a file at this place with so many rows."""
         wrong = []
         if (self.day, self.shard) != (day.isoformat(), shard):
             wrong.append(f"it is the file of day {self.day}, shard {self.shard:02d}")
@@ -151,7 +150,7 @@ class _Mark(msgspec.Struct, frozen=True):
 
 
 def mark_incomplete(lake: Lake, day: dt.date, shard: int) -> None:
-    """Note that raw alone has no longer all of a (day, shard); durable on return. See `current`."""
+    """Record, durably, that raw alone no longer has all of a (day, shard). See `current`."""
     path = layout.pruned_mark(lake.root, day, shard)
     if path.exists():
         sync_folder(path.parent)  # whoever made it may not have got so far
@@ -162,9 +161,9 @@ def mark_incomplete(lake: Lake, day: dt.date, shard: int) -> None:
 
 
 def incomplete_since(lake: Lake, day: dt.date, shard: int) -> int | None:
-    """When it was noted that raw alone has no longer all of a (day, shard), epoch milliseconds.
+    """When it was recorded that raw alone no longer has all of a (day, shard), epoch milliseconds.
 
-    None where it wasn't; 0 where the note can't be read.
+    None where it wasn't; 0 where the record can't be read.
     """
     try:
         return checksummed_json.read(layout.pruned_mark(lake.root, day, shard), _Mark).since_ms
@@ -175,7 +174,7 @@ def incomplete_since(lake: Lake, day: dt.date, shard: int) -> int | None:
 
 
 def mark_complete(lake: Lake, day: dt.date, shard: int) -> None:
-    """Take that note back: what raw lacks was given up. Durable on return."""
+    """Undo `mark_incomplete`: the loss of what raw lacks was accepted. Durable on return."""
     path = layout.pruned_mark(lake.root, day, shard)
     path.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -184,7 +183,7 @@ def mark_complete(lake: Lake, day: dt.date, shard: int) -> None:
 def is_published(lake: Lake, seen: Current | None, day: dt.date, shard: int) -> bool:
     """Whether what was published when `seen` was read still is.
 
-    A note and its rows are read one after the other; ask this after both, and read again if not.
+    Metadata and rows are read one after the other; ask this after both, and read again if not.
     """
     now = current(lake, day, shard)
     return (now and now.note.edition) == (seen and seen.note.edition)

@@ -1,8 +1,8 @@
-"""Erased heartbeats: their identities, so that the audit still counts them.
+"""Identities of erased heartbeats, kept so that the audit still counts them.
 
-Belongs here: the files under `erased/` by arrival date, which hold entry ids and positions and
-nothing else: of rows that a drain withheld, and of records that were taken out of quarantine. What
-was erased from consolidated files is counted in their footers. Doesn't belong here: erasing.
+The files under `erased/` by arrival date hold entry ids and positions and nothing else: of rows
+that a drain withheld, and of records that were taken out of quarantine. What was erased from
+consolidated files is counted in their footers.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def near(lake: Lake, names: Sequence[FragmentName]) -> list[Path]:
 
 
 def paths(lake: Lake) -> list[Path]:
-    """All files."""
+    """All files of erased identities."""
     return sorted((lake.root / ERASED).rglob("*.parquet"))
 
 

@@ -1,7 +1,7 @@
-"""Raw fragments: immutable files of one (day, shard), each row with its identity.
+"""Raw fragments: immutable Parquet files of one (day, shard), each row with its identity.
 
-Belongs here: writing, listing and counting fragments. Doesn't belong here: which fragments a
-consolidated file includes (`consolidation`), and when one may be deleted.
+They are written, listed and counted here. Which fragments a consolidated file includes is in
+`consolidated`, and when one may be deleted in `compaction.pruning`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _WRITERS = 4
 
 
 class FragmentNote(msgspec.Struct, frozen=True):
-    """What a fragment's footer says of it."""
+    """Footer metadata of a fragment."""
 
     format: int
     day: str
@@ -69,7 +69,7 @@ class Fragment:
 
 
 class _Claims(NamedTuple):
-    """What a fragment's footer says of it; its entries have ids from `first_ms` to `last_ms`."""
+    """Bounds that a fragment's footer states; its entries have ids from `first_ms` to `last_ms`."""
 
     rows: int
     unpacked: int
@@ -99,7 +99,7 @@ _ARRIVAL_MS = HEARTBEATS.get_field_index("arrival_ms")
 
 
 def publish(lake: Lake, rows: pa.Table) -> list[Fragment]:
-    """Make decoded rows durable: one fragment per source shard, day and user shard.
+    """Write decoded rows durably: one fragment per source shard, day and user shard.
 
     Args:
         lake: where to.
@@ -137,7 +137,7 @@ def _publish_one(lake: Lake, where: np.ndarray, rows: pa.Table) -> Fragment:
 
 
 def verify_place(fragment: Fragment, day: dt.date, shard: int) -> None:
-    """Make sure that the fragment says itself that it belongs here, and came under its name.
+    """Verify that the fragment's own metadata says that it belongs here, under this name.
 
     Raises: as `parquet.verify`.
     """
@@ -151,7 +151,7 @@ def verify_place(fragment: Fragment, day: dt.date, shard: int) -> None:
 
 
 def judge_footer(footer: pq.FileMetaData, path: Path) -> None:
-    """Hold a fragment to the bounds of record and place, as far as its footer tells.
+    """Check a fragment's footer against the bounds of record and place.
 
     Raises:
         DamagedFileError: no drain can have written it, although its checksums fit.
@@ -174,7 +174,7 @@ def judge_footer(footer: pq.FileMetaData, path: Path) -> None:
 
 
 def require_bpm(least: int, most: int, path: Path) -> None:
-    """Hold least and greatest heart rate of a file to the record's bounds. Raises as the above."""
+    """Check a file's least and greatest heart rate against the record's. Raises as the above."""
     if not BPM_RANGE[0] <= least <= most <= BPM_RANGE[1]:
         raise parquet.damaged(path, "heart_rate is out of bounds: no drain wrote it")
 

@@ -1,11 +1,10 @@
-"""The quarantine: records that can't be used, kept with their bytes and the reason.
+"""The quarantine: records that can't be used, kept with their raw bytes and the reason.
 
-Belongs here: the envelope files under `quarantine/` by arrival date, the marks of records that were
-put back (`released/`, files of their own: only `erasure` writes a file anew), and reading both,
-a day at a time and never all of it into memory. Doesn't belong here: why a record can't be used
-(`record`), and putting it back into the buffer.
+Two kinds of file: the envelopes under `quarantine/` by arrival date, and markers for records that
+were put back under `released/` (files of their own: only `erasure` rewrites a file). Both are read
+a day at a time, never all of it into memory. `cli.quarantine` puts records back into the buffer.
 
-An entry's arrival date is part of its id, so that all that was written of one record lies in one
+An entry's arrival date is part of its id, so that everything written of one record lies in one
 day's folder. The first record that was written of an identity counts; others are replays.
 """
 
@@ -77,7 +76,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which records.
+    """A selection of records.
 
     Attributes:
         reason: only those with this reason code.
@@ -98,7 +97,7 @@ ALL = Choice()
 
 
 def parse_id(text: str) -> Arrival | None:
-    """What a record's id names; None where it is none."""
+    """Parse a record's id; None where it isn't one."""
     match = _ID.fullmatch(text)
     if match is None:
         return None
@@ -108,7 +107,7 @@ def parse_id(text: str) -> Arrival | None:
 
 
 def publish(lake: Lake, rejected: pa.Table) -> list[Path]:
-    """Make rejected records durable, one file per source shard and arrival date.
+    """Write rejected records durably, one file per source shard and arrival date.
 
     Raises:
         OSError: a write failed; acknowledge nothing.
@@ -144,11 +143,11 @@ def _publish(lake: Lake, kind: str, rows: pa.Table) -> Path:
 # -- reading
 
 OnDamage = Callable[[DamagedFileError], None]
-"""Told of a file that can't be read, and left out."""
+"""Called with the error of a file that can't be read and is left out."""
 
 
 def refuse(error: DamagedFileError) -> None:
-    """A file that can't be read ends it all."""
+    """Raise the error of a file that can't be read."""
     raise error
 
 
@@ -248,7 +247,7 @@ def gathered(
 def summary(
     lake: Lake, settings: Settings, choice: Choice = ALL, *, on_damage: OnDamage = refuse
 ) -> Summary:
-    """Records in quarantine, counted. Arguments and errors as of `records`."""
+    """Count records in quarantine. Arguments and errors as of `records`."""
     with gathered(lake, settings, choice, on_damage=on_damage) as connection:
         counted = connection.sql(_COUNT).fetchall()
     reasons = Counter({reason: count for reason, count, _ in counted})

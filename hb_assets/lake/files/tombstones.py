@@ -1,11 +1,10 @@
-"""Tombstones: users whose heartbeats were forgotten, and up to which arrival.
+"""Tombstones: which users were forgotten, and up to which arrival.
 
-Belongs here: the files under `tombstones/`, and which rows they are about. Doesn't belong here: the
-work that makes the bytes go (`erasure`).
+The files under `tombstones/`, and the rows that they concern; `erasure` removes the bytes.
 
 A tombstone doesn't hold the user_id, but a keyed hash of it (BLAKE2b under the lake's key), so that
 it may stay for ever: a drain that was stopped for a year and wakes up brings nothing back. What
-arrives after the cutoff is welcome.
+arrives after the cutoff is accepted as usual.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def _known(path: Path, _seen: Look) -> Tombstone:
 
 
 def cutoffs(lake: Lake, user_ids: Iterable[str]) -> dict[str, Cutoffs]:
-    """Of these users those that were forgotten, each with its cutoffs."""
+    """The forgotten ones of these users, each with its cutoffs."""
     by_hash = {tombstone.user: tombstone.cutoffs for tombstone in listed(lake)}
     if not by_hash:
         return {}
@@ -95,11 +94,11 @@ def cutoffs(lake: Lake, user_ids: Iterable[str]) -> dict[str, Cutoffs]:
 
 
 def withheld(lake: Lake, rows: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """What a drain may publish, and the identities of what was forgotten.
+    """Split rows into those that a drain may publish, and identities of what was forgotten.
 
     Args:
         lake: whose tombstones.
-        rows: heartbeats, or records for the quarantine; whose these are is told from their bytes,
+        rows: heartbeats, or records for the quarantine, whose user is told from their bytes
             as far as they name a user_id.
     """
     nobody = rows, rows.slice(0, 0).select(ARRIVAL)
@@ -146,7 +145,7 @@ def _user_in(raw: bytes) -> str | None:
 
 
 def table(of_one: Cutoffs) -> pa.Table:
-    """Cutoffs as the table `cutoffs` of REACHED and NOT_REACHED."""
+    """Cutoffs as the table `cutoffs` that REACHED and NOT_REACHED join."""
     rows = [{"source": source, "ms": ms, "seq": seq} for source, (ms, seq) in of_one.items()]
     return pa.Table.from_pylist(rows, schema=_CUTOFFS)
 

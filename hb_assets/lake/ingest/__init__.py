@@ -1,1 +1,1 @@
-"""Entries of the buffer into rows: decoding, and isolating what kills a decoder."""
+"""Decoding of the buffer's entries into rows, with crashing entries isolated in a child process."""

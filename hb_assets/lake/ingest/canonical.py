@@ -1,12 +1,11 @@
-"""Canonical lines: heartbeats as our own appends spell them, read into columns at once.
+"""Fast columnar reader of canonical lines, the one spelling that our own appends write.
 
-Belongs here: the one spelling that `record.encode` has, and what proves that a line has it. Doesn't
-belong here: any other spelling, and what becomes of a line that has one (`decode`).
+It accepts only the spelling of `record.encode`, and proves that a line has it. Whatever isn't
+proved to be canonical is left out, valid or not, and read by `decode`.
 
 A canonical line, cut at its commas, has four cells with constant beginnings; pyarrow's CSV reader
 cuts, and gathers the few different users, devices and heart rates in dictionaries, so that what is
-looked at closely is each of these once, and the digits of the timestamps. Whatever isn't proved to
-be canonical is left out, sound or not.
+examined closely is each of these once, and the digits of the timestamps.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ _MOST_SKIPPED = 1000
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """The lines of a text that are canonical.
+    """The canonical lines of a text, as columns.
 
     Attributes:
         number: which lines, counted from 0, in order.
@@ -66,7 +65,7 @@ class Lines:
 
 
 def read(text: bytes, lines: int) -> Lines | None:
-    """The canonical lines of a text that has so many lines; None where it can't be told.
+    """Read the canonical lines of a text that has so many lines; None where that isn't possible.
 
     Timestamps aren't held against any bounds.
     """

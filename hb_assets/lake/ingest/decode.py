@@ -1,9 +1,8 @@
-"""Entries into columns: NDJSON text to a table of heartbeats, and what can't be used.
+"""Decodes entries (NDJSON) into a table of heartbeats and one of rejected records.
 
-Belongs here: reading many records at once. Entries of our own appends are read as `canonical`
-lines. Other entries, and those where that fails, are read line by line by `record`, which alone
-defines what is valid. Doesn't belong here: where rows are written, and decoding what may kill the
-process (`isolation`).
+Entries of our own appends are read as `canonical` lines. Other entries, and those where that fails,
+are read line by line by `record`, which alone defines what is valid. Entries that may kill the
+process are decoded by `isolation`.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class Delivery(Protocol):
 
     @property
     def own(self) -> int | None:
-        """Heartbeats that our own append counted; None for an entry of somebody else's."""
+        """Heartbeats that our own append counted; None for an external producer's entry."""
 
     @property
     def deliveries(self) -> int:
@@ -60,14 +59,14 @@ class Delivery(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What a batch of entries held.
+    """The contents of a batch of entries.
 
     Attributes:
         rows: HEARTBEATS columns, then `shard` (the user's) and `day` (days since 1970); sorted by
             arrival_shard, day, shard and then as consolidated files are.
         rejected: QUARANTINE columns.
         counts: records per entry, in the order of the entries; each is in `rows` or `rejected`.
-        unknown_fields: fields of foreign entries that were ignored (our own appends write none).
+        unknown_fields: fields of external entries that were ignored (our own appends write none).
     """
 
     rows: pa.Table
@@ -132,7 +131,7 @@ def pieces(
 
 
 def refused(entry: Delivery, refusal: Refusal, settings: Settings) -> Iterator[Decoded]:
-    """An entry that goes to the quarantine as a whole, in pieces.
+    """Reject an entry as a whole, in pieces, for the quarantine.
 
     It is taken apart by nothing but its line ends: each line that isn't blank is one record at the
     position that it would have had, so that the ledger counts it as if it had been decoded.
@@ -245,7 +244,7 @@ class _Batch:
 
     @property
     def latest(self) -> npt.NDArray[np.int64]:
-        """Of each entry the latest timestamp that is accepted."""
+        """The latest accepted timestamp of each entry."""
         now_ms = np.minimum(self.ms, np.uint64(LAST_MS)).astype(np.int64)
         return np.minimum(now_ms + self.settings.time_bounds.future_ms, LAST_MS)
 
@@ -260,13 +259,13 @@ def _is_empty(entry: Delivery) -> bool:
 
 
 def _is_blank(text: bytes) -> bool:
-    """Whether there is nothing in it, a byte order mark aside."""
+    """Whether a text is blank, a byte order mark aside."""
     text = text.removeprefix(codecs.BOM_UTF8)
     return not text or text.isspace()
 
 
 def _canonical(batch: _Batch, indexes: Sequence[int]) -> tuple[list[pa.Table], list[int]]:
-    """Entries that are canonical throughout, and the entries that aren't.
+    """Split entries into those that are canonical throughout, and the others.
 
     Only our own appends are tried: an entry that turns out to be something else is read twice.
     """
@@ -326,7 +325,7 @@ def _read(batch: _Batch, index: int, bounds: TimeBounds, rows: _Rows, rejects: _
 
 
 def _together(parts: Sequence[pa.Table]) -> pa.Table:
-    """All lines that were found, by entry and position; one dictionary for each column of names."""
+    """Join parts by entry and position, with one dictionary for each column of names."""
     parts = [part for part in parts if part.num_rows] or [_FOUND.empty_table()]
     found = pa.concat_tables(parts).unify_dictionaries().combine_chunks()
     entry, pos = found["entry"].to_numpy(), found["pos"].to_numpy()
@@ -335,7 +334,7 @@ def _together(parts: Sequence[pa.Table]) -> pa.Table:
 
 
 def _sorted(found: pa.Table, batch: _Batch) -> pa.Table:
-    """The rows that were found, with identity, shard and day, as `Decoded.rows` has them."""
+    """The decoded rows with identity, shard and day, as in `Decoded.rows`."""
     if found.num_rows == 0:
         return ROWS.empty_table()
     entry, pos = found["entry"].to_numpy(), found["pos"].to_numpy()
@@ -374,7 +373,7 @@ def _by_name(names: pa.DictionaryArray) -> npt.NDArray[np.uint64]:
 
 
 def _ranks(order: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """The place of each in an order of all."""
+    """The rank of each place in an order of all."""
     ranks = np.empty(len(order), np.int64)
     ranks[order] = np.arange(len(order))
     return ranks
@@ -390,7 +389,7 @@ def _arrivals(batch: _Batch, entry: npt.NDArray[Any], pos: Any) -> list[pa.Array
 
 
 class _Rows:
-    """Heartbeats that were found, gathered in columns: as objects they take ten times the room."""
+    """Decoded heartbeats, gathered in columns: as objects they take ten times the room."""
 
     def __init__(self) -> None:
         self._tables: list[pa.Table] = []
@@ -428,7 +427,7 @@ class _Rows:
 
 
 class _Rejects:
-    """Records that can't be used, gathered in columns: there may be millions of tiny ones."""
+    """Rejected records, gathered in columns: there may be millions of tiny ones."""
 
     def __init__(self, batch: _Batch) -> None:
         self._batch = batch

@@ -1,13 +1,12 @@
-"""Isolation: entries that may have killed their drainers, decoded where they can do no harm.
+"""Isolation: decodes entries that may have killed their drainers in a child process with limits.
 
-Belongs here: the child process with its limits, and what its end says about an entry. Doesn't
-belong here: who is a suspect, and what becomes of the result (`drain`).
-
-A suspect is never decoded in the drainer's own process. One child decodes suspects one after the
-other, line by line (`record.parse`), and leaves each one's result in a folder of the drainer's.
+Such a suspect is never decoded in the drainer's own process. One child decodes suspects one after
+the other, line by line (`record.parse`), and leaves each one's result in a folder of the drainer's.
 Where the child ended at an entry that wasn't its first, that entry gets a child of its own: only
 what ends a fresh child, or fails in it, is poison. A disk that fails, a child that can't start or
 that somebody ends with a signal say nothing about an entry.
+
+The drain decides which entries are suspects, and publishes the results.
 """
 
 from __future__ import annotations
@@ -82,10 +81,10 @@ class _Entry:
 def examine(
     suspects: Sequence[Suspect], settings: Settings
 ) -> Iterator[tuple[Suspect, Iterator[Decoded]]]:
-    """Decode suspects in children, and say what became of each, in order.
+    """Decode suspects in child processes, and yield the outcome of each, in order.
 
     It ends early, so that one cycle of a drain stays short: after a poison, and when a child had
-    enough to do. Those that are left out are as good as before.
+    enough to do. Nothing is decided about suspects that are left out.
 
     Args:
         suspects: entries that were handed out often.
@@ -129,7 +128,7 @@ def examine(
 def _run_child(
     suspects: Sequence[Delivery], folder: Path, settings: Settings
 ) -> tuple[int, list[str]]:
-    """The child's exit code, and the words that it said."""
+    """Run a child; returns its exit code and the words that it printed."""
     with ExitStack() as stack:
         child = subprocess.Popen(
             [*COMMAND, str(folder)],
@@ -179,7 +178,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _how_it_ended(code: int, said: Sequence[str], folder: Path, *, started: bool) -> str:
-    """What ended the child, where that is the entry's fault.
+    """The reason for the child's end, where that is the entry's fault.
 
     Raises:
         OSError, HbError: where it isn't.
@@ -271,7 +270,7 @@ def _serve(folder: Path, settings: Settings) -> None:
 
 
 def _limit_memory(settings: Settings) -> None:
-    """Bound what an entry may take; an allocation fails where it takes more."""
+    """Limit this process's memory; an allocation beyond the limit fails."""
     # Not the address space: Arrow reserves far more of it than it uses.
     _, highest = resource.getrlimit(resource.RLIMIT_DATA)
     with suppress(ValueError, OSError):  # a system that can't, or a lower limit that stands
@@ -279,7 +278,7 @@ def _limit_memory(settings: Settings) -> None:
 
 
 def _limit_cpu(seconds: float | None) -> None:
-    """The kernel ends us after so much CPU time from now on; None: it doesn't."""
+    """Have the kernel end us after so much CPU time from now on; None: no limit."""
     _, highest = resource.getrlimit(resource.RLIMIT_CPU)
     limit = highest
     if seconds is not None:
@@ -308,7 +307,7 @@ def _decode(entry: Delivery, results: Path, settings: Settings) -> None:
 
 
 def _within_time(parts: Iterator[Decoded], settings: Settings) -> Decoded | None:
-    """The next piece, with a budget of its own: a large entry has many of them.
+    """Yield pieces, each within a CPU budget of its own: a large entry has many of them.
 
     The time that the disk takes to write it doesn't count.
     """

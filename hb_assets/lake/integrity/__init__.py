@@ -1,1 +1,1 @@
-"""Whether files hold what may lie in their place, and what is known to be damaged or lost."""
+"""Checks of the lake's files, and what is known to be damaged or lost."""

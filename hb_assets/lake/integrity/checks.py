@@ -1,9 +1,8 @@
-"""Checks of a file before it is published: pandera for values, and what spans the file.
+"""Checks of a file before it is published: pandera for values, DuckDB for what spans the file.
 
-Belongs here: rules, their figures, and their names (Dagster shows them under these names). Doesn't
-belong here: publishing. A figure is a count or a bound of something that is no health data; the
-values that failed are never shown (invariant 7). pandera and Polars are imported where a check
-runs: the gateway, which only reads the lake, starts without them.
+Dagster shows the checks under the names that they have here. A figure is a count or a bound of
+something that is no health data; the values that failed are never shown (invariant 7). pandera and
+Polars are imported where a check runs: the gateway, which only reads the lake, starts without them.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Figure:
     message: str = ""
 
     def words(self) -> tuple[str, str]:
-        """What was expected and what was found, of one file or of many together."""
+        """What was expected and what was found, in words, of one file or of many together."""
         count = defaultdict(lambda: "0", {name: f"{n:,}" for name, n in self.figures.items()})
         rows, bad = count["rows"], count["bad_rows"]
         if self.name == COUNTS_ADD_UP:
@@ -135,7 +134,7 @@ def _with_users(figure: Figure, users: Collection[str], shard: int, shards: int)
 
 
 def passed(rows: int) -> list[Figure]:
-    """What `heartbeats` said of a file with so many rows before it was published."""
+    """The figures of a file with so many rows that passed `heartbeats`."""
     of_values = [_Faults().figure(name, rows) for name in (SCHEMA_AND_RANGES, PARTITION_DAY)]
     return [*of_values, *_Sequence(rows).figures()]
 
@@ -169,13 +168,13 @@ def _rows(paths: Sequence[Path]) -> Iterator[pl.DataFrame]:
 
 @dataclass(slots=True)
 class _Faults:
-    """What a pandera model found at full depth: columns and rules, never a value."""
+    """Failures that a pandera model found at full depth: columns and rules, never a value."""
 
     rules: set[str] = field(default_factory=set)
     bad_rows: int = 0
 
     def add(self, rows: pl.DataFrame, model: DataFrameSchema) -> None:
-        """Hold further rows to the model."""
+        """Validate further rows with the model."""
         from pandera.config import ValidationDepth, config_context
         from pandera.errors import SchemaErrors
 
@@ -199,7 +198,7 @@ class _Faults:
 
 @dataclass(frozen=True, slots=True)
 class _Sequence:
-    """How many rows stand before one that they should follow, and how many repeat a key."""
+    """How many rows are out of order, and how many repeat a key."""
 
     rows: int = 0
     disorder: int = 0
@@ -225,9 +224,9 @@ class _Sequence:
 
 
 def _sequence(path: Path) -> _Sequence:
-    """Look at each row of a file and the one before it: where rows are sorted, twins stand so.
+    """Compare each row of a file with the one before it: sorted duplicate keys are neighbours.
 
-    What lacks a part of the key is left out: its schema is wrong already.
+    Rows that lack a part of the key are left out: their schema is wrong already.
     """
     footer = parquet.footer(path)
     if not set(ORDER) <= set(footer.schema.names):
@@ -259,7 +258,7 @@ SELECT coalesce(sum(n - 1), 0) FROM (
 def counts_add_up(
     *, rows_in: int, unique: int, superseded: int, erased: int, rows_in_file: int
 ) -> Figure:
-    """The ledger of one file.
+    """Check that the counts of one consolidated file add up.
 
     Args:
         rows_in: distinct rows of the fragments that the file lists, counted from them.
@@ -285,7 +284,7 @@ def counts_add_up(
 
 
 def minutes_add_up(*, readings: int, counted: int, kept: int, rows: int) -> Figure:
-    """The ledger of one minute-level file.
+    """Check that the counts of one minute-level file add up.
 
     Args:
         readings: rows of the consolidated file.
@@ -301,7 +300,7 @@ def minutes_add_up(*, readings: int, counted: int, kept: int, rows: int) -> Figu
 
 
 def require(results: Iterable[Figure], what: str) -> None:
-    """Stop a publication whose file failed a check.
+    """Raise an error for a file that failed a check, so that it isn't published.
 
     Raises:
         CheckFailedError: names the file's day and shard, each failed check and its figures.

@@ -1,7 +1,7 @@
-"""Damage: files that don't hold what may lie there are set aside under `damaged/`.
+"""Damage: finds files that don't hold what belongs in their place, and sets them aside.
 
-Nothing is deleted: a file that is set aside keeps its place's name under `damaged/`, so that a
-whole copy can be put back.
+Nothing is deleted: a file that is set aside keeps its name under `damaged/`, so that a whole copy
+can be put back.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a file of a (day, shard) lies, or belongs: `kind` is a folder of the lake."""
+    """The place of a file of a (day, shard); `kind` is a folder of the lake."""
 
     kind: str
     day: dt.date
@@ -63,7 +63,7 @@ _DEPTH = 4
 
 
 def examine(lake: Lake, path: Path, settings: Settings) -> None:
-    """Make sure that a fragment or consolidated file holds what may lie in its place, row by row.
+    """Verify that a fragment or consolidated file holds what belongs in its place, row by row.
 
     A checksum tells that a file is what somebody wrote; this tells whether it is what we write.
 
@@ -78,7 +78,7 @@ def examine(lake: Lake, path: Path, settings: Settings) -> None:
 
 
 def examine_at(lake: Lake, path: Path, place: Place, settings: Settings) -> None:
-    """The same of a file that is to be put into a place. Raises as `examine`."""
+    """Verify a file that is to be put into a place. Raises as `examine`."""
     name = FragmentName.parse(path.name)
     parquet.verify(path)
     if name is not None:
@@ -106,7 +106,7 @@ def _row_groups(path: Path) -> Iterator[pa.Table]:
 
 
 def unfit(rows: pa.Table, place: Place, shards: int, name: FragmentName | None) -> str | None:
-    """Why rows can't lie in this place, in a few words that hold no value of theirs."""
+    """Why rows can't belong in this place, in a few words without any of their values."""
     if any(rows[field.name].null_count for field in SCHEMA if not field.nullable):
         return "a value is missing"
     texts = ((name, *ID_LENGTH, pc.utf8_length(rows[name])) for name in TEXTS)
@@ -134,7 +134,7 @@ def unfit(rows: pa.Table, place: Place, shards: int, name: FragmentName | None) 
 
 
 def set_aside(lake: Lake, error: DamagedFileError, settings: Settings) -> str | None:
-    """Move a damaged file away, when its place is better empty; one line about it.
+    """Move a damaged file away, where its place is better empty; one line about it.
 
     A fragment always may: its rows can't be read anyway, and those of its neighbours are waiting
     behind it. A consolidated file may as long as every fragment that it includes is there: raw has
@@ -175,7 +175,7 @@ def set_aside(lake: Lake, error: DamagedFileError, settings: Settings) -> str | 
 
 
 def move_aside(lake: Lake, path: Path) -> Path | None:
-    """Move a file away, durably; where it is now, None where somebody else has moved it."""
+    """Move a file under `damaged/`, durably; its new path, None where another has moved it."""
     target = layout.set_aside(lake.root, path.relative_to(lake.root))
     make_folder(target.parent, lake.root)
     try:
@@ -188,7 +188,7 @@ def move_aside(lake: Lake, path: Path) -> Path | None:
 
 
 def is_sound_at(lake: Lake, path: Path, place: Place, settings: Settings) -> bool:
-    """Whether a file is there and holds what may lie in a place. Raises OSError."""
+    """Whether a file is there and holds what belongs in a place. Raises OSError."""
     try:
         examine_at(lake, path, place, settings)
     except (FileNotFoundError, DamagedFileError):
@@ -226,17 +226,17 @@ class Gaps:
 
     @classmethod
     def of(cls, lake: Lake, day: dt.date, shard: int) -> Gaps:
-        """Those of now."""
+        """The gaps that a (day, shard) has now."""
         folder = layout.shard_folder(lake.root / DAMAGED, RAW, day, shard)
         names = (FragmentName.parse(path.name) for path in folder.glob("*.parquet"))
         set_aside = frozenset(name for name in names if name is not None)
         return cls(set_aside, accepted_losses.fragments(lake, day, shard))
 
     def lacking(self, note: ConsolidatedNote | None) -> frozenset[FragmentName]:
-        """Those whose rows the file with this note doesn't include."""
+        """The fragments whose rows the file with this metadata doesn't include."""
         names = self.set_aside | self.accepted
         return names if note is None else frozenset(n for n in names if not note.includes(n))
 
     def unresolved(self, note: ConsolidatedNote | None) -> frozenset[FragmentName]:
-        """Those of them whose loss nobody has accepted."""
+        """The fragments of `lacking` whose loss nobody has accepted."""
         return self.lacking(note) - self.accepted

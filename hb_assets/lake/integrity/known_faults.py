@@ -1,11 +1,11 @@
-"""What is wrong in the lake right now: damage and loss that no person has resolved yet.
+"""Known faults of the lake: damage and loss that no person has resolved yet.
 
 Everything that shows faults asks here (`hb status`, health, metrics, Dagster, the audit). Faults
-are derived from the lake's state each time: from names, footers and stat, so that a look at a year
+are derived from the lake's state each time: from names, footers and stat, so that checking a year
 of days is cheap; a footer is read again only when its file changed. What names and footers can't
-tell (a page that failed its checksum, a consolidation that failed) is noticed by whoever meets it,
-in a small file under `faults/`, and stands until the file in question verifies again or a
-consolidation of that day and shard has succeeded.
+tell (a page that failed its checksum, a consolidation that failed) is recorded by whoever meets it,
+in a small file under `faults/`, until the file in question verifies again or a consolidation of
+that day and shard has succeeded.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ _WORDS: dict[str, str] = {
     "check_failed": "a consolidated file failed its checks",
     "consolidation_failed": "the last consolidation failed",
     "unreadable": "a folder or file can't be read",
-    "accepted": "heartbeats were lost with a damaged file, and given up",
+    "accepted": "heartbeats were lost with a damaged file, and accepted as lost",
 }
 _SET_ASIDE = f"{DAMAGED}/{RAW}"
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that is wrong with the lake until it is resolved.
+    """A fault of the lake that stands until it is resolved.
 
     `rows` is how many heartbeats it touches, None where nobody can tell. A loss that was accepted
     is no fault any more; answers that it touches tell of it (`losses`). `message` says in one line
@@ -97,7 +97,7 @@ class Fault:
 
 
 class _Noticed(msgspec.Struct, frozen=True, kw_only=True):
-    """A fault as it lies under `faults/`; `path` is relative to the lake, `seen` how it looked."""
+    """A fault recorded under `faults/`; `path` is relative to the lake, `seen` how it looked."""
 
     format: int = FORMAT
     kind: Kind
@@ -108,7 +108,7 @@ class _Noticed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def faults(lake: Lake, days: Collection[dt.date] | None = None) -> list[Fault]:
-    """What is wrong now, day by day and shard by shard; one bad place hides no other.
+    """All known faults, day by day and shard by shard; one unreadable place hides no other.
 
     Args:
         lake: which lake.
@@ -150,7 +150,7 @@ _OF_LOSSES = (_SET_ASIDE, FAULTS, f"{ACCEPTED}/{RAW}", f"{ACCEPTED}/{HEARTBEATS}
 
 
 def losses(lake: Lake, day: dt.date, shard: int) -> list[Fault]:
-    """What is, or may be, missing from answers about a (day, shard), accepted losses included.
+    """Losses that answers about a (day, shard) have to mention, accepted ones included.
 
     Most have nothing, and cost a few stats.
     """
@@ -165,8 +165,8 @@ def _accepted(lake: Lake, loss: Acceptance) -> Fault:
     day, path = dt.date.fromisoformat(loss.day), lake.root / loss.file
     many = f"{loss.rows:,}" if loss.rows is not None else f"at most {loss.at_most or 0:,}"
     message = (
-        f"{path} was damaged or lost, and its heartbeats were given up ({many}): hb damaged restore "
-        "puts a whole copy back"
+        f"{path} was damaged or lost, and its heartbeats accepted as lost ({many}): "
+        "hb damaged restore puts a whole copy back"
     )
     return Fault("accepted", day, loss.shard, loss.rows, path, message)
 
@@ -188,7 +188,7 @@ def _unreadable(path: Path, error: OSError, day: dt.date | None, shard: int | No
 def _published(
     lake: Lake, day: dt.date, shard: int
 ) -> tuple[ConsolidatedNote | None, tuple[Fault, ...]]:
-    """The note of the consolidated file, if it can be read, and what is wrong with the file."""
+    """Footer metadata of the consolidated file, if readable, and what is wrong with the file."""
     path = _text(lake, HEARTBEATS, day, shard) + "/heartbeats.parquet"
     try:
         return _judged(path, Look.of(os.stat(path)), day, shard)  # noqa: PTH116  # thousands a look
@@ -204,7 +204,8 @@ def _published(
         return None, (_unreadable(mark, error, day, shard),)
     message = (
         f"{path} is gone, and raw fragments that it included were pruned: put a copy in its place "
-        f"(hb damaged restore FILE), or give up what raw no longer holds (hb damaged accept {path})"
+        "(hb damaged restore FILE), or accept the loss of what raw no longer holds "
+        f"(hb damaged accept {path})"
     )
     return None, (Fault("missing", day, shard, None, Path(path), message),)
 
@@ -235,7 +236,7 @@ def _judged(
 def _set_aside(
     lake: Lake, day: dt.date, shard: int, published: ConsolidatedNote | None
 ) -> Iterator[Fault]:
-    """Fragments that were set aside and whose rows are missed."""
+    """Faults of fragments that were set aside and whose rows are missed."""
     folder = _text(lake, _SET_ASIDE, day, shard)
     try:
         entries = list(_entries(folder))
@@ -261,7 +262,7 @@ def _set_aside(
 def _pending(
     lake: Lake, day: dt.date, shard: int, published: ConsolidatedNote | None
 ) -> Iterator[Fault]:
-    """Pending fragments whose footers aren't what was written."""
+    """Faults of pending fragments whose footers aren't what was written."""
     folder = _text(lake, RAW, day, shard)
     included = frozenset(published.fragments) if published else frozenset()
     try:
@@ -305,7 +306,7 @@ def _rows(path: str, _seen: Look) -> int | None:
 
 
 def _beside_days(lake: Lake) -> Iterator[Fault]:
-    """Files of quarantine, marks beside it and tombstones that aren't what was written."""
+    """Faults of files of quarantine, its markers and tombstones that aren't what was written."""
     yield from _tombstones(lake)
     for kind in (QUARANTINE, RELEASED, ERASED):
         try:
@@ -390,14 +391,14 @@ def notice(
     day: dt.date | None,
     shard: int | None,
 ) -> None:
-    """Remember in the lake what can't be told from names and footers. Never raises.
+    """Record a fault in the lake that can't be told from names and footers. Never raises.
 
     A damaged file that verifies when it is looked at again is no fault: it was replaced meanwhile,
     or what failed was something else.
 
     Args:
         lake: which lake.
-        fault_of: what was raised.
+        fault_of: the error that was raised.
         day: of which day, if of one.
         shard: of which shard, if of one.
     """
@@ -432,14 +433,14 @@ def notice(
             checksummed_json.write(temp.path, noticed)
             temp.publish_replacing(target)
     except (OSError, HbError) as error:
-        _log.warning("a fault can't be noted in the lake (%s): %s", error, message)
+        _log.warning("a fault can't be recorded in the lake (%s): %s", error, message)
 
 
 def resolved(lake: Lake, day: dt.date, shard: int) -> None:
-    """Forget what was noticed of a (day, shard) whose consolidation has succeeded.
+    """Remove recorded faults of a (day, shard) whose consolidation has succeeded.
 
-    What is said of a file that is still there, and still isn't sound, stands. Never raises: a note
-    that can't be removed stands until it can.
+    What is said of a file that is still there, and still isn't sound, stays. Never raises: a record
+    that can't be removed stays until it can.
     """
     folder = _folder(lake, day, shard)
     try:
@@ -469,7 +470,7 @@ def _digest(kind: str, path: str | None) -> str:
 
 
 def _notes(folder: Path) -> list[tuple[Path, _Noticed | None]]:
-    """Notes in a folder; None where one can't be read."""
+    """Recorded faults in a folder; None where one can't be read."""
     try:
         with os.scandir(folder) as found:
             paths = sorted(Path(entry.path) for entry in found if entry.name.endswith(".json"))
@@ -500,7 +501,7 @@ def _noticed(
         return
     for path, noticed in notes:
         if noticed is None:
-            message = f"{path} is damaged: a fault that was noted there can't be told; remove it"
+            message = f"{path} is damaged: the fault recorded there can't be read; remove it"
             yield Fault("damaged", day, shard, None, path, message)
             continue
         try:
@@ -522,7 +523,7 @@ def _noticed(
 
 
 def _stands(lake: Lake, noticed: _Noticed, published: ConsolidatedNote | None) -> bool:
-    """Whether a noticed fault isn't resolved yet.
+    """Whether a recorded fault isn't resolved yet.
 
     Raises:
         OSError: its file can't be looked at.

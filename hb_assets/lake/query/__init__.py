@@ -1,1 +1,1 @@
-"""Heart rate of one user: the files that hold it, the rows, and their mean by span of time."""
+"""Queries of one user's heart rate: the files that hold it, its rows, their means over time."""

@@ -1,9 +1,8 @@
-"""Buckets: one user's readings into mean heart rates, one point per span of time and device.
+"""Aggregates one user's readings into mean heart rates, one point per span of time and device.
 
-Belongs here: the survivor of a key, device priority and the mean, over the readings of one user
-that lie in memory. Doesn't belong here: where readings come from (`rows`), days and pages
-(`query`). `minutes` has the same rule in SQL, for a day of all users; a test holds the two against
-each other. In DuckDB a question took ten times as long (decision 13).
+The survivor of a key, device priority and the mean are computed over readings that lie in memory;
+`user_scan` reads them, `query` handles days and pages. `minutes` has the same rule in SQL, for a
+day of all users; a test compares the two. In DuckDB a query took ten times as long (decision 13).
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Readings:
         return len(self.timestamp)
 
     def taken(self, where: Integers | npt.NDArray[np.bool_] | slice) -> Readings:
-        """The rows at these positions."""
+        """The readings at these positions."""
         return Readings(
             self.timestamp[where],
             self.heart_rate[where],
@@ -71,7 +70,7 @@ class Readings:
 
 
 def joined(parts: Sequence[Readings]) -> Readings:
-    """All rows of these (at least one); all with arrivals, or none."""
+    """Concatenate readings (at least one part); all with arrivals, or none."""
     if len(parts) == 1:
         return parts[0]
     devices = list(dict.fromkeys(name for part in parts for name in part.devices))
@@ -97,7 +96,7 @@ def _codes(readings: Readings, place: Mapping[str, int]) -> Integers:
 def points(
     readings: Readings, size_ms: int, priority: Sequence[str], *, every_device: bool = False
 ) -> pa.Table:
-    """POINTS in order of time and device.
+    """Aggregate readings into POINTS, in order of time and device.
 
     Args:
         readings: of one user, in any order, each key as often as it was delivered.
@@ -117,7 +116,7 @@ def points(
 
 
 def _ranked(readings: Readings, priority: Sequence[str]) -> Readings:
-    """The same rows, with devices in order of trust: a device's code is its rank."""
+    """The readings with devices in order of trust: a device's code is its rank."""
     place = {name: at for at, name in reversed(list(enumerate(priority)))}
     ranked = sorted(readings.devices, key=lambda name: (place.get(name, len(priority)), name))
     codes = _codes(readings, {name: at for at, name in enumerate(ranked)})
@@ -125,7 +124,7 @@ def _ranked(readings: Readings, priority: Sequence[str]) -> Readings:
 
 
 def _survivors(ordered: Readings) -> Readings:
-    """Of each key the latest arrival; rows are ordered by key."""
+    """The latest arrival of each key; rows are ordered by key."""
     if not ordered.arrival:
         return ordered
     again = (ordered.timestamp[1:] == ordered.timestamp[:-1]) & (

@@ -1,9 +1,9 @@
-"""Questions to the lake: one user's heart rate over time, every durable heartbeat included.
+"""Queries of one user's heart rate over time, every durable heartbeat included.
 
-A question is answered day by day. A day whose consolidated file is damaged is answered out of raw
+A query is answered day by day. A day whose consolidated file is damaged is answered from raw
 fragments as long as they hold all of it, with a warning; a day that can't be answered ends the page
-before it. Heartbeats that are known to be missing are a warning as well. Files are `rows`'
-business, the rule behind a point is that of `buckets`.
+before it. Heartbeats that are known to be missing are a warning as well. Files are read by
+`user_scan`, points are computed by `aggregate`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked.
+    """A query: one user's heart rate over a range of time.
 
     Attributes:
         user_id: whose heart rate.
@@ -48,7 +48,7 @@ class Question:
         device_id: all readings of this device; None: readings that device priority keeps.
         granularity: span of a point, a name in GRANULARITIES.
         limit: most points of the answer; None: all of them. The points of one bucket are never
-            parted, so that one bucket of many devices may hold more.
+            split, so that one bucket of many devices may hold more.
     """
 
     user_id: str
@@ -74,8 +74,8 @@ class Page:
     """Points in order of time and device, and where those left out begin.
 
     Attributes:
-        points: as buckets.POINTS.
-        next_ms: ask the same question from here on for the next page; None: this is the last one.
+        points: as aggregate.POINTS.
+        next_ms: where the query of the next page begins; None: this is the last one.
         warnings: what is wrong with the days of these points: heartbeats that are missing, or a
             damaged file that raw fragments stood in for.
         ended_by: why the day at `next_ms` can't be answered, where that is what ended the page.
@@ -90,11 +90,11 @@ class Page:
 def answer(
     lake: Lake, question: Question, settings: Settings, buffered: pa.Table | None = None
 ) -> Page:
-    """The points of a question, as far as its limit lets them.
+    """The points that answer a query, up to its limit.
 
     Args:
         lake: which lake.
-        question: what is asked.
+        question: the query.
         settings: for DEVICE_PRIORITY.
         buffered: rows that aren't in the lake yet, as `decode.Decoded.rows`; they have to be read
             before this call, so that none is missed on its way into the lake.
@@ -134,7 +134,7 @@ def answer(
 def nearest(
     lake: Lake, question: Question, settings: Settings
 ) -> tuple[dt.datetime | None, dt.datetime | None]:
-    """The last point before a question's range, and the first one after it; None: there is none.
+    """The last point before a query's range, and the first one after it; None: there is none.
 
     Each day that the lake holds is asked, from the range outwards; most cost a look into a few
     footers. A day that can't be read is passed over: this is for people who wonder where to look.
@@ -164,7 +164,7 @@ def _joined(found: list[pa.Table]) -> pa.Table:
 
 @dataclass(frozen=True, slots=True)
 class _Day:
-    """A question's part of one day: no bucket spans two of them."""
+    """A query's part of one day: no bucket spans two of them."""
 
     lake: Lake
     day: dt.date
@@ -176,7 +176,7 @@ class _Day:
     buffered: pa.Table | None
 
     def answer(self) -> tuple[pa.Table, list[Fault]]:
-        """Points, and what is wrong with them."""
+        """The day's points, and what is wrong with them."""
         user, device = self.question.user_id, self.question.device_id
         forgotten = tombstones.of_user(self.lake, user)
         cutoffs = forgotten.cutoffs if forgotten else None
@@ -195,7 +195,7 @@ class _Day:
         return points, faults
 
     def _rows(self, wanted: Wanted, *, identified: bool) -> tuple[list[Readings], list[Fault]]:
-        """Rows, out of raw alone where the consolidated file is damaged and raw has all of them."""
+        """The day's rows; from raw alone where the consolidated file is damaged and raw has all."""
         lake, day, shard = self.lake, self.day, self.shard
         try:
             found = user_scan.of_user(lake, day, shard, wanted, identified=identified)
@@ -216,7 +216,7 @@ class _Day:
 
 
 def _days(lake: Lake, start_ms: int, end_ms: int, buffered: pa.Table | None) -> list[dt.date]:
-    """Days of the range; of a long range those of which there is anything, which may be few."""
+    """Days of the range; of a long range only those that have data, which may be few."""
     if end_ms - start_ms <= _MANY_DAYS * days.MS_PER_DAY:
         return days.days_between(start_ms, end_ms)
     known = set(inventory.days(lake))
@@ -228,7 +228,7 @@ def _days(lake: Lake, start_ms: int, end_ms: int, buffered: pa.Table | None) -> 
 
 
 def _cut(points: pa.Table, limit: int) -> Page | None:
-    """The first `limit` of more points, or fewer: up to the end of a bucket.
+    """The first `limit` points, or fewer: up to the end of a bucket.
 
     A first bucket that holds more by itself makes a page; None while nothing else is known.
     """
@@ -240,7 +240,7 @@ def _cut(points: pa.Table, limit: int) -> Page | None:
 
 
 def _until_still(ask: Callable[[], Answer]) -> Answer:
-    """Ask again when a file vanished or was replaced meanwhile: its rows are elsewhere now."""
+    """Run `ask` again when a file vanished or was replaced: its rows are elsewhere now."""
     for attempt in range(_ATTEMPTS):
         try:
             return ask()

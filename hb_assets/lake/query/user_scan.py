@@ -1,14 +1,13 @@
-"""Rows of one user: out of the files that may hold them, and out of no more of each than needed.
+"""Reads the rows of one user, from the files that may hold them, and no more of each than needed.
 
-Belongs here: which files of a (day, shard) are asked (invariant 5), which row groups of each, and
-what is remembered of footers, so that the cost depends on what is asked and not on what is stored.
-Doesn't belong here: what the rows mean (`buckets`), and days (`query`).
+It picks the files of a (day, shard) (invariant 5) and the row groups of each, and caches footers,
+so that the cost depends on what is asked and not on what is stored.
 
-A file is verified whole when it is met first, and when it looks changed; what its footer says is
-remembered until then. Once it is open for its rows, it is looked at again: still the one that was
-verified, or else note and rows could be of two versions. Each page that is read is held to its
-checksum every time. Rows are held to the record's bounds before they are answered: a fragment with
-a row that no drain can have written is damaged, however well its checksums fit.
+A file is verified whole when it is first read, and when it looks changed; its footer is cached
+until then. Once it is open for its rows, it is looked at again: still the one that was verified, or
+else footer and rows could be of two versions. Each page that is read is held to its checksum every
+time. Rows are held to the record's bounds before they are answered: a fragment with a row that no
+drain can have written is damaged, however well its checksums fit.
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ _USER, _TIMESTAMP = HEARTBEATS.get_field_index("user_id"), HEARTBEATS.get_field_
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which rows: one user's, of the half-open range, of one device or of all.
+    """A selection of rows: one user's, of the half-open range, of one device or of all.
 
-    `cutoffs` are those of a user who was forgotten: what arrived up to them isn't there any more.
+    `cutoffs` are those of a user who was forgotten: what arrived up to them is left out.
     """
 
     user_id: str
@@ -60,7 +59,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """What a footer says of a row group: least and greatest user and timestamp (None: nothing)."""
+    """Bounds of a row group: least and greatest user and timestamp (None: not in the footer)."""
 
     users: tuple[str, str] | None
     times: tuple[int, int] | None
@@ -75,7 +74,7 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Published:
-    """What a consolidated file's footer says."""
+    """The cached footer of a consolidated file."""
 
     footer: pq.FileMetaData
     included: frozenset[str]
@@ -91,7 +90,7 @@ def of_user(
     identified: bool = False,
     raw_alone: bool = False,
 ) -> list[Readings]:
-    """Every durable row that is wanted, in parts; a key as often as it was delivered.
+    """Read every durable row that is wanted, in parts; a key as often as it was delivered.
 
     Args:
         lake: which lake.
@@ -129,7 +128,7 @@ def of_user(
 
 
 def in_table(rows: pa.Table, wanted: Wanted) -> list[Readings]:
-    """What is wanted of rows in memory (HEARTBEATS columns, maybe more)."""
+    """The wanted ones of rows in memory (HEARTBEATS columns, maybe more)."""
     rows = rows.select(HEARTBEATS.names)
     for at in (_USER, HEARTBEATS.get_field_index("device_id")):
         rows = rows.set_column(at, rows.schema.names[at], rows.column(at).dictionary_encode())
@@ -181,7 +180,7 @@ def _groups(footer: pq.FileMetaData) -> tuple[_Group, ...]:
 
 
 def _judge(found: Readings, path: Path) -> None:
-    """Hold rows to the record's bounds before they are answered."""
+    """Check rows against the record's bounds before they are answered."""
     fragments.require_bpm(found.heart_rate.min(), found.heart_rate.max(), path)
     shortest, longest = ID_LENGTH
     if not all(shortest <= len(device) <= longest for device in found.devices):
@@ -234,7 +233,7 @@ def _matching(rows: pa.Table, wanted: Wanted) -> Iterator[Readings]:
 
 
 def _positions(flags: npt.NDArray[np.bool_]) -> Integers | slice:
-    """Where they are true; in a sorted file that is one stretch, of which nothing is copied."""
+    """Positions of true flags; in a sorted file that is one range, which is sliced, not copied."""
     found = np.flatnonzero(flags)
     if len(found) and found[-1] - found[0] + 1 == len(found):
         return slice(int(found[0]), int(found[-1]) + 1)

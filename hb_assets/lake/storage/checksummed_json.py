@@ -28,7 +28,7 @@ def write(path: Path, content: msgspec.Struct) -> None:
 
 
 def read(path: Path, kind: type[Struct]) -> Struct:
-    """What was written.
+    """Read a struct that `write` has written.
 
     Raises:
         DamagedFileError: the file isn't what was written, or no such struct.

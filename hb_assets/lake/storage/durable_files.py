@@ -1,7 +1,6 @@
 """Durable files: temp file, fsync, atomic publication, fsync of the folder.
 
-Belongs here: the order of system calls that makes a file survive a crash whole or not at all.
-Doesn't belong here: what is in the files.
+This order of system calls makes a file survive a crash whole or not at all.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from hb_assets.lake.storage import layout, permissions
 
 
 class Look(NamedTuple):
-    """What tells a file from what it was and from what replaces it, as far as a stat can."""
+    """Identity and version of a file, as far as a stat tells: inode, size and times."""
 
     inode: int
     mtime_ns: int
@@ -27,7 +26,7 @@ class Look(NamedTuple):
 
     @classmethod
     def of(cls, found: os.stat_result) -> Look:
-        """By a stat's result."""
+        """The look of a file by its stat."""
         return cls(found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
 
     def has_bytes_of(self, before: Look) -> bool:
@@ -40,12 +39,12 @@ class Look(NamedTuple):
 
 
 def look(path: Path) -> Look:
-    """How the file looks now: the key of what is remembered of it. Raises OSError."""
+    """The file's look now, which is the key of caches. Raises OSError."""
     return Look.of(path.stat())
 
 
 def barred(path: Path) -> Path:
-    """The uppermost folder on the way to `path` that is closed to us; itself where none is."""
+    """The topmost folder above `path` that we may not enter; `path` itself where there is none."""
     for one in reversed(path.parents):
         if os.access(one, os.F_OK, effective_ids=True) and not os.access(
             one, os.X_OK, effective_ids=True
@@ -79,7 +78,7 @@ _durable: set[Path] = set()
 def make_folder(folder: Path, root: Path | None = None) -> None:
     """Make a folder and its missing parents, each one durable in its own parent.
 
-    They are as open as the lake at `root` is (`modes`); without one, for their owner alone.
+    They are as open as the lake at `root` is (`permissions`); without one, for their owner alone.
     Below `root`, a folder that somebody else made isn't taken for durable before this process has
     synced its parent: its maker may not have got so far.
     """

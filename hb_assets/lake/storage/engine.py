@@ -1,7 +1,7 @@
 """DuckDB engines: in memory, bounded, offline, in UTC.
 
-Belongs here: how an engine is made and used again, and the folders under HB_HOME that it spills to.
-Doesn't belong here: SQL. DuckDB is imported with the first engine: most consolidations need none.
+How an engine is made and reused, and the folders under HB_HOME that it spills to. DuckDB is
+imported with the first engine: most consolidations need none.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def connect(settings: Settings) -> duckdb.DuckDBPyConnection:
 
 @contextmanager
 def engine(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
-    """An engine for one piece of work, with a spill folder of its own.
+    """Context with an engine for one piece of work, and a spill folder of its own.
 
     Nobody else uses it meanwhile, and nothing of the work stays in it. Where no folder can be made
     (a full disk), what fits into memory is done all the same.
@@ -60,7 +60,7 @@ def engine(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
 
 @contextmanager
 def _one_to_oneself(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A resting engine with these bounds, or a new one: that takes as long as many a query.
+    """An idle engine with these bounds, or a new one: that takes as long as many a query.
 
     One whose work failed, or that spilled (it can have no other folder), is closed.
     """
@@ -105,7 +105,7 @@ _turn = threading.Lock()
 
 @contextmanager
 def spill_folder(settings: Settings) -> Iterator[Path]:
-    """A folder under HB_HOME for what doesn't fit into memory; ours alone, and gone afterwards.
+    """Context with a private folder under HB_HOME for what doesn't fit into memory.
 
     What killed processes left is removed before a process makes its first one: health data must
     not lie about.
@@ -176,6 +176,6 @@ def _locked(handle: int) -> bool:
 def figures(
     connection: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, object] | None = None
 ) -> tuple[int, ...]:
-    """The one row of counts that a query answers with."""
+    """The single row of counts that a query returns."""
     (row,) = connection.sql(query, params=dict(params or {})).fetchall()
     return tuple(int(value) for value in row)

@@ -1,7 +1,7 @@
-"""Names in the lake: folders and files, made and taken apart here alone.
+"""Names of the lake's folders and files, which are built and parsed only here.
 
-Belongs here: paths of days, shards and entry ids, and which days have a folder. Doesn't belong
-here: what is in the files. No part of a name comes from a record's text (invariant 7).
+Paths of days, shards and entry ids, and which days have a folder. No part of a name comes from a
+record's text (invariant 7).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FRAGMENT = re.compile(
 
 @dataclass(frozen=True, slots=True, order=True)
 class FragmentName:
-    """What a fragment's name says: source shard and range of entry ids. Sorts by arrival."""
+    """A fragment's name: source shard and range of entry ids. Sorts by arrival."""
 
     first: tuple[int, int]
     last: tuple[int, int]

@@ -1,7 +1,7 @@
 """Locks on a (day, shard) by lock files in the lake, for processes of one machine.
 
-Belongs here: the lock file. Doesn't belong here: leases for several machines (`buffer.lease`), and
-safety: two consolidators at once lose nothing (`consolidation`), a lock only saves their work.
+They save duplicate work and aren't needed for safety: two consolidators at once lose nothing
+(`compaction.consolidation`). Leases, for several machines, are in `buffer.lease`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FOLDER = "locks"
 
 
 class FileLocks:
-    """Call it with a day and a shard for a context manager that holds their lock."""
+    """Makes locks: call it with a day and a shard for a context manager that holds theirs."""
 
     def __init__(self, lake: Lake, settings: Settings) -> None:
         self._folder = lake.root / FOLDER

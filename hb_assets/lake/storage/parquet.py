@@ -1,7 +1,6 @@
-"""Parquet as this lake writes it: compression, encodings, and our own footer metadata.
+"""Parquet files as this lake writes them: compression, encodings, checksums and footer metadata.
 
-Belongs here: writer options and the JSON under the footer's key `hb`. Doesn't belong here: where
-files lie and which rows they hold.
+Our own metadata is JSON under the footer's key `hb`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _SCHEMA = b"ARROW:schema"
 """Where Arrow keeps a file's Arrow schema: its IPC message in base64 (Arrow's documentation of the
 Parquet format). pyarrow itself would put dictionaries there, as they were written."""
 ROW_GROUP = 65_536
-"""Rows of a row group, about, each column of it one page: half as many answer a question about an
+"""Rows of a row group, about, each column of it one page: half as many answer a query about an
 hour a little faster and compress worse, twice as many the other way round."""
 _LEVEL, _LEVEL_OF_POSITIONS = 3, 6
 """zstd levels. Positions lie in runs that higher levels find; other columns hardly get smaller."""
@@ -41,7 +40,7 @@ _READ = 2**20
 
 
 def _longest() -> int:
-    """Rows that a row group never has."""
+    """A number of rows that no row group reaches."""
     return ROW_GROUP + ROW_GROUP // 2
 
 
@@ -49,7 +48,7 @@ Note = TypeVar("Note", bound=msgspec.Struct)
 
 
 class _Digest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """CRC-32 of a file's first `bytes` bytes (all its rows), and of the note in its footer.
+    """CRC-32 of a file's first `bytes` bytes (all its rows), and of our metadata in its footer.
 
     `footer` is that of the whole footer with zeros in its own place, 8 hex digits.
     """
@@ -102,7 +101,7 @@ _TAIL = 8
 
 
 def _end_of(file: BinaryIO | pa.NativeFile) -> bytes:
-    """The file's footer with what stands behind it; too little of it where its length is wrong."""
+    """The end of a file from its footer on; too little of it where its length is wrong."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _TAIL))
     length = int.from_bytes(file.read(4), "little") + _TAIL
@@ -111,9 +110,9 @@ def _end_of(file: BinaryIO | pa.NativeFile) -> bytes:
 
 
 def _verify_end(file: BinaryIO | pa.NativeFile, path: Path) -> None:
-    """Make sure of the footer before it is parsed: one that is damaged may end the process.
+    """Verify the footer before it is parsed: a damaged one may end the process.
 
-    Files of before this checksum have none. Raises DamagedFileError.
+    Files of older releases have no checksum there. Raises DamagedFileError.
     """
     end = _end_of(file)
     before, place, rest = end.partition(_PLACE)
@@ -125,7 +124,7 @@ def _verify_end(file: BinaryIO | pa.NativeFile, path: Path) -> None:
 
 
 class Writer:
-    """Writes rows, then the footer with our note in it."""
+    """Writes rows, then the footer with our metadata in it."""
 
     def __init__(self, sink: _Sink, schema: pa.Schema, sorted_by: Iterable[str]) -> None:
         self._sink = sink
@@ -147,7 +146,7 @@ class Writer:
         self._waiting = [whole]
 
     def close_with(self, note: msgspec.Struct) -> None:
-        """Write what waits, and the footer; nothing can be written after it."""
+        """Write what waits, and the footer; nothing can be written after that."""
         if any(part.num_rows for part in self._waiting):
             self._write(pa.concat_tables(self._waiting))
         out = self._out or self._open(self._schema.empty_table())
@@ -158,12 +157,12 @@ class Writer:
         self._sink.seal()
 
     def abandon(self) -> None:
-        """Let go of a file that isn't wanted any more; nothing happens to one that was closed."""
+        """Stop writing a file that isn't wanted any more; one that was closed stays as it is."""
         if self._out is not None:
             self._out.close()
 
     def _end_of_group(self, rows: pa.Table) -> int:
-        """Where a row group ends best: between two users, so that a question reads few of them."""
+        """Where a row group ends best: between two users, so that a query reads few of them."""
         if not self._sorted_by:
             return ROW_GROUP
         shortest = ROW_GROUP // 2
@@ -215,7 +214,7 @@ class Writer:
 
 
 def _encoding(field: pa.Field, rows: pa.Table) -> str | None:
-    """How a column takes the least room; None stands for a dictionary.
+    """The encoding in which a column takes the least room; None stands for a dictionary.
 
     Instants and heart rates differ little from row to row. Entry ids repeat where a batch of one
     device holds many rows, and positions count up there: zstd finds both in plain numbers, whatever
@@ -298,7 +297,7 @@ def writer(path: Path, schema: pa.Schema, sorted_by: Iterable[str] = ()) -> Iter
 
 
 def write(path: Path, table: pa.Table, note: msgspec.Struct, sorted_by: Iterable[str] = ()) -> None:
-    """Write a whole table with its note in the footer."""
+    """Write a whole table with our metadata in the footer."""
     with writer(path, table.schema, sorted_by) as out:
         out.write(table)
         out.close_with(note)
@@ -326,12 +325,12 @@ def _footer(file: BinaryIO | pa.NativeFile, path: Path) -> pq.FileMetaData:
 
 
 def note(path: Path, kind: type[Note]) -> Note:
-    """Our own note in the file's footer. Raises as `footer` does."""
+    """Our own metadata in the file's footer. Raises as `footer` does."""
     return note_in(footer(path), path, kind)
 
 
 def note_in(found: pq.FileMetaData, path: Path, kind: type[Note]) -> Note:
-    """Our own note in a footer that was read from `path`. Raises DamagedFileError."""
+    """Our own metadata in a footer that was read from `path`. Raises DamagedFileError."""
     said, _ = _sealed(path, found)
     try:
         return msgspec.json.decode(said, type=kind)
@@ -340,22 +339,22 @@ def note_in(found: pq.FileMetaData, path: Path, kind: type[Note]) -> Note:
 
 
 def _sealed(path: Path, found: pq.FileMetaData) -> tuple[bytes, _Digest]:
-    """The note in a footer, found to be what was written, and the digest beside it."""
+    """Our metadata in a footer, verified, and the digest beside it."""
     metadata = found.metadata or {}
     said, sealed = metadata.get(KEY), metadata.get(DIGEST)
     if said is None or sealed is None:
-        raise damaged(path, "its footer has no note of ours")
+        raise damaged(path, "its footer has no metadata of ours")
     try:
         digest = msgspec.json.decode(sealed, type=_Digest)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise damaged(path, str(error)) from None
     if zlib.crc32(said) != digest.note:
-        raise damaged(path, "the note in its footer isn't what was written")
+        raise damaged(path, "the metadata in its footer isn't what was written")
     return said, digest
 
 
 def verify(path: Path) -> None:
-    """Make sure that a file is, bit for bit, what was written.
+    """Verify that a file is, bit for bit, what was written.
 
     Raises:
         DamagedFileError: it isn't, or the file can't be read at all.
@@ -367,7 +366,7 @@ def verify(path: Path) -> None:
 
 
 def verify_open(file: BinaryIO | pa.NativeFile, path: Path) -> pq.FileMetaData:
-    """Make sure that an open file is, bit for bit, what was written; its footer.
+    """Verify that an open file is, bit for bit, what was written; returns its footer.
 
     A fragment, and what else lies in files of such names, has the checksum of all of its bytes in
     its name; others have those of rows and footer in their footers.
@@ -395,7 +394,7 @@ def verify_open(file: BinaryIO | pa.NativeFile, path: Path) -> pq.FileMetaData:
 
 
 def verify_footer(path: Path, schema: pa.Schema) -> None:
-    """Make sure that what the footer says of the rows is so: columns, their least and greatest.
+    """Verify what the footer says of the rows: columns, their least and greatest values.
 
     It reads all rows: readers skip parts of the file by what the footer says.
 
@@ -421,7 +420,7 @@ UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
 def meaning(error: Exception, path: Path) -> HbError | OSError:
-    """What pyarrow's error while it read `path` means.
+    """The error of ours for one that pyarrow raised while it read `path`.
 
     A disk's fault has a number, and memory may be free again: what can't be read now may be read
     later.
@@ -434,7 +433,7 @@ def meaning(error: Exception, path: Path) -> HbError | OSError:
 
 
 def engine_errors() -> tuple[type[Exception], ...]:
-    """What reading rows out of a file may raise; `explained` makes one clear line of it.
+    """Exceptions that reading rows of a file may raise; `explained` makes one clear line of them.
 
     Asked for once something was raised: importing these takes longer than many a command.
     """
@@ -445,7 +444,7 @@ def engine_errors() -> tuple[type[Exception], ...]:
 
 
 def explained(error: Exception, paths: Iterable[Path]) -> HbError:
-    """What an engine's error while it read `paths` means: which one is damaged, if any is.
+    """The error of ours for one that an engine raised while it read `paths`: which is damaged.
 
     Raises:
         OSError: the disk can't be read.

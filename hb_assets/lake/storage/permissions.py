@@ -74,7 +74,7 @@ def _give(folder: Path, group: int, mode: int) -> None:
 
 
 def warnings(settings: Settings) -> list[str]:
-    """What is open to other users of this machine, or not to HB_LAKE_GROUP; how to mend it."""
+    """One line for each path whose mode is too open, or closed to HB_LAKE_GROUP; how to mend it."""
     home, root = settings.home_dir, settings.lake_dir
     found = []
     home_mode, root_mode = _mode(home), _mode(root)

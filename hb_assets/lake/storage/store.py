@@ -1,7 +1,6 @@
-"""The lake itself: its root folder and what it remembers of how it was made.
+"""The lake itself: opening its root folder, and its identity file `lake.json`.
 
-Belongs here: opening a lake, its identity file `lake.json`, masked ids. Doesn't belong here: the
-files of days (`fragments`, `consolidation` and the rest).
+`lake.json` records how the lake was made. Masked ids for people's eyes are made here as well.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Rows out of the lake's Parquet files, none of a file that isn't what was written.
+"""Verified reads: rows of the lake's Parquet files, none of a file that isn't what was written.
 
 Every read of rows goes through here. A file is verified whole, by the CRC-32 in a fragment's name
 or in the footer, before anybody gets a row of it; pyarrow checks each page once more as it reads
 it. DuckDB and Polars check no checksum at all: they get the names of files that were verified just
-now, as `relations`, and as `scanned`. `Remembered` is for readers that ask for the same file again
-and again: the whole file is verified again when it looks changed, its pages each time.
+now, as `relations`, and as `scanned`. Readers that ask for the same file again and again take
+`whole` once (`catalog`), and then `reopened`: the file is verified again when it looks changed, its
+pages each time.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 
 
 class ReplacedError(FileNotFoundError):
-    """The file that was verified isn't the one that was read: ask again."""
+    """The file that was verified isn't the one that was read: try again."""
 
 
 @contextmanager
 def opened(path: Path, texts: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-    """A file that was found to be what was written, for reading rows of it with pyarrow.
+    """Open a file for reading rows with pyarrow, once it is verified.
 
     Args:
         path: the file.
@@ -68,7 +69,7 @@ def relations(
     files: Mapping[str, Iterable[Path]],
     on_damage: Callable[[DamagedFileError], None] | None = None,
 ) -> Iterator[Mapping[str, list[Path]]]:
-    """Verified files as relations of an engine, by these names, as long as this lasts.
+    """Context with verified files as relations of an engine, by these names.
 
     Their column `filename` is the path. Names without any file aren't there: what is there, with
     its files, is what the block gets.
@@ -106,7 +107,7 @@ def relations(
 
 @contextmanager
 def scanned(paths: Sequence[Path]) -> Iterator[tuple[pl.LazyFrame, int]]:
-    """Verified files (at least one) for Polars, as long as this lasts, and how many rows they have.
+    """Context with verified files (at least one) for Polars, and how many rows they have.
 
     Raises:
         DamagedFileError: a file isn't what was written.
@@ -175,7 +176,7 @@ def _seen(source: pa.OSFile) -> Look:
 def reopened(
     path: Path, seen: Look, texts: Sequence[str], footer: pq.FileMetaData | None = None
 ) -> Iterator[pq.ParquetFile]:
-    """A file that was verified when it looked like this; its pages are checked as they are read.
+    """Open a file that was verified when it looked like `seen`; pages are checked when read.
 
     Raises:
         ReplacedError: it looks different.

@@ -1,4 +1,4 @@
-"""The columns of a table to import: which of them are a heartbeat's fields."""
+"""Maps the columns of a table to import to the fields of a heartbeat."""
 
 from __future__ import annotations
 

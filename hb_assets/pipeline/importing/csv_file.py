@@ -1,6 +1,6 @@
-"""Reading records out of CSV, whose cells are parted by commas, semicolons, tabs or `|`.
+"""Reads records from CSV with commas, semicolons, tabs or `|` as delimiter.
 
-The header says which: it has to name the columns of a heartbeat, in any case. A line may be told
+The header decides which: it has to name the columns of a heartbeat, in any case. A line may be told
 apart from the next only while quotes are in pairs: a quote that isn't closed ends the file there.
 """
 

@@ -1,7 +1,7 @@
-"""Importing one file after the other: their records are appended to the buffer.
+"""Imports one file after the other: appends their records to the buffer.
 
-Each record is judged as any heartbeat is, and what is refused is told with its number. A full
-buffer is waited for. What is wrong with a file ends that file alone.
+Each record is validated as any heartbeat is, and a refused one is reported with its number. While
+the buffer is full, the import waits. What is wrong with a file ends that file alone.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class RefusedLine:
 
 @dataclass(slots=True)
 class Imported:
-    """What became of a file so far.
+    """Counts of a file's import so far.
 
     `fault` says why it couldn't be read, or not to its end; what was read before it counts.
     `ignored` counts the values of unknown fields by their names. `waited` is the time that a full
@@ -70,7 +70,7 @@ class Imported:
 
     @property
     def in_vain(self) -> bool:
-        """Whether nothing could be read of it."""
+        """Whether nothing of the file could be read."""
         return self.fault is not None and not self.accepted + self.refused
 
 
@@ -131,7 +131,7 @@ class Importer:
         return done
 
     def _append(self, chunk: Iterable[tuple[int, Row]], done: Imported) -> bool:
-        """Judge records and append those that are heartbeats; whether there were any records."""
+        """Validate records and append those that are heartbeats; whether there were any records."""
         now_ms = self._producer.clock.now_ms()
         bounds = self._settings.time_bounds
         by_shard: dict[int, list[bytes]] = {}
@@ -188,7 +188,7 @@ class Importer:
 
 @contextmanager
 def _noted(done: Imported, what: str) -> Iterator[None]:
-    """Whatever is wrong with a file is its `fault`, and raised no further."""
+    """Record what is wrong with a file as its `fault` instead of raising it."""
     try:
         yield
     except ImportFileError as error:

@@ -1,4 +1,4 @@
-"""Reading records out of JSON: one object on each line, an array of them, or indented objects.
+"""Reads records from JSON: one object on each line, an array of them, or indented objects.
 
 What the file begins with tells which: `[` begins an array, `{` alone on a line an indented object,
 and anything else is NDJSON, where a line that is no record leaves the others alone. The text is

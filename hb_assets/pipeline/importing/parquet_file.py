@@ -1,4 +1,4 @@
-"""Reading records out of Parquet, whatever types its writer chose for ids, times and numbers."""
+"""Reads records from Parquet, whatever types its writer chose for ids, times and numbers."""
 
 from __future__ import annotations
 

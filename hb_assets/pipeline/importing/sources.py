@@ -1,4 +1,4 @@
-"""Opening what is to be imported: a path, a pipe or standard input, plain or compressed.
+"""Opens what is to be imported: a path, a pipe or standard input, plain or compressed.
 
 Everything is read once, from start to end, so that a pipe will do; only Parquet has to seek, and
 what can't is copied to a temporary file for it.
@@ -75,7 +75,7 @@ Row: TypeAlias = bytes | dict[str, Any] | Unreadable
 
 
 class _Once(io.RawIOBase):
-    """A file that is read once; `position` counts the bytes that were."""
+    """A file that is read once; `position` counts the bytes read so far."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def opened(path: Path, stack: ExitStack) -> Source:
 
 
 def name_of(path: Path) -> str:
-    """What a file is called in reports, which are UTF-8 whatever its name is."""
+    """A file's name for reports, which are UTF-8 whatever its name is."""
     return bytes(path).decode("utf-8", "replace")
 
 

@@ -1,4 +1,4 @@
-"""Importing a file to nowhere: what a server isn't needed for."""
+"""Reads files as an import does, without a server to append to."""
 
 from __future__ import annotations
 
