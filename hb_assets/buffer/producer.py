@@ -24,7 +24,7 @@ from hb_assets.buffer.connection import AsyncClient, Client, address, unavailabl
 from hb_assets.buffer.durability import Confirmation, verified, verified_async
 from hb_assets.buffer.rate_limit import Limiter
 from hb_assets.buffer.receipts import Receipts
-from hb_assets.buffer.roundtrip import Command, exchange_confirmed, exchange_confirmed_async, script
+from hb_assets.buffer.roundtrip import Command, HeldConnection, exchange_confirmed, script
 from hb_assets.core.errors import BufferFullError, BufferUnavailableError, HbError
 from hb_assets.core.settings import Settings
 
@@ -135,6 +135,7 @@ class AsyncProducer:
         self, client: AsyncClient, settings: Settings, limiter: Limiter | None = None
     ) -> None:
         self._client = verified_async(client, settings)
+        self._connection = HeldConnection(self._client)
         self._bound = Bound.of(settings)
         self._receipts = Receipts(settings)
         self._limiter = limiter or Limiter()
@@ -148,7 +149,7 @@ class AsyncProducer:
     async def start(self) -> None:
         """Start the task that sends; call it in the loop that `append` is called in."""
         with contextlib.suppress(failures.RedisError, OSError):  # our own clock has to do then
-            [(reply, _)] = await exchange_confirmed_async(self._client, [("TIME",)], ())
+            [(reply, _)] = await self._connection.exchange_confirmed([("TIME",)], ())
             if not isinstance(reply, failures.RedisError):
                 seconds, micros = map(int, reply)
                 self.clock.hear(seconds * 1000 + micros // 1000)
@@ -161,6 +162,7 @@ class AsyncProducer:
         if self._flusher is not None:
             await self._flusher
             self._flusher = None
+        await self._connection.close()
         await self._client.aclose()
 
     def append(self, lines_by_shard: Lines) -> asyncio.Future[Outcomes]:
@@ -210,7 +212,7 @@ class AsyncProducer:
         charges, charged = self._limiter.charges()
         commands = [*charges, self._bound.command(sends, known)] if sends else charges
         try:
-            found = await exchange_confirmed_async(self._client, commands, self._bound.confirm)
+            found = await self._connection.exchange_confirmed(commands, self._bound.confirm)
         except (failures.RedisError, OSError) as error:
             found = [(error, None)] * len(commands)
         self._limiter.hear(charged, (reply for reply, _ in found[: len(charges)]))
@@ -239,6 +241,7 @@ class AsyncProducer:
     async def _verify_anew(self, sends: Sequence[_Send]) -> dict[tuple[int, int], HbError]:
         """The error for sends that found Redis set back, when it isn't durable enough any more."""
         try:
+            await self._connection.close()
             await self._client.connection_pool.disconnect()
             await self._client.ping()
         except (failures.RedisError, OSError) as error:

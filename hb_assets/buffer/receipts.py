@@ -24,13 +24,13 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from itertools import zip_longest
 
 from hb_assets.core import private
 from hb_assets.core.errors import SettingsError
 from hb_assets.core.settings import Settings
 
-_COUNT = struct.Struct("<Q")
+_COUNT = 8
+"""Bytes of a count: little-endian, without a sign."""
 _TRIES = 50
 _PAUSE_SECONDS = 0.0001
 """Another process holds the lock for microseconds; one that holds it for longer isn't running."""
@@ -57,21 +57,21 @@ class Receipts:
                 f"HB_HOME: can't write to {self._path} ({error.strerror}): set HB_HOME to a folder "
                 "that can be written"
             ) from None
+        self._counts = struct.Struct(f"<{settings.shards}Q")
         self._highest = [0] * settings.shards
         self._lock = threading.Lock()
         self._behind = False
 
     def known(self) -> list[int]:
         """For each shard the most heartbeats that its ledger was seen to have appended."""
+        size = self._counts.size
         try:
-            found = os.pread(self._file, _COUNT.size * len(self._highest), 0)
+            found = os.pread(self._file, size, 0)
         except OSError:
             found = b""
-        entered = [
-            count
-            for (count,) in _COUNT.iter_unpack(found[: len(found) // _COUNT.size * _COUNT.size])
-        ]
-        return [max(pair) for pair in zip_longest(entered, self._highest, fillvalue=0)]
+        if len(found) < size:  # new, or cut in the middle of a count
+            found = found[: len(found) // _COUNT * _COUNT].ljust(size, b"\0")
+        return list(map(max, self._counts.unpack(found), self._highest))
 
     def enter(self, appended: Mapping[int, int]) -> None:
         """Store the counts, by shard, that confirmed appends were answered with.
@@ -84,7 +84,7 @@ class Receipts:
             try:
                 self._lock_file()
                 try:
-                    os.pwrite(self._file, b"".join(map(_COUNT.pack, self.known())), 0)
+                    os.pwrite(self._file, self._counts.pack(*self.known()), 0)
                 finally:
                     fcntl.flock(self._file, fcntl.LOCK_UN)
             except OSError as error:

@@ -99,18 +99,61 @@ def exchange_by_shard(
     )
 
 
-async def exchange_confirmed_async(
-    client: AsyncClient, commands: Sequence[Command], confirm: Sequence[Command]
-) -> list[tuple[Any, Any]]:
-    """As `exchange_confirmed`, in an event loop."""
-    replies = _paired(commands, await _send_async(client, _pipeline(commands, confirm)))
-    missing = _missing_scripts(replies)
-    if missing:
-        again, loading = _again(commands, missing, confirm)
-        replies_again = _paired(missing, (await _send_async(client, again))[loading:])
-        for index, reply in zip(missing, replies_again, strict=True):
-            replies[index] = reply
-    return replies
+class HeldConnection:
+    """A connection of one event loop's own, open from one round trip to the next.
+
+    redis-py's pool looks at a connection each time it is taken, and its pipeline takes 25 us of CPU
+    time for each command: that is most of what a round trip of a few heartbeats costs.
+    """
+
+    def __init__(self, client: AsyncClient) -> None:
+        pool: Any = client.connection_pool  # its methods have no types
+        self._seconds = pool.connection_kwargs["socket_timeout"]
+        self._connection = pool.make_connection()
+        self._connection.socket_timeout = None  # ours holds for a whole round trip
+
+    async def exchange_confirmed(
+        self, commands: Sequence[Command], confirm: Sequence[Command]
+    ) -> list[tuple[Any, Any]]:
+        """As the function of that name."""
+        replies = _paired(commands, await self._send(_pipeline(commands, confirm)))
+        missing = _missing_scripts(replies)
+        if missing:
+            again, loading = _again(commands, missing, confirm)
+            replies_again = _paired(missing, (await self._send(again))[loading:])
+            for index, reply in zip(missing, replies_again, strict=True):
+                replies[index] = reply
+        return replies
+
+    async def close(self, _error: Exception | None = None) -> None:
+        """Hang up; the next round trip connects again."""
+        await self._connection.disconnect(nowait=True)
+
+    async def _send(self, commands: Sequence[Command]) -> list[Any]:
+        if not commands:
+            return []
+        pack: Any = hiredis.pack_command  # its stub knows tuples of one only
+        packed = b"".join([pack(tuple(command)) for command in commands])
+
+        async def attempt() -> list[Any]:
+            try:
+                async with asyncio.timeout(self._seconds):
+                    await self._connection.send_packed_command(packed, check_health=False)
+                    return [await _reply(self._connection) for _ in commands]
+            except TimeoutError:
+                raise failures.TimeoutError("Timeout reading from socket") from None
+            except RuntimeError as error:
+                # What uvloop says, and redis-py doesn't know, when the peer was faster to hang up.
+                if "closed" not in str(error):
+                    raise
+                raise failures.ConnectionError("Connection closed while writing to it.") from None
+
+        try:
+            replies: list[Any] = await self._connection.retry.call_with_retry(attempt, self.close)
+        except BaseException:
+            await self.close()  # replies may still be on their way
+            raise
+        return replies
 
 
 def _pipeline(commands: Sequence[Command], confirm: Sequence[Command]) -> list[Command]:
@@ -139,41 +182,6 @@ def _send(client: Client, commands: Sequence[Command]) -> list[Any]:
         for command in commands:
             pipeline.execute_command(*command)  # type: ignore[no-untyped-call]  # theirs is untyped
         return pipeline.execute(raise_on_error=False)
-
-
-async def _send_async(client: AsyncClient, commands: Sequence[Command]) -> list[Any]:
-    """As `_send`; by hand, since redis-py's pipeline takes 25 us of CPU time for each command."""
-    if not commands:
-        return []
-    pack: Any = hiredis.pack_command  # its stub knows tuples of one only
-    packed = b"".join([pack(tuple(command)) for command in commands])
-    pool: Any = client.connection_pool  # its methods have no types
-    seconds = pool.connection_kwargs["socket_timeout"]
-    connection: Any = None
-
-    async def attempt() -> list[Any]:
-        try:
-            async with asyncio.timeout(seconds):
-                await connection.send_packed_command(packed)
-                return [await _reply(connection) for _ in commands]
-        except TimeoutError:
-            raise failures.TimeoutError("Timeout reading from socket") from None
-
-    async def give_up(_error: Exception) -> None:
-        await connection.disconnect(nowait=True)  # replies may still be on their way
-
-    try:
-        connection = await pool.get_connection()
-        replies: list[Any] = await connection.retry.call_with_retry(attempt, give_up)
-    except RuntimeError as error:
-        # What uvloop says, and redis-py doesn't know, when the peer was faster to hang up.
-        if "closed" not in str(error):
-            raise
-        raise failures.ConnectionError("Connection closed while writing to it.") from None
-    finally:
-        if connection is not None:
-            await pool.release(connection)
-    return replies
 
 
 async def _reply(connection: Any) -> Any:
