@@ -694,6 +694,24 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_TESTS}/lake/test_ledger.py::test_adds_up",
     ),
     Mutant(
+        "a kill loses the count of a request that was answered",
+        "ledger",
+        "hb_assets/gateway/edge.py",
+        'elif not message.get("more_body"):',
+        "elif False:",
+        f"{_TESTS}/gateway/test_edge.py::"
+        "test_a_request_is_counted_once_and_before_the_last_of_its_answer_is_sent",
+    ),
+    Mutant(
+        "workers of a gateway write each other's counts",
+        "ledger",
+        "hb_assets/gateway/observability/tallies.py",
+        "other.worker = worker",
+        "other.worker = 0",
+        f"{_TESTS}/gateway/observability/test_tallies.py::"
+        "test_a_killed_worker_keeps_its_row_and_its_successor_counts_on",
+    ),
+    Mutant(
         "replays below the watermark are counted",
         "ledger",
         f"{_LAKE}/compaction/external_sort.py",

@@ -20,11 +20,12 @@ from hb_assets.gateway.auth.access import Access
 from hb_assets.gateway.auth.keyring import ADMIN, INGEST, READ, ScopeName
 from hb_assets.gateway.auth.rate_limits import Asking, Limits
 from hb_assets.gateway.backend import Backend
-from hb_assets.gateway.documentation import Documentation
 from hb_assets.gateway.edge import Edge
 from hb_assets.gateway.ingest.heartbeats import Batch, One
 from hb_assets.gateway.observability.health import Health
 from hb_assets.gateway.observability.metrics import Exposition, Metrics
+from hb_assets.gateway.observability.tallies import Tallies
+from hb_assets.gateway.openapi import ASSETS, Documentation
 from hb_assets.gateway.reads.readings import Readings
 
 HEART_RATE = "/metrics/heart-rate"
@@ -40,15 +41,12 @@ DOCS = "/docs"
 class Gateway:
     """The gateway as an ASGI application; its lifespan opens and closes the backend."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tallies: Tallies | None = None) -> None:
         self._backend = Backend(settings)
-        self.metrics = Metrics(settings)
+        self.metrics = Metrics(tallies)
         routes = _routes(settings, self._backend, self.metrics)
-        for path, methods in routes.items():
-            for method in methods:
-                self.metrics.expect(path, method)
-        table = _Table(routes, self._backend.access)
-        self._edge = Edge(table, self.metrics, frozenset(routes))
+        self.metrics.expect(routes)
+        self._edge = Edge(_Table(routes, self._backend.access), self.metrics)
         self._events = Router(lifespan=lambda _app: self.opened())
 
     @asynccontextmanager
@@ -57,9 +55,8 @@ class Gateway:
 
         Raises BufferUnavailableError, LakeMismatchError and SettingsError.
         """
-        async with self._backend.opened():
-            with self.metrics.kept():
-                yield
+        async with self._backend.opened(), self.metrics.measuring():
+            yield
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve one request, or the server's start and end."""
@@ -85,6 +82,7 @@ def _routes(settings: Settings, backend: Backend, metrics: Metrics) -> dict[str,
     documentation = Documentation(settings)
     openapi = Route(None, request_response(documentation.openapi))
     docs = Route(None, request_response(documentation.docs))
+    asset = Route(None, request_response(documentation.asset))
     return {
         HEART_RATE: {
             "POST": Route(INGEST, One(settings, backend, limits, metrics)),
@@ -98,6 +96,7 @@ def _routes(settings: Settings, backend: Backend, metrics: Metrics) -> dict[str,
         METRICS: {"GET": exposition, "HEAD": exposition},
         OPENAPI: {"GET": openapi, "HEAD": openapi},
         DOCS: {"GET": docs, "HEAD": docs},
+        **{f"{DOCS}/{name}": {"GET": asset, "HEAD": asset} for name in ASSETS},
     }
 
 

@@ -131,14 +131,6 @@ class Backend:
                 f"spool: its disk didn't answer within {LIMIT_SECONDS:g} s"
             ) from None
 
-    async def ask(self, probe: Probe[T]) -> T:
-        """The answer of another module's probe, run in the backend's threads.
-
-        Raises:
-            TimeoutError: none in time.
-        """
-        return await probe.answer(self._probes)
-
     def now_ms(self) -> int:
         """The clock that timestamps are judged by: Redis', as the drain will see it."""
         return self._producer.clock.now_ms()

@@ -15,11 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hb_assets.gateway.http import problems
 from hb_assets.gateway.http.bodies import ClientGoneError
-from hb_assets.gateway.observability.metrics import Metrics
+from hb_assets.gateway.observability.metrics import CLIENT_GONE, Metrics
 
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-CLIENT_GONE = 499
-"""Status that metrics show for a request whose client went away (as nginx has it)."""
 REQUEST_ID = "x-request-id"
 ID_PATTERN = "[A-Za-z0-9._~+/=:@-]{1,128}"
 """Ids of clients that are taken over: safe in a log line, whatever reads it."""
@@ -37,10 +34,9 @@ _sane = re.compile(ID_PATTERN.encode()).fullmatch
 class Edge:
     """Measures each request and answers exceptions with problem details."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
-        self._routes = routes
         # Ids of several processes differ by the first half, those of one by the second.
         self._prefix = secrets.token_hex(8).encode()
         self._numbers = itertools.count(1)
@@ -49,12 +45,15 @@ class Edge:
         """Serve one HTTP request."""
         started = time.perf_counter()
         status = 0
-        request_id = b""
-        for name, value in scope["headers"]:
-            if name == _REQUEST_ID:
-                request_id = value
-        if not request_id or not _sane(request_id):
-            request_id = b"%s-%x" % (self._prefix, next(self._numbers))
+        counted = False
+        request_id = self._id_of(scope)
+
+        def count() -> None:
+            nonlocal counted
+            if not counted:
+                elapsed = time.perf_counter() - started
+                self._metrics.request(scope["path"], scope["method"], status, elapsed)
+                counted = True
 
         def watched(message: Message) -> Awaitable[None]:
             nonlocal status
@@ -65,6 +64,8 @@ class Edge:
                     headers += HEADERS
                 # not in place: a handler may send the same message each time
                 message = {"type": "http.response.start", "status": status, "headers": headers}
+            elif not message.get("more_body"):
+                count()  # before the client has it: we may be killed at any moment
             return send(message)
 
         try:
@@ -77,10 +78,14 @@ class Edge:
                 raise RuntimeError("failed in the middle of an answer") from None
             await response(scope, receive, watched)
         finally:
-            path, method = scope["path"], scope["method"]
-            self._metrics.request(
-                path if path in self._routes else "other",
-                method if method in METHODS else "other",
-                status,
-                time.perf_counter() - started,
-            )
+            count()
+
+    def _id_of(self, scope: Scope) -> bytes:
+        """The client's id of a request, or one of ours."""
+        request_id = b""
+        for name, value in scope["headers"]:
+            if name == _REQUEST_ID:
+                request_id = value
+        if not request_id or not _sane(request_id):
+            request_id = b"%s-%x" % (self._prefix, next(self._numbers))
+        return request_id

@@ -28,6 +28,7 @@ from hb_assets.gateway.app import Gateway
 from hb_assets.gateway.auth.access import Access
 from hb_assets.gateway.http import tls
 from hb_assets.gateway.http.connections import Guard, GuardedProtocol
+from hb_assets.gateway.observability.tallies import Tallies
 from hb_assets.gateway.workers import Workers
 
 BACKLOG = 2048
@@ -66,9 +67,15 @@ def serve(settings: Settings, ready: Callable[[], None] | None = None) -> None:
 
 
 def serve_on(
-    listener: socket.socket, settings: Settings, ready: Callable[[], None] | None = None
+    listener: socket.socket,
+    settings: Settings,
+    ready: Callable[[], None] | None = None,
+    tallies: Tallies | None = None,
 ) -> None:
-    """Serve a listening socket with this process alone. Raises what `serve` does."""
+    """Serve a listening socket with this process, and count in `tallies`.
+
+    Raises what `serve` does.
+    """
 
     def begun() -> None:
         # What was made up to here stays: the collector would go through half a million objects of
@@ -79,7 +86,7 @@ def serve_on(
             ready()
 
     try:
-        Server(settings, begun).serve_on(listener)
+        Server(settings, begun, tallies).serve_on(listener)
     finally:
         gc.unfreeze()
 
@@ -87,8 +94,13 @@ def serve_on(
 class Server(uvicorn.Server):
     """uvicorn serving a gateway, with a callback when it is ready; `should_exit` ends it."""
 
-    def __init__(self, settings: Settings, ready: Callable[[], None] | None = None) -> None:
-        self._app = Gateway(settings)
+    def __init__(
+        self,
+        settings: Settings,
+        ready: Callable[[], None] | None = None,
+        tallies: Tallies | None = None,
+    ) -> None:
+        self._app = Gateway(settings, tallies)
         self._guard = Guard(settings, self._app.metrics.connection_refused)
         self._ready = ready
         context = tls.server_context(settings)

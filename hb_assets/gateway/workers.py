@@ -8,7 +8,6 @@ gateway doesn't, and the others go on.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import multiprocessing
 import os
@@ -19,15 +18,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from hb_assets.core import errors
 from hb_assets.core.errors import HbError, WorkerError
 from hb_assets.core.settings import Settings
+from hb_assets.gateway.observability.tallies import Tallies
 
-Serving: TypeAlias = Callable[[socket.socket, Settings, Callable[[], None]], None]
-"""`server.serve_on`: serves until SIGTERM, and calls its last argument when it does."""
+Serving: TypeAlias = Callable[[socket.socket, Settings, Callable[[], None], Tallies], None]
+"""`server.serve_on`: serves until SIGTERM, and calls its third argument when it does."""
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _START_SECONDS = 60.0
@@ -42,9 +42,27 @@ _spawn = multiprocessing.get_context("spawn")
 
 @dataclass(slots=True)
 class _Worker:
-    process: Any
+    process: SpawnProcess
     news: Connection
-    serving: bool = False
+    """It says None when it serves, or the error that keeps it from that."""
+
+    def error(self) -> HbError | None:
+        """Why it doesn't serve, by its own word or by its end; for one that has news."""
+        try:
+            told: HbError | None = self.news.recv()
+        except EOFError:
+            self.process.join()
+            code = self.process.exitcode or 0
+            how = f"signal {-code}" if code < 0 else f"exit code {code}; its log above says more"
+            return WorkerError(f"a worker of the gateway ended ({how})")
+        return told
+
+    def end(self, deadline: float) -> None:
+        """Wait for its end until then, and kill it."""
+        self.process.join(max(0.0, deadline - time.monotonic()))
+        self.process.kill()
+        self.process.join()
+        self.news.close()
 
 
 class Workers:
@@ -54,6 +72,7 @@ class Workers:
         self._settings = settings
         self._listener = listener
         self._serving = serving
+        self._tallies = Tallies(settings.gateway_workers)
         self._workers: list[_Worker] = []
         self._stopping = False
         self._wake, self._woken = os.pipe()
@@ -67,7 +86,8 @@ class Workers:
         """
         previous = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._workers = [self._start() for _ in range(self._settings.gateway_workers)]
+            for place in range(self._settings.gateway_workers):
+                self._workers.append(self._start(place))
             for worker in self._workers:
                 self._await_serving(worker)
             if ready is not None and not self._stopping:
@@ -85,88 +105,55 @@ class Workers:
         self._stopping = True
         os.write(self._woken, b"\0")
 
-    def _start(self) -> _Worker:
+    def _start(self, place: int) -> _Worker:
         news, tell = _spawn.Pipe(duplex=False)
-        arguments = (self._serving, self._listener, self._settings, tell)
+        arguments = (self._serving, self._listener, self._settings, tell, self._tallies.of(place))
         process = _spawn.Process(target=_work, args=arguments, name="hb-gateway-worker")
         process.start()
         tell.close()
         return _Worker(process, news)
 
     def _await_serving(self, worker: _Worker) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        while not worker.serving and not self._stopping:
-            wait([worker.news, self._wake], timeout=max(0.0, deadline - time.monotonic()))
-            if not worker.news.poll():
-                if time.monotonic() < deadline:
-                    continue
-                raise WorkerError(
-                    f"a worker of the gateway didn't serve within {_START_SECONDS:g} s"
-                )
-            try:
-                told = worker.news.recv()
-            except EOFError:
-                worker.process.join()
-                raise WorkerError(
-                    f"a worker of the gateway ended at once ({_how(worker.process.exitcode)}); its "
-                    "log above says more"
-                ) from None
-            if told is not None:
-                kind, message = told
-                raise getattr(errors, kind)(message)
-            worker.serving = True
+        if not wait([worker.news, self._wake], timeout=_START_SECONDS):
+            raise WorkerError(f"a worker of the gateway didn't serve within {_START_SECONDS:g} s")
+        if not self._stopping and (error := worker.error()) is not None:
+            raise error
 
     def _watch(self) -> None:
-        """Wait for something to happen, and start anew whoever has died."""
-        wait([self._wake, *(worker.process.sentinel for worker in self._workers)])
+        """Wait for news, and start anew whoever has died."""
+        wait([self._wake, *(worker.news for worker in self._workers)])
         for place, worker in enumerate(self._workers):
-            if self._stopping or worker.process.exitcode is None:
+            if self._stopping or not worker.news.poll() or (error := worker.error()) is None:
                 continue
-            why = _last_words(worker) or _how(worker.process.exitcode)
-            _log.error("a worker of the gateway died (%s); another one takes its place", why)
-            worker.news.close()
+            _log.error("%s; another worker takes its place", error)
+            worker.end(time.monotonic() + _END_SECONDS)
             wait([self._wake], timeout=_PAUSE_SECONDS)
             if not self._stopping:
-                self._workers[place] = self._start()
+                self._workers[place] = self._start(place)
 
     def _end(self) -> None:
-        for worker in self._workers:
-            if worker.process.exitcode is None:
-                worker.process.terminate()
         deadline = time.monotonic() + _END_SECONDS
         for worker in self._workers:
-            worker.process.join(max(0.0, deadline - time.monotonic()))
-            if worker.process.exitcode is None:
-                worker.process.kill()
-                worker.process.join()
-            worker.news.close()
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.end(deadline)
 
 
-def _last_words(worker: _Worker) -> str:
-    """What kept it from serving, by itself; nothing where it didn't say."""
-    with contextlib.suppress(EOFError):
-        while worker.news.poll():
-            told = worker.news.recv()
-            if told is not None:
-                return str(told[1])
-    return ""
-
-
-def _how(code: int | None) -> str:
-    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-
-
-def _work(serving: Serving, listener: socket.socket, settings: Settings, tell: Connection) -> None:
+def _work(
+    serving: Serving,
+    listener: socket.socket,
+    settings: Settings,
+    tell: Connection,
+    tallies: Tallies,
+) -> None:
     """The whole life of a worker; what ends it at its start is told to its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C: the parent says when
     logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        serving(listener, settings, lambda: tell.send(None))
+        serving(listener, settings, lambda: tell.send(None), tallies)
     except HbError as error:
-        tell.send((type(error).__name__, str(error)))
-    finally:
-        tell.close()
+        tell.send(error)
 
 
 def _end_with_parent() -> None:

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from hb_assets.core.settings import Settings
+from hb_assets.gateway.observability.tallies import Tallies
 from hb_assets.gateway.server import Server, bound
 from hb_assets_tests.servers import wait_for
 
@@ -52,10 +53,10 @@ def next_answer(client: socket.socket, sent: bytes = b"") -> bytes:
 
 
 @contextlib.contextmanager
-def running(settings: Settings) -> Iterator[httpx.Client]:
+def running(settings: Settings, tallies: Tallies | None = None) -> Iterator[httpx.Client]:
     """A client of a gateway that serves these settings."""
     with bound("127.0.0.1", 0) as listener:
-        server = Server(settings)
+        server = Server(settings, tallies=tallies)
         thread = threading.Thread(target=server.serve_on, args=(listener,))
         thread.start()
         try:

@@ -7,13 +7,12 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from hb_assets.core.errors import CheckFailedError, DamagedFileError, HbError
-from hb_assets.core.settings import Settings
 from hb_assets.gateway.edge import Edge
 from hb_assets.gateway.http.problems import MEDIA_TYPE
-from hb_assets.gateway.observability.metrics import Metrics
+from hb_assets.gateway.observability.metrics import Families, Metrics
 from hb_assets_tests.gateway.conftest import BATCH, PATH
 
 
@@ -22,7 +21,9 @@ def answered(error: Exception) -> httpx.Response:
         raise error
 
     async def ask() -> httpx.Response:
-        transport: Any = httpx.ASGITransport(app=Edge(app, Metrics(Settings()), frozenset({"/x"})))
+        metrics = Metrics()
+        metrics.expect({"/x": ()})
+        transport: Any = httpx.ASGITransport(app=Edge(app, metrics))
         async with httpx.AsyncClient(transport=transport, base_url="http://hb") as client:
             return await client.get("/x", params={"user_id": "secret"})
 
@@ -52,6 +53,38 @@ def test_what_is_raised_stays_inside(
     if not isinstance(error, HbError):
         assert type(error).__name__ in caplog.text
         assert "in app" in caplog.text
+
+
+def test_a_request_is_counted_once_and_before_the_last_of_its_answer_is_sent() -> None:
+    """A worker may be killed at any moment: what a client has must be in the sums."""
+    metrics = Metrics()
+    metrics.expect({"/x": ()})
+    counted = []
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"1", "more_body": True})
+        await send({"type": "http.response.body", "body": b"2"})
+
+    def look() -> bool:
+        families = Families()
+        metrics.show(families)
+        return b'{method="GET",route="/x",status="200"} 1.0' in families.text()
+
+    async def sent(message: Message) -> None:
+        counted.append((message["type"], message.get("more_body", False), look()))
+
+    async def received() -> Message:
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "path": "/x", "method": "GET", "headers": []}
+    asyncio.run(Edge(app, metrics)(scope, received, sent))
+    assert counted == [
+        ("http.response.start", False, False),
+        ("http.response.body", True, False),
+        ("http.response.body", False, True),
+    ]
+    assert look()
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from hb_assets.core.errors import SettingsError
 from hb_assets.core.settings import Settings
 from hb_assets.gateway.auth import keyring
 from hb_assets.gateway.auth.keyring import ADMIN, ID_BYTES, INGEST, READ, SECRET_BYTES, Key
+from hb_assets.gateway.http import background
 from hb_assets.gateway.http.problems import ProblemError
 
 PRINCIPAL = "hb.principal"
@@ -125,13 +126,8 @@ class Access:
             SettingsError: as `load` does.
         """
         await asyncio.to_thread(self.load)
-        watch = asyncio.create_task(self._watch())
-        try:
+        async with background.running(self._watch()):
             yield
-        finally:
-            watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watch
 
     async def _watch(self) -> None:
         while True:

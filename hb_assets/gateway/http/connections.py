@@ -8,10 +8,10 @@ of a request: a sweep twice a second looks at what each connection is waiting fo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from functools import lru_cache
 from typing import Any, Literal, NoReturn, TypeAlias, cast, get_args
 
@@ -20,6 +20,7 @@ from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from hb_assets.core.settings import Settings
+from hb_assets.gateway.http import background
 from hb_assets.gateway.http.bodies import GONE
 from hb_assets.gateway.http.problems import ProblemError, raw_answer
 
@@ -77,16 +78,9 @@ class Guard:
         self.body_seconds = settings.body_timeout.total_seconds()
         self.connections: set[GuardedProtocol] = set()
 
-    @contextlib.asynccontextmanager
-    async def sweeping(self) -> AsyncIterator[None]:
+    def sweeping(self) -> AbstractAsyncContextManager[None]:
         """Context within which connections that are waited for too long are closed."""
-        sweeper = asyncio.create_task(self._sweep_on(), name="connections-sweep")
-        try:
-            yield
-        finally:
-            sweeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await sweeper
+        return background.running(self._sweep_on())
 
     async def _sweep_on(self) -> None:
         while True:

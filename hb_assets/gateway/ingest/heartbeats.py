@@ -79,7 +79,7 @@ class One:
             raise
         heartbeat, unknown = record.parse(body, self._backend.now_ms(), self._bounds)
         if unknown:
-            self._metrics.unknown_fields.inc(len(unknown))
+            self._metrics.unknown_fields(len(unknown))
         if isinstance(heartbeat, record.Refusal):
             limits.admit(sender)
             self._refuse(heartbeat)
@@ -91,7 +91,7 @@ class One:
         if (error := outcomes[shard]) is not None:
             self._metrics.refused(problems.storage_reason(error))
             raise error
-        self._metrics.accepted.inc()
+        self._metrics.accepted()
         headers = [*_ACCEPTED_HEADERS, *limits.warnings(subjects)]
         if unknown:
             headers.append((IGNORED, shown(unknown)))
@@ -313,8 +313,8 @@ class Batch:
         return len(batch.indexes), list(errors.values())
 
     def _count(self, batch: _Sorted, accepted: int) -> None:
-        self._metrics.accepted.inc(accepted)
-        self._metrics.unknown_fields.inc(batch.ignored.total())
+        self._metrics.accepted(accepted)
+        self._metrics.unknown_fields(batch.ignored.total())
         for reason, count in Counter(refused.reason for refused in batch.refused).items():
             self._metrics.refused(reason, count)
 

@@ -1,25 +1,31 @@
 """Prometheus metrics of the gateway: names, labels, buckets, counting, and GET /metrics.
 
-How workers share their counts is in `tallies`. Every label has few values: nothing out of a request
-becomes one unchecked.
+The memory in which workers count together is in `tallies`. Every label has few values, and all are
+known beforehand: nothing out of a request becomes one.
 
-A request counts in plain numbers, which costs it a microsecond; they become Prometheus' format when
-somebody reads them. Figures of other processes come from where those leave them: Redis' ledgers and
-liveness timestamps, the lake's footers, the spool's file.
+A request counts in plain numbers, which costs it half a microsecond; they become Prometheus' format
+when somebody reads them. Figures of other processes come from where those leave them: Redis'
+ledgers and liveness timestamps, the lake's footers, the spool's file.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import os
+import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from http import HTTPStatus
 from itertools import accumulate
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+import psutil
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -38,10 +44,9 @@ from hb_assets.core.errors import HbError
 from hb_assets.core.settings import Settings
 from hb_assets.gateway.auth import rate_limits
 from hb_assets.gateway.backend import Backend
-from hb_assets.gateway.http import connections, problems
+from hb_assets.gateway.http import background, connections, problems
 from hb_assets.gateway.observability.health import Health
-from hb_assets.gateway.observability.probes import Probe
-from hb_assets.gateway.observability.tallies import Counts, Tallies
+from hb_assets.gateway.observability.tallies import Tallies
 from hb_assets.gateway.spool.queue import Holdings
 from hb_assets.lake.integrity.known_faults import Fault, Kind
 from hb_assets.lake.survey import Survey
@@ -50,8 +55,13 @@ from hb_assets.pipeline import vitals
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Bounds of the latency histogram, seconds."""
 
-_CELLS = len(BUCKETS) + 2
-"""Numbers of one route, method and status: their seconds, each bucket, and what is above them."""
+OTHER = "other"
+"""Value of a label for whatever isn't known beforehand."""
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+CLIENT_GONE = 499
+"""Status of a request whose client went away (as nginx has it)."""
+_CPU_SECONDS = 1.0
+"""Between two looks at this process's CPU time."""
 
 _log = logging.getLogger(__name__)
 
@@ -209,6 +219,7 @@ TABLE = _table(
 _RECORD_REASONS = (
     "record_not_json",
     "record_not_an_object",
+    "record_duplicate_field",
     *(f"{field}_{code}" for field in ("user_id", "device_id") for code in _ID_CODES),
     "timestamp_missing",
     "timestamp_wrong_type",
@@ -238,105 +249,134 @@ _DEPTH = ("entries", "heartbeats", "bytes", "pending", "foreign", "lost", "consu
 _SPOOL = ("heartbeats", "bytes", "most_bytes", "damaged_records", "damaged_files")
 _LAKE = ("fragments", "pending_fragments", "pending_bytes", "rows", "bytes")
 _DRAIN = ("rows", "entries", "fragments", "unknown_fields")
-_LEVELS = ("process_resident_memory_bytes", "process_open_fds")
-_CPU = "process_cpu_seconds_total"
 
+# -- the numbers of a worker's row: its pid, the series below, and a block for each route and method
 
-class Cell:
-    """One number that grows."""
-
-    __slots__ = ("count",)
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def inc(self, count: int = 1) -> None:
-        """Add to it."""
-        self.count += count
+_ACCEPTED = ("hb_heartbeats_accepted_total", "")
+_UNKNOWN_FIELDS = ("hb_unknown_fields_total", "")
+_CPU = ("process_cpu_seconds_total", "")
+_LABELLED = (
+    "hb_heartbeats_refused_total",
+    "hb_rate_limited_total",
+    "hb_connections_refused_total",
+)
+_PID = 0
+_PLACES = {
+    series: place
+    for place, series in enumerate(
+        (
+            _ACCEPTED,
+            _UNKNOWN_FIELDS,
+            _CPU,
+            *((name, label) for name in _LABELLED for label in (*KNOWN[name], OTHER)),
+        ),
+        start=1,
+    )
+}
+_STATUSES = (OTHER, *map(int, HTTPStatus), CLIENT_GONE)
+_STATUS = {status: place for place, status in enumerate(_STATUSES)}
+_SECONDS = len(_STATUSES)
+_BUCKETS = _SECONDS + 1
+_BLOCK = _BUCKETS + len(BUCKETS) + 1
+"""How often each status was answered, the seconds, and what fell into each bucket and above."""
 
 
 class Metrics:
-    """What this worker counts; for its event loop. Other threads may read."""
+    """What this worker counts; for its event loop."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.accepted = Cell()
-        self.unknown_fields = Cell()
-        self._refused = _cells("hb_heartbeats_refused_total")
-        self._limited = _cells("hb_rate_limited_total")
-        self._closed = _cells("hb_connections_refused_total")
-        self._requests: dict[tuple[str, str, int], list[float]] = {}
-        self._process = ProcessCollector(registry=None)
-        self.tallies = Tallies(settings, self.counts)
+    def __init__(self, tallies: Tallies | None = None) -> None:
+        self._tallies = tallies or Tallies()
+        self._row = self._tallies.mine()
+        self._row[_PID] = os.getpid()
+        self._cpu_before = self._row[_PLACES[_CPU]]
+        self._shown: set[tuple[str, str]] = set()
+        self._blocks: dict[str, dict[str, int]] = {}
 
-    def expect(self, route: str, method: str) -> None:
-        """Show requests of this kind before there were any."""
-        self._requests.setdefault((route, method, 200), [0.0] * _CELLS)
+    def expect(self, routes: Mapping[str, Collection[str]]) -> None:
+        """Count by these routes; requests of their methods are shown before there were any."""
+        place = 1 + len(_PLACES)
+        for route in (*routes, OTHER):
+            self._shown.update((route, method) for method in routes.get(route, ()))
+            self._blocks[route] = {}
+            for method in (*METHODS, OTHER):
+                self._blocks[route][method] = place
+                place += _BLOCK
+        assert place <= len(self._row)
 
-    def request(self, route: str, method: str, status: int, elapsed: float) -> None:
+    def request(self, path: str, method: str, status: int, elapsed: float) -> None:
         """Count one answered request; `elapsed` in seconds."""
-        cells = self._requests.get((route, method, status))
-        if cells is None:
-            cells = self._requests[route, method, status] = [0.0] * _CELLS
-        cells[0] += elapsed
-        cells[bisect_left(BUCKETS, elapsed) + 1] += 1
+        methods = self._blocks.get(path) or self._blocks[OTHER]
+        block = methods.get(method) or methods[OTHER]
+        self._row[block + _STATUS.get(status, 0)] += 1
+        self._row[block + _SECONDS] += elapsed
+        self._row[block + _BUCKETS + bisect_left(BUCKETS, elapsed)] += 1
+
+    def accepted(self, count: int = 1) -> None:
+        """Count heartbeats that the buffer or the spool took."""
+        self._row[_PLACES[_ACCEPTED]] += count
+
+    def unknown_fields(self, count: int) -> None:
+        """Count fields of heartbeats that were ignored."""
+        self._row[_PLACES[_UNKNOWN_FIELDS]] += count
 
     def refused(self, reason: str, count: int = 1) -> None:
         """Count refused heartbeats by reason code."""
-        _inc(self._refused, reason, count)
+        self._inc("hb_heartbeats_refused_total", reason, count)
 
     def rate_limited(self, policy: str, cost: int) -> None:
         """Count what a limit refused: `cost` heartbeats, or queries."""
-        _inc(self._limited, policy, cost)
+        self._inc("hb_rate_limited_total", policy, cost)
 
     def connection_refused(self, reason: str) -> None:
         """Count a connection that was closed before a request was whole."""
-        _inc(self._closed, reason, 1)
+        self._inc("hb_connections_refused_total", reason, 1)
 
-    def kept(self) -> AbstractContextManager[None]:
-        """Context within which this worker's counts are shared with the gateway's other workers."""
-        return self.tallies.kept()
+    def _inc(self, name: str, label: str, count: int) -> None:
+        place = _PLACES.get((name, label)) or _PLACES[name, OTHER]
+        self._row[place] += count
 
-    def counts(self) -> Counts:
-        """The counts up to now."""
-        process = {
-            sample.name: sample.value
-            for found in self._process.collect()
-            for sample in found.samples
-        }
-        # list(): in one step, while the event loop goes on counting
-        labelled = {
-            f"{name}\t{label}": float(cell.count)
-            for name, cells in (
-                ("hb_heartbeats_refused_total", self._refused),
-                ("hb_rate_limited_total", self._limited),
-                ("hb_connections_refused_total", self._closed),
-            )
-            for label, cell in list(cells.items())
-        }
-        return Counts(
-            totals=labelled
-            | {
-                "hb_heartbeats_accepted_total": float(self.accepted.count),
-                "hb_unknown_fields_total": float(self.unknown_fields.count),
-                _CPU: process.get(_CPU, 0.0),
-            },
-            requests={
-                f"{route}\t{method}\t{status}": list(cells)
-                for (route, method, status), cells in list(self._requests.items())
-            },
-            levels={name: process.get(name, 0.0) for name in _LEVELS},
+    def measuring(self) -> AbstractAsyncContextManager[None]:
+        """Context within which this process's CPU time is kept in its row.
+
+        Nobody can ask for that of a process that is gone.
+        """
+        return background.running(self._measure_on())
+
+    async def _measure_on(self) -> None:
+        while True:
+            self._measure()
+            await asyncio.sleep(_CPU_SECONDS)
+
+    def _measure(self) -> None:
+        self._row[_PLACES[_CPU]] = self._cpu_before + time.process_time()
+
+    def show(self, families: Families) -> None:
+        """Show what all workers of this gateway counted."""
+        self._measure()
+        rows = self._tallies.rows()
+        used = 1 + len(_PLACES) + len(self._blocks) * (len(METHODS) + 1) * _BLOCK
+        sums = [sum(numbers) for numbers in zip(*(row[:used] for row in rows), strict=True)]
+        for (name, label), place in _PLACES.items():
+            if label != OTHER or sums[place]:
+                families.set(name, sums[place], *filter(None, [label]))
+        for route, methods in self._blocks.items():
+            for method, place in methods.items():
+                shown = (route, method) in self._shown
+                self._show_requests(families, route, method, sums[place : place + _BLOCK], shown)
+        _show_processes(families, [int(row[_PID]) for row in rows])
+
+    def _show_requests(
+        self, families: Families, route: str, method: str, block: list[float], shown: bool
+    ) -> None:
+        """Requests of one route and method; `shown`: before there were any, too."""
+        if not shown and not any(block[:_SECONDS]):
+            return
+        for status, count in zip(_STATUSES, block, strict=False):
+            if count or (shown and status == HTTPStatus.OK):
+                families.set("hb_http_requests_total", count, route, method, str(status))
+        families.observe(
+            "hb_http_request_seconds", BUCKETS, block[_BUCKETS:], block[_SECONDS], route, method
         )
-
-
-def _cells(name: str) -> dict[str, Cell]:
-    return {label: Cell() for label in KNOWN[name]}
-
-
-def _inc(cells: dict[str, Cell], label: str, count: int) -> None:
-    cell = cells.get(label)
-    if cell is None:
-        cell = cells[label] = Cell()
-    cell.count += count
 
 
 class Families(Collector):
@@ -386,22 +426,16 @@ class Families(Collector):
         return generate_latest(registry)
 
 
-def show_counts(families: Families, counts: Counts, workers: int) -> None:
-    """The sum of what the workers of this gateway counted."""
-    for key, total in sorted(counts.totals.items()):
-        name, *labels = key.split("\t")
-        families.set(name, total, *labels)
-    latency: dict[tuple[str, str], list[float]] = {}
-    for key, cells in sorted(counts.requests.items()):
-        route, method, status = key.split("\t")
-        families.set("hb_http_requests_total", sum(cells[1:]), route, method, status)
-        before = latency.get((route, method), [0.0] * len(cells))
-        latency[route, method] = [a + b for a, b in zip(before, cells, strict=True)]
-    for (route, method), cells in latency.items():
-        families.observe("hb_http_request_seconds", BUCKETS, cells[1:], cells[0], route, method)
-    families.set("hb_gateway_workers", workers)
-    for name, level in counts.levels.items():
-        families.set(name, level)
+def _show_processes(families: Families, pids: Sequence[int]) -> None:
+    """The workers that live; a row keeps the pid of one that was killed until another has it."""
+    living = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            living.append((process.memory_info().rss, process.num_fds()))
+    families.set("hb_gateway_workers", len(living))
+    families.set("process_resident_memory_bytes", sum(memory for memory, _ in living))
+    families.set("process_open_fds", sum(files for _, files in living))
 
 
 def show_buffer(families: Families, depths: Depths, signs: Signs, settings: Settings) -> None:
@@ -486,29 +520,17 @@ class Exposition:
         self._backend = backend
         self._metrics = metrics
         self._health = health
-        self._ask_others = Probe(metrics.tallies.others)
-        self._others = (Counts(), 0)
 
     async def get(self, _request: Request) -> Response:
         """Prometheus' text format. What can't be read now is left out: the gauges `..._up` tell."""
         families = Families()
-        await self._show_workers(families)
+        self._metrics.show(families)
         for name, part in (await self._health.look()).items():
             families.set("hb_healthy", part.healthy, name)
         await self._show_buffer(families)
         await self._show_lake(families)
         await self._show_spool(families)
         return Response(families.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
-
-    async def _show_workers(self, families: Families) -> None:
-        try:
-            self._others = await self._backend.ask(self._ask_others)
-        except TimeoutError:
-            _log.debug("metrics of other workers are those of before: their disk hangs")
-        counts, alive = self._others
-        together = self._metrics.counts()
-        together.add(counts)
-        show_counts(families, together, alive + 1)
 
     async def _show_buffer(self, families: Families) -> None:
         try:

@@ -16,14 +16,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hb_assets.buffer.consumer import Consumer
 from hb_assets.core.settings import Settings
-from hb_assets.gateway.observability.metrics import TABLE
+from hb_assets.gateway.observability.metrics import KNOWN, TABLE, Families, Metrics
+from hb_assets.gateway.observability.tallies import Tallies
 from hb_assets.lake.storage.store import Lake
 from hb_assets.pipeline.coordination import coordinated
 from hb_assets.pipeline.drain import drain
 from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, running
 from hb_assets_tests.lake.deliveries import DAY
-from hb_assets_tests.servers import wait_for
 
 redis_url = on_valkey
 
@@ -135,24 +135,38 @@ def test_work_of_other_processes(work: httpx.Client) -> None:
 
 
 def test_all_workers_together(settings: Settings) -> None:
-    with running(settings) as one:
-        with running(settings) as other:
-            assert one.post(BATCH, json=[heartbeat()] * 3).status_code == 200
-            assert other.post(BATCH, json=[heartbeat()] * 2).status_code == 200
-            assert one.post(PATH, json={}).status_code == 422
-            for http in (one, other):
-                wait_for(lambda http=http: accepted(http) == 5, "both workers' counts")
-                found = samples(http)
-                assert found["hb_gateway_workers", ()] == 2
-                posted = (("method", "POST"), ("route", BATCH), ("status", "200"))
-                assert found["hb_http_requests_total", posted] == 2
-                wait_for(
-                    lambda http=http: total(samples(http), "hb_heartbeats_refused_total") == 1, ""
-                )
-        # one has ended: what it counted stays
-        wait_for(lambda: samples(one)["hb_gateway_workers", ()] == 1, "the end to be seen")
-        assert accepted(one) == 5
-        assert len(list((settings.run_dir / "metrics").rglob("*.tally"))) == 1
+    tallies = Tallies(2)
+    with running(settings, tallies) as one, running(settings, tallies.of(1)) as other:
+        assert one.post(BATCH, json=[heartbeat()] * 3).status_code == 200
+        assert other.post(BATCH, json=[heartbeat()] * 2).status_code == 200
+        assert one.post(PATH, json={}).status_code == 422
+        assert one.get("/nowhere").status_code == 404
+        for http in (one, other):
+            found = samples(http)
+            assert accepted(http) == 5
+            assert found["hb_gateway_workers", ()] == 2
+            posted = (("method", "POST"), ("route", BATCH), ("status", "200"))
+            assert found["hb_http_requests_total", posted] == 2
+            assert total(found, "hb_heartbeats_refused_total") == 1
+            lost = (("method", "GET"), ("route", "other"), ("status", "404"))
+            assert found["hb_http_requests_total", lost] == 1
+
+
+def test_what_is_not_known_beforehand_is_counted_as_other() -> None:
+    metrics = Metrics()
+    metrics.expect({PATH: ["POST"]})
+    metrics.request("/\0", "BREW", 418, 0.1)
+    metrics.request(PATH, "POST", 999, 0.1)
+    metrics.refused("of a new kind", 2)
+    families = Families()
+    metrics.show(families)
+    text = families.text().decode()
+    for line in (
+        'hb_http_requests_total{method="other",route="other",status="418"} 1.0',
+        f'hb_http_requests_total{{method="POST",route="{PATH}",status="other"}} 1.0',
+        'hb_heartbeats_refused_total{reason="other"} 2.0',
+    ):
+        assert line in text.splitlines()
 
 
 def documented(heading: str) -> list[list[str]]:
@@ -183,6 +197,8 @@ def test_every_metric_is_documented() -> None:
     assert [tuple(row) for row in rows] == [
         (one.name, one.kind, ", ".join(one.labels), one.text) for one in TABLE.values()
     ]
+    known = {name: list(found) for name, (_, found) in labels().items()}
+    assert known == {name: list(found) for name, found in KNOWN.items()}
 
 
 def test_every_documented_metric_is_there_from_the_start(http: httpx.Client) -> None:
@@ -211,10 +227,11 @@ def test_reasons_of_refused_records_are_documented(http: httpx.Client) -> None:
     rates = (None, "75", 999)
     wrong = [*ids, *({"timestamp": one} for one in clocks), *({"heart_rate": one} for one in rates)]
     lines = [json.dumps(heartbeat(**changes)) for changes in wrong]
-    batch = "\n".join(["{", "[]", *lines])
+    twice = lines[0].replace("{", '{"heart_rate": 75, ')
+    batch = "\n".join(["{", "[]", twice, *lines])
     sent = http.post(BATCH, content=batch, headers={"content-type": "application/x-ndjson"})
     given = {one["reason"] for one in sent.json()["refused"]}
-    assert len(given) == len(wrong) + 2
+    assert len(given) == len(wrong) + 3
     for name in ("hb_heartbeats_refused_total", "hb_quarantined_total"):
         assert given <= set(labels()[name][1])
 
