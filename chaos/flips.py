@@ -84,6 +84,8 @@ _SCRATCH_SHARE = 50
 _DEAR = {"forget": 0.2, "consolidate": 0.5, "minutes": 0.5, "audit": 0.5}
 """How often ways are gone that cost much more than the others; those have 1."""
 _CUT = 0.15
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["chaos.preloaded"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,10 +447,8 @@ def run(home: Path, count: int, seed: int, *, workers: int = 2, control: bool = 
     """
     pristine = home / "lake"
     settings = specimen.settings_of(home, pristine)
-    # one process for each piece of work, started from scratch: it is forked while it is clean
-    with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _load, max_tasks_per_child=1
-    ) as pool:
+    # one process for each piece of work: it is forked while it is clean
+    with ProcessPoolExecutor(workers, _forks, _load, max_tasks_per_child=1) as pool:
         if not pristine.exists():
             pool.submit(specimen.made, settings, seed).result()
         with contextlib.nullcontext() if control else server.borrowed(settings):

@@ -62,9 +62,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)  # after they were shuffled
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
-    if config.getoption("--fast"):
-        config.hook.pytest_deselected(items=[item for item in items if _is_slow(item)])
-        items[:] = [item for item in items if not _is_slow(item)]
+    left_out = [
+        item
+        for item in items
+        if (config.getoption("--fast") and _is_slow(item))
+        or (config.getoption("--hypothesis-profile") != "long" and _is_thorough(item))
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
 
 
 def _is_slow(item: pytest.Item) -> bool:
@@ -73,6 +79,10 @@ def _is_slow(item: pytest.Item) -> bool:
     return any(item.get_closest_marker(name) for name in ("long", "slow", "system")) or (
         again is not None and again.params.get("redis_url") == "redis"
     )
+
+
+def _is_thorough(item: pytest.Item) -> bool:
+    return item.get_closest_marker("thorough") is not None
 
 
 @pytest.fixture(autouse=True, scope="session")

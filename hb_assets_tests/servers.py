@@ -60,13 +60,18 @@ def accepts(port: int) -> bool:
     return True
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
-    """Wait until `condition` holds; tests wait for conditions, never for a time."""
+def wait_for(
+    condition: Callable[[], bool], what: str, seconds: float = 30, *, every: float = 0.01
+) -> None:
+    """Wait until `condition` holds; tests wait for conditions, never for a time.
+
+    What costs much to ask is asked less often: it would keep waiting what it asks about.
+    """
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds:g} s for {what}")
-        time.sleep(0.01)
+        time.sleep(every)
 
 
 @contextlib.contextmanager

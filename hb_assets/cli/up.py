@@ -117,9 +117,9 @@ def _everything(
         try:
             with interrupts.held_back():
                 supervisor.launch()
-            _wait("supervisord", supervisor.answers, supervisor)
+            _wait("supervisord", supervisor.answers, supervisor, interrupts)
             for stage in stages:
-                _start(stage, supervisor)
+                _start(stage, supervisor, interrupts)
             notebook.phase("running")
             yield supervisor, room
         finally:
@@ -165,19 +165,24 @@ class _Notebook:
             state.write(self._settings, self._up)
 
 
-def _start(stage: list[Member], supervisor: Supervisor) -> None:
+def _start(stage: list[Member], supervisor: Supervisor, interrupts: Interrupts) -> None:
     """Start the members of a stage side by side and wait until each is ready."""
     began = time.monotonic()
     for member in stage:
         supervisor.start(member.name)
     for member in stage:
-        _wait(member.name, member.ready, supervisor)
+        _wait(member.name, member.ready, supervisor, interrupts)
         output.note(f"{member.name} is ready ({time.monotonic() - began:.1f} s)")
 
 
-def _wait(name: str, ready: Callable[[], bool], supervisor: Supervisor) -> None:
+def _wait(
+    name: str, ready: Callable[[], bool], supervisor: Supervisor, interrupts: Interrupts
+) -> None:
     deadline = time.monotonic() + _START_SECONDS
-    while not ready():
+    while True:
+        with interrupts.held_back():  # it would leave a connection half made
+            if ready():
+                return
         supervisor.check()
         if supervisor.restarts(name) >= _FAILED_STARTS or time.monotonic() > deadline:
             raise HbError(f"{name} doesn't come up; its log says why: {supervisor.log(name)}")

@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -256,17 +257,17 @@ def hanging_up() -> Iterator[int]:
             thread.join()
 
 
-def test_a_server_that_hangs_up_at_any_moment(settings: Settings) -> None:
+def test_a_server_that_hangs_up_at_any_moment(tmp_path: Path) -> None:
     """The gateway's loop, uvloop, raises an error of its own when the peer was faster."""
 
     async def append(away: Settings) -> list[object]:
         found = []
-        for _ in range(40):
+        for _ in range(15):
             async with producing(away) as producer:
                 found += (await producer.append({0: [LINE]})).values()
         return found
 
     with hanging_up() as port:
-        away = Settings(home=settings.home, shards=4, redis_url=f"redis://127.0.0.1:{port}")  # type: ignore[arg-type]  # as a variable says it
+        away = Settings(home=tmp_path, shards=4, redis_url=f"redis://127.0.0.1:{port}")  # type: ignore[arg-type]  # as a variable says it
         outcomes = uvloop.run(append(away))
     assert {type(outcome) for outcome in outcomes} == {BufferUnavailableError}

@@ -66,12 +66,14 @@ def test_from_the_buffer_to_a_checked_partition(append, daemon, webhook) -> None
         lambda: materialized(daemon, RAW_HEARTBEATS) == {DAY, "2025-01-16"},
         "the drain sensor to report both days",
         120,
+        every=0.3,
     )
     runs = dg.RunsFilter(job_name="consolidate_day")
     wait_for(
         lambda: any(run.is_finished for run in daemon.get_runs(runs)),
         "the sensor's run of the day that is due",
         120,
+        every=0.3,
     )
     [run] = daemon.get_runs(runs)
     assert run.is_success

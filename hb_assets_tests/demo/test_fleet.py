@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections import defaultdict
 from dataclasses import asdict
+from functools import cache
 
 import pytest
 
@@ -14,10 +15,12 @@ from hb_assets.demo import fleet
 
 NOON = days.start_ms(dt.date(2025, 1, 15)) + days.MS_PER_DAY // 2
 BOUNDS = TimeBounds.of(dt.date(2020, 1, 1), dt.timedelta(hours=24))
+simulated = cache(fleet.simulate)
+"""Each simulation once: none changes, and it takes a second."""
 
 
 def test_same_now_same_bytes() -> None:
-    first, second = fleet.simulate(NOON, BOUNDS), fleet.simulate(NOON, BOUNDS)
+    first, second = simulated(NOON, BOUNDS), fleet.simulate(NOON, BOUNDS)
     assert first.posts == second.posts
     assert first.singles == second.singles
     assert first.foreign == second.foreign
@@ -25,14 +28,14 @@ def test_same_now_same_bytes() -> None:
 
 
 def test_another_run_has_users_of_its_own() -> None:
-    first, second = fleet.simulate(NOON, BOUNDS), fleet.simulate(NOON + 1000, BOUNDS)
+    first, second = simulated(NOON, BOUNDS), simulated(NOON + 1000, BOUNDS)
     assert not first.survivors.keys() & second.survivors.keys()
 
 
 @pytest.mark.parametrize("of_day", [1, days.MS_PER_DAY // 2, days.MS_PER_DAY - 1])
 def test_expectations_agree_with_a_plain_model(of_day: int) -> None:
     now = days.start_ms(dt.date(2025, 1, 15)) + of_day
-    made = fleet.simulate(now, BOUNDS)
+    made = simulated(now, BOUNDS)
     found: dict[dt.date, fleet.Figures] = defaultdict(fleet.Figures)
     latest: dict[tuple[str, str, int], int] = {}
 
@@ -70,7 +73,7 @@ def test_expectations_agree_with_a_plain_model(of_day: int) -> None:
 
 
 def test_holds_everything_that_can_happen_on_the_way() -> None:
-    made = fleet.simulate(NOON, BOUNDS)
+    made = simulated(NOON, BOUNDS)
     assert len({user for user, device, _ in made.survivors if device != "strap"}) == fleet.USERS
     assert len(made.expected) == fleet.DAYS_BACK + 1
     for figures in made.expected.values():
@@ -91,7 +94,7 @@ def test_holds_everything_that_can_happen_on_the_way() -> None:
 
 
 def test_heart_rates_are_those_of_people() -> None:
-    rates = sorted(fleet.simulate(NOON, BOUNDS).survivors.values())
+    rates = sorted(simulated(NOON, BOUNDS).survivors.values())
     assert 35 <= rates[0] <= 55
     assert 60 <= rates[len(rates) // 2] <= 110
     assert 140 <= rates[-1] <= 210
@@ -99,5 +102,5 @@ def test_heart_rates_are_those_of_people() -> None:
 
 def test_days_before_the_start_are_left_out() -> None:
     bounds = TimeBounds.of(dt.date(2025, 1, 15), dt.timedelta(hours=24))
-    made = fleet.simulate(NOON, bounds)
+    made = simulated(NOON, bounds)
     assert list(made.expected) == [dt.date(2025, 1, 15)]

@@ -13,7 +13,10 @@ from hb_assets.core.errors import CheckFailedError, DamagedFileError, HbError
 from hb_assets.gateway.edge import Edge
 from hb_assets.gateway.http.problems import MEDIA_TYPE
 from hb_assets.gateway.observability.metrics import Families, Metrics
+from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.gateway.conftest import BATCH, PATH
+
+redis_url = on_valkey
 
 
 def answered(error: Exception) -> httpx.Response:

@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,20 +24,14 @@ from hb_assets.core.errors import (
 from hb_assets.core.settings import Settings
 from hb_assets.gateway.server import bound, serve
 from hb_assets.lake.storage.store import Lake
+from hb_assets_tests import victims
+from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, plain_client, running
 from hb_assets_tests.gateway.ingest.test_heartbeats import stored
 from hb_assets_tests.servers import accepts, server_program, wait_for
+from hb_assets_tests.victims import Victim
 
-PROGRAM = """
-from hb_assets.core import settings
-from hb_assets.core.errors import HbError
-from hb_assets.gateway.server import serve
-try:
-    serve(settings.load(), ready=lambda: print("ready", flush=True))
-except HbError as error:
-    raise SystemExit(f"hb: {error}")
-print("ended", flush=True)
-"""
+redis_url = on_valkey
 
 
 @pytest.fixture
@@ -47,32 +39,19 @@ def port() -> int:
     return free_port()
 
 
-def environment(settings: Settings) -> dict[str, str]:
-    """The environment that makes a process have these settings."""
-    values = settings.model_dump(mode="json", exclude_none=True)
-    if settings.redis_url is not None:
-        values["redis_url"] = settings.redis_url.get_secret_value()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HB_")}
-    return kept | {f"HB_{name.upper()}": str(value) for name, value in values.items()}
-
-
 @contextlib.contextmanager
-def process(settings: Settings) -> Iterator[subprocess.Popen[str]]:
-    """`serve` in a process of its own, ready; killed at the end if it still runs."""
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
-        env=environment(settings),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as child:
-        try:
-            assert child.stdout is not None
-            if child.stdout.readline() != "ready\n":
-                raise AssertionError(child.communicate(timeout=30)[1])
-            yield child
-        finally:
-            child.kill()
+def process(settings: Settings) -> Iterator[Victim]:
+    """`hb serve` in a process of its own, which listens; killed at the end if it still runs."""
+    with victims.running(settings, "serve") as child:
+        wait_for(lambda: child.poll() is not None or accepts(settings.gateway_port), "the gateway")
+        assert child.poll() is None, victims.said(settings)
+        yield child
+
+
+def complaints(settings: Settings) -> list[str]:
+    """What gateways of this home wrote, but for where they serve and that workers come and go."""
+    told = victims.said(settings).splitlines()
+    return [text for text in told if "until Ctrl-C" not in text and " INFO " not in text]
 
 
 @pytest.mark.parametrize(
@@ -104,11 +83,10 @@ def test_stopping_loses_nothing_that_was_accepted(
             thread.start()
         busy.wait(timeout=30)
         child.send_signal(number)
-        out, err = child.communicate(timeout=30)
+        code = child.wait(timeout=30)
         for thread in threads:
             thread.join(timeout=30)
-    assert (child.returncode, out) == (0, "ended\n")
-    assert all(" INFO " in line for line in err.splitlines())  # workers say that they come and go
+    assert (code, complaints(settings)) == (0, [])
     assert len(accepted) > 80
     found = {(row["user_id"], row["timestamp_ms"]) for row in stored(client, settings.shards)}
     assert accepted <= found
@@ -140,7 +118,7 @@ def test_an_end_waits_for_all_that_has_come(settings: Settings, client: Any, por
                     told += part
         finally:
             client.client_unpause()
-        assert child.communicate(timeout=30) == ("ended\n", "")
+        assert (child.wait(timeout=30), complaints(settings)) == (0, [])
     first, second = told.split(b"HTTP/1.1 200 OK\r\n")[1:]
     assert (b"connection: close" in first, b"connection: close" in second) == (False, True)
     found = {row["user_id"] for row in stored(client, settings.shards)}
@@ -150,19 +128,12 @@ def test_an_end_waits_for_all_that_has_come(settings: Settings, client: Any, por
 def test_a_second_one_on_the_same_port_says_so(settings: Settings, port: int) -> None:
     served = settings.model_copy(update={"gateway_port": port})
     with process(served) as child:
-        second = subprocess.run(
-            [sys.executable, "-c", PROGRAM],
-            env=environment(served),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        with victims.running(served, "serve") as second:
+            assert second.wait(timeout=60) == 2
         assert child.poll() is None
         assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-    assert second.returncode == 1
-    assert second.stderr.startswith(f"hb: port {port} on 127.0.0.1 is taken")
-    assert second.stderr.count("\n") == 1
+    [line] = complaints(settings)
+    assert line.startswith(f"hb: port {port} on 127.0.0.1 is taken")
 
 
 def test_a_port_that_only_listens_is_taken_too(port: int) -> None:

@@ -276,6 +276,7 @@ def acting_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "COMMAND", command)
 
 
+@VALKEY
 @pytest.mark.parametrize("harmless", [True, False])
 def test_an_entry_that_ends_its_drainer(
     client: redis.Redis,
@@ -712,6 +713,7 @@ def test_until_empty_waits_for_what_another_one_holds(
             assert running.result(timeout=30).rows == 0
 
 
+@VALKEY
 def test_several_drainers_at_once(client: redis.Redis, lake: Lake, settings: Settings) -> None:
     small = settings.model_copy(
         update={

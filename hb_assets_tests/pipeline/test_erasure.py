@@ -174,24 +174,35 @@ def test_who_was_never_there(house: House) -> None:
     assert (done.rows, done.fragments, done.days) == (0, 0, 0)
 
 
+STEPS: list[tuple[Any, str]] = [
+    (erasure, "_drain_past"),
+    (in_lake, "forget_quarantine"),
+    (erased, "publish"),
+    (quarantine, "publish"),
+    (Path, "unlink"),
+    (in_lake, "forget_day"),
+    (consolidation, "merged"),
+    (pruning, "fence"),
+    (minutes, "build"),
+    (in_lake, "sweep_temp"),
+    (append_only_file, "rewrite"),
+]
+ENDS = ("merged", "forget_day", "rewrite")
+"""Right after any other is, all but the same, right before the next: `make test-long` does both."""
+
+
 @pytest.mark.parametrize(
-    ("place", "name"),
+    ("place", "name", "after"),
     [
-        (erasure, "_drain_past"),
-        (in_lake, "forget_quarantine"),
-        (erased, "publish"),
-        (quarantine, "publish"),
-        (Path, "unlink"),
-        (in_lake, "forget_day"),
-        (consolidation, "merged"),
-        (pruning, "fence"),
-        (minutes, "build"),
-        (in_lake, "sweep_temp"),
-        (append_only_file, "rewrite"),
+        pytest.param(
+            *(place, name, after),
+            id=f"{'after' if after else 'before'}-{place.__name__}-{name}",
+            marks=pytest.mark.thorough if after and name not in ENDS else (),
+        )
+        for place, name in STEPS
+        for after in (False, True)
     ],
-    ids=lambda value: getattr(value, "__name__", value),
 )
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_crash_at_any_step_is_gone_on_from(
     house: House, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, after: bool
 ) -> None:

@@ -21,8 +21,10 @@ from hb_assets.core.settings import Settings
 from hb_assets.gateway.http.bodies import split
 from hb_assets.gateway.http.problems import MEDIA_TYPE, ProblemError
 from hb_assets.gateway.ingest.heartbeats import SLICE
-from hb_assets_tests.conftest import VALKEY
+from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.gateway.conftest import BATCH, PATH, heartbeat, plain_client
+
+redis_url = on_valkey
 
 Serving = Callable[[Settings], AbstractContextManager[httpx.Client]]
 
@@ -136,7 +138,6 @@ def test_full_buffer_is_503_with_retry_after(
     assert len(stored(client, settings.shards)) == 1
 
 
-@VALKEY
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -162,7 +163,6 @@ def test_ignored_fields_are_named_in_a_header(
         assert found == named
 
 
-@VALKEY
 def test_ignored_fields_of_a_batch_are_counted_by_name(http: httpx.Client) -> None:
     sent = [heartbeat() | {"spo2": 98, f"once{n}": 1} for n in range(20)]
     sent.append(heartbeat(heart_rate=0) | {"spo2": 97, "y\n" * 40: 1})
@@ -178,7 +178,6 @@ def test_ignored_fields_of_a_batch_are_counted_by_name(http: httpx.Client) -> No
     assert none["ignored"] == {"spo2": 1}
 
 
-@VALKEY
 def test_a_byte_order_mark_is_skipped(http: httpx.Client) -> None:
     mark = b"\xef\xbb\xbf"
     one = json.dumps(heartbeat()).encode()
@@ -194,7 +193,6 @@ def test_a_byte_order_mark_is_skipped(http: httpx.Client) -> None:
         assert (answer["accepted"], answer["refused"]) == (2, [])
 
 
-@VALKEY
 def test_two_media_types_are_none(http: httpx.Client) -> None:
     one = json.dumps(heartbeat())
     for kinds in (["application/json", "application/x-ndjson"], ["application/json"] * 2):
@@ -202,7 +200,6 @@ def test_two_media_types_are_none(http: httpx.Client) -> None:
         problem(http.post(BATCH, content=one, headers=headers), 415, "unsupported-media-type")
 
 
-@VALKEY
 def test_a_batch_means_one_thing_or_is_refused(http: httpx.Client) -> None:
     one = json.dumps(heartbeat()).encode()
     twice = one[:-1] + b', "heart_rate": 171}'
@@ -257,7 +254,6 @@ def test_batch_lists_what_it_refused(http: httpx.Client, client: Any, settings: 
     assert len(stored(client, settings.shards)) == 4
 
 
-@VALKEY
 def test_indexes_hold_beyond_the_first_slice(http: httpx.Client) -> None:
     old = {0: "2001-01-01T00:00:00Z", SLICE - 1: "2001-01-01T00:00:00", SLICE: "1999-12-31T23:59Z"}
     sent = [heartbeat() | {"timestamp": old.get(n, "2025-01-15T10:00Z")} for n in range(3 * SLICE)]
@@ -418,7 +414,6 @@ def test_split_takes_any_bytes(body: bytes) -> None:
         assert all(text.strip() for _, text in split(body, b"", 50).texts)
 
 
-@VALKEY
 def test_an_error_of_ours_is_a_problem_and_not_the_end(
     http: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -21,11 +21,10 @@ from hypothesis import strategies as st
 
 from hb_assets.buffer.producer import Lines
 from hb_assets.core.errors import SettingsError, SpoolFullError, SpoolUnavailableError
-from hb_assets.core.settings import Settings
+from hb_assets.core.settings import Settings, environment
 from hb_assets.gateway.spool import tables
 from hb_assets.gateway.spool.queue import CLOSING, FREE, QUEUED, Holdings, Spool, look
 from hb_assets.gateway.spool.tables import Record
-from hb_assets_tests.gateway.test_server import environment
 
 SHARDS = 4
 NOBODY: frozenset[int] = frozenset()
@@ -428,7 +427,7 @@ def test_kill_9_loses_nothing_that_was_committed(home: Settings) -> None:
         return subprocess.Popen(argv, env=environment(home), stdout=subprocess.PIPE, text=True)
 
     committed: dict[str, int] = {}
-    for turn in range(3):
+    for turn in range(2):
         names = [f"{turn}-{n}" for n in range(2)]
         writers = [start(name) for name in names]
         for writer in writers:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
+from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from hb_assets.core.schema import ARRIVAL, HEARTBEATS, ORDER
@@ -18,6 +19,7 @@ from hb_assets.lake.compaction.inputs import Inputs
 from hb_assets.lake.compaction.merge import Tally, merged
 from hb_assets.lake.files.consolidated import ConsolidatedNote
 from hb_assets.lake.storage import columns, parquet
+from hb_assets_tests.examples import examples
 from hb_assets_tests.lake.deliveries import NOON
 
 pytestmark = pytest.mark.slow
@@ -74,6 +76,7 @@ def merge(
 @pytest.mark.parametrize("word", [63, 3], ids=["as one number", "column by column"])
 @pytest.mark.parametrize("few", [1, 100], ids=["few put between", "all sorted"])
 @given(before=st.lists(rows, max_size=30), new=fragments)
+@example_settings(max_examples=examples(25))
 def test_both_sorts_agree(
     folder: Path,
     bounds: Settings,

@@ -79,10 +79,31 @@ def test_none() -> None:
     assert list(isolation.examine([], Settings(home=Path("/dev/null/nowhere")))) == []
 
 
+def test_poison(settings: Settings, acting: None, caplog: pytest.LogCaptureFixture) -> None:
+    """Its lines are refused one by one; entries before it are decoded, those behind it later."""
+    poison = suspect(b"\n".join([line("secret"), b"", b"segfault", b" ", b"\xff"]) + b"\n", 2)
+    first, last = suspect(line(), 1), suspect(line(), 3)
+    found: dict[int, Decoded] = {}
+    for _ in range(3):  # cycles: each does at least one
+        found |= examined(settings, *(one for one in (first, poison, last) if one.seq not in found))
+    assert list(found) == [1, 2, 3]
+    assert found[3].rows.num_rows == 1
+    assert found[1].rows.num_rows == 1
+    assert found[2].rows.num_rows == 0
+    rejected = found[2].rejected
+    assert rejected["raw"].to_pylist() == [line("secret"), b"segfault", b"\xff"]
+    assert rejected["arrival_pos"].to_pylist() == [0, 2, 4]
+    assert set(rejected["attempts"].to_pylist()) == {6}
+    assert set(rejected["reason"].to_pylist()) == {"record_poison"}
+    [message] = set(rejected["message"].to_pylist())
+    assert "SIGSEGV" in message
+    assert "secret" not in message + caplog.text
+    assert found[2].counts == [3]
+
+
 @pytest.mark.parametrize(
     ("word", "how"),
     [
-        (b"segfault", "SIGSEGV"),
         (b"killed", "SIGKILL"),
         (b"spin", "HB_POISON_SECONDS"),
         (b"sleep", "SIGALRM"),
@@ -90,33 +111,15 @@ def test_none() -> None:
         (b"allocate", "it raised MemoryError"),
     ],
 )
-def test_poison(
-    settings: Settings,
-    acting: None,
-    caplog: pytest.LogCaptureFixture,
-    word: bytes,
-    how: str,
+def test_how_poison_ends_its_decoder_is_told(
+    settings: Settings, acting: None, caplog: pytest.LogCaptureFixture, word: bytes, how: str
 ) -> None:
-    """Its lines are refused one by one; entries before it are decoded, those behind it later."""
     quick = settings.model_copy(update={"poison_seconds": 1.0})
-    poison = suspect(b"\n".join([line("secret"), b"", word, b" ", b"\xff"]) + b"\n", 2)
-    first, last = suspect(line(), 1), suspect(line(), 3)
-    found: dict[int, Decoded] = {}
-    for _ in range(3):  # cycles: each does at least one
-        found |= examined(quick, *(one for one in (first, poison, last) if one.seq not in found))
-    assert list(found) == [1, 2, 3]
-    assert found[3].rows.num_rows == 1
-    assert found[1].rows.num_rows == 1
-    assert found[2].rows.num_rows == 0
-    rejected = found[2].rejected
-    assert rejected["raw"].to_pylist() == [line("secret"), word, b"\xff"]
-    assert rejected["arrival_pos"].to_pylist() == [0, 2, 4]
-    assert set(rejected["attempts"].to_pylist()) == {6}
-    assert set(rejected["reason"].to_pylist()) == {"record_poison"}
+    rejected = examined(quick, suspect(b"\n".join([line("secret"), word])))[0].rejected
+    assert rejected["reason"].to_pylist() == ["record_poison"] * 2
     [message] = set(rejected["message"].to_pylist())
     assert how in message
     assert "secret" not in message + caplog.text
-    assert found[2].counts == [3]
 
 
 def test_more_memory_than_a_suspect_may_take(settings: Settings) -> None:
@@ -131,8 +134,8 @@ def test_more_memory_than_a_suspect_may_take(settings: Settings) -> None:
 def test_a_large_entry_has_its_time_piece_by_piece(settings: Settings, acting: None) -> None:
     """It takes more CPU time than one piece may: that proves nothing."""
     tight = settings.model_copy(update={"poison_seconds": 1.0, "drain_max_rows": 1})
-    large = suspect(b"\n".join([line("busy"), *(line(f"u{n}") for n in range(7))]))
-    assert examined(tight, large)[0].rows.num_rows == 8
+    large = suspect(b"\n".join([line("busy"), *(line(f"u{n}") for n in range(3))]))
+    assert examined(tight, large)[0].rows.num_rows == 4
 
 
 FULL = """
@@ -143,13 +146,14 @@ isolation.main()
 """
 
 
-@pytest.mark.parametrize("free", [0, 1, 600, 4096])
+@pytest.mark.parametrize("free", [0, 1, 600])
 def test_a_disk_where_nothing_more_can_be_written(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, free: int
 ) -> None:
     """No hook here: no file of the child's, whatever it is for, grows beyond the limit."""
     code = FULL.format(bytes=free)
     monkeypatch.setattr(isolation, "COMMAND", (sys.executable, "-c", code))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # Python would keep a module's first bytes
     with pytest.raises(OSError, match="File too large"):
         examined(settings, suspect(b"\n".join(line(f"u{n}") for n in range(500))))
 
