@@ -57,6 +57,14 @@ def _fields(struct: type[msgspec.Struct]) -> list[pa.Field]:
 HEARTBEATS: pa.Schema = pa.schema(_fields(Heartbeat) + _fields(Arrival))
 """Columns of fragments and consolidated files alike: the record and its row's identity."""
 
+TEXTS = tuple(field.name for field in HEARTBEATS if pa.types.is_string(field.type))
+"""Its columns of text."""
+ENCODED: pa.Schema = pa.schema(
+    field.with_type(pa.dictionary(pa.int32(), pa.string())) if field.name in TEXTS else field
+    for field in HEARTBEATS
+)
+"""The same with texts as dictionaries, as Parquet stores them."""
+
 MINUTES: pa.Schema = pa.schema(
     [
         HEARTBEATS.field("user_id"),
