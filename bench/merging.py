@@ -1,9 +1,9 @@
-"""CPU cost of the parts of a consolidation, and of both sorts of a merge, on one shard's fragments.
+"""CPU cost of the parts of a consolidation, on the fragments of one shard.
 
     python -m bench.merging
 
-For docs/decisions/0023-merge-in-memory.md. CPU time of this process, Polars' and DuckDB's threads
-included; the best of three. The whole is compared with others in `consolidating`.
+For docs/decisions/0031-one-merge-in-duckdb.md. CPU time of this process, Polars' and DuckDB's
+threads included; the best of three. The whole is compared with others in `consolidating`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
@@ -21,16 +20,17 @@ from bench import lakes
 from bench.engines import HOME
 from bench.traffic import DAY, Traffic
 from bench.ways import settings_in
-from hb_assets.core.schema import ORDER
+from hb_assets.core.schema import ENCODED, ORDER
+from hb_assets.core.schema import HEARTBEATS as SCHEMA
 from hb_assets.core.settings import Settings
-from hb_assets.lake.compaction import external_sort, merge
+from hb_assets.lake.compaction import merge
 from hb_assets.lake.compaction.inputs import Inputs
 from hb_assets.lake.compaction.merge import Tally
 from hb_assets.lake.files import fragments
 from hb_assets.lake.files.consolidated import ConsolidatedNote
 from hb_assets.lake.integrity import checks
 from hb_assets.lake.storage import parquet, verified
-from hb_assets.lake.storage.columns import ENCODED, TEXTS, Columns
+from hb_assets.lake.storage.engine import engine
 from hb_assets.lake.storage.store import Lake
 
 _ROWS = 10_000_000
@@ -47,20 +47,17 @@ def main() -> None:
         table = Table(title=f"one shard of {_ROWS:,} rows: {rows:,} in {len(found)} fragments")
         table.add_column("part")
         table.add_column("ns a row", justify="right")
-        for name, work in _parts(found, rows, settings, Path(folder) / "merged").items():
+        for name, work in _parts(found, settings, Path(folder) / "merged").items():
             table.add_row(name, f"{_cpu(work) / rows * 1e9:.0f}")
         console.print(table)
 
 
 def _parts(
-    found: Sequence[fragments.Fragment], rows: int, settings: Settings, to: Path
+    found: Sequence[fragments.Fragment], settings: Settings, to: Path
 ) -> dict[str, Callable[[], object]]:
     """The parts in order; each works with what the ones before it left."""
     inputs = Inputs(None, [fragment.path for fragment in found])
-    read = list(verified.tables(inputs.new, TEXTS))
-    arrays = Columns.of(read, rows)
-    arrays.sort()
-    sorted_rows = [arrays.table(slice(0, rows))]
+    sorted_rows = list(merge.merged(inputs, Tally(), settings))
 
     def write() -> None:
         to.touch()
@@ -73,18 +70,21 @@ def _parts(
         for fragment in found:
             parquet.verify(fragment.path)
 
-    def merged(*, in_memory: bool) -> pa.Table:
-        parts = merge.merged(inputs, rows, Tally(), settings, in_memory=in_memory)
-        return pa.concat_tables(parts)
+    def asked(query: str) -> None:
+        with (
+            engine(settings) as connection,
+            verified.relations(connection, {"new": inputs.new}),
+        ):
+            connection.register("base", SCHEMA.empty_table())
+            merge.make_types(connection, None)
+            for _ in connection.sql(query).to_arrow_reader(merge.BATCH):
+                pass
 
     return {
         "verify the fragments' checksums": verify,
-        "read them": lambda: list(verified.tables(inputs.new, TEXTS)),
-        "into arrays, texts as ranks": lambda: Columns.of(read, rows),
-        "read, arrays, sort": lambda: Columns.of(verified.tables(inputs.new, TEXTS), rows).sort(),
-        "the whole merge in memory": lambda: merged(in_memory=True),
-        "the whole merge in DuckDB": lambda: merged(in_memory=False),
-        "of which the query": lambda: list(external_sort.sorted_rows(inputs, settings)),
+        "read them, by DuckDB": lambda: asked("SELECT * FROM new"),
+        "the query: read, sort, fates": lambda: asked(merge.FATES[True]),
+        "the whole merge": lambda: list(merge.merged(inputs, Tally(), settings)),
         "write": write,
         "check": lambda: checks.heartbeats(to, DAY, settings),
         "check where all values were checked before": lambda: checks.heartbeats(

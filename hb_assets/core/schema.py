@@ -77,6 +77,14 @@ BOUNDS: Mapping[str, tuple[int, int]] = {
 VALUES = tuple(field for field in HEARTBEATS if field.name not in (*KEY, *ARRIVAL))
 """Columns that say something of a key: a later arrival may say something else."""
 
+TEXTS = tuple(field.name for field in HEARTBEATS if pa.types.is_string(field.type))
+"""Its columns of text."""
+ENCODED: pa.Schema = pa.schema(
+    field.with_type(pa.dictionary(pa.int32(), pa.string())) if field.name in TEXTS else field
+    for field in HEARTBEATS
+)
+"""The same with texts as dictionaries, as Parquet stores them."""
+
 MINUTES: pa.Schema = pa.schema(
     [
         HEARTBEATS.field("user_id"),

@@ -19,8 +19,8 @@ from hb_assets.core.errors import DamagedFileError
 from hb_assets.core.schema import IDENTITY, KEY, MINUTES
 from hb_assets.core.settings import Settings
 from hb_assets.lake import inventory
-from hb_assets.lake.compaction.external_sort import fresh_rows
 from hb_assets.lake.compaction.inputs import Inputs
+from hb_assets.lake.compaction.merge import fresh_rows
 from hb_assets.lake.files import accepted_losses, consolidated, erased, fragments, quarantine
 from hb_assets.lake.files.consolidated import Current
 from hb_assets.lake.files.fragments import Fragment

@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hb_assets.core.errors import DamagedFileError, HbError
+from hb_assets.core.schema import ENCODED, ORDER
 from hb_assets.core.schema import HEARTBEATS as SCHEMA
-from hb_assets.core.schema import ORDER
 from hb_assets.core.settings import Settings
 from hb_assets.lake.compaction.consolidation import Lock, consolidate, no_lock
 from hb_assets.lake.compaction.inputs import Inputs
@@ -42,7 +42,6 @@ from hb_assets.lake.files.fragments import FragmentNote
 from hb_assets.lake.integrity import checks, damage, known_faults
 from hb_assets.lake.integrity.damage import Place
 from hb_assets.lake.storage import layout, parquet
-from hb_assets.lake.storage.columns import ENCODED
 from hb_assets.lake.storage.durable_files import TempFile, make_folder, sync_folder
 from hb_assets.lake.storage.layout import DAMAGED, HEARTBEATS, RAW, FragmentName
 from hb_assets.lake.storage.store import Lake
@@ -451,8 +450,7 @@ def _salvage(
         stem = f"{path.stem}-{_crc32(path)}"
         with parquet.writer(temp.path, ENCODED, ORDER) as out:
             if kept or new:
-                arrived = sum(one.rows for one in new)
-                for rows in merged(inputs, arrived, tally, settings, in_memory=False):
+                for rows in merged(inputs, tally, settings):
                     out.write(rows)
             superseded = note.repeats + note.corrections
             stems = {*accepted_losses.stems(lake, HEARTBEATS, day, shard), stem}

@@ -22,10 +22,9 @@ from typing import Literal, TypeAlias
 import pyarrow as pa
 
 from hb_assets.core.errors import CheckFailedError, DamagedFileError, FencedError, HbError
-from hb_assets.core.schema import ORDER
+from hb_assets.core.schema import ENCODED, ORDER
 from hb_assets.core.settings import Settings
 from hb_assets.lake.compaction.inputs import Inputs
-from hb_assets.lake.compaction.memory import Memory
 from hb_assets.lake.compaction.merge import Tally, merged
 from hb_assets.lake.files import accepted_losses, fragments, tombstones
 from hb_assets.lake.files.consolidated import (
@@ -40,7 +39,6 @@ from hb_assets.lake.integrity import checks, damage, known_faults
 from hb_assets.lake.integrity.checks import Figure
 from hb_assets.lake.integrity.damage import Gaps
 from hb_assets.lake.storage import layout, parquet
-from hb_assets.lake.storage.columns import BYTES_PER_ROW, ENCODED
 from hb_assets.lake.storage.durable_files import TempFile
 from hb_assets.lake.storage.layout import HEARTBEATS, FragmentName
 from hb_assets.lake.storage.store import FORMAT, Lake
@@ -175,11 +173,10 @@ def consolidate(
         progress: called after each shard.
     """
     chosen = range(lake.shards) if shards is None else shards
-    memory, stop = Memory(settings.duckdb_memory), threading.Event()
+    bounds = _Bounds.of(settings)
     set_aside: list[str] = []
 
     def work(shard: int) -> _ShardResult | ShardFailure | None:
-        bounds = _Bounds(settings, memory, stop)
         task = _Task(lake, day, shard, bounds, watermarks or {}, rebuild, rewrite)
         try:
             with lock(day, shard):
@@ -196,7 +193,7 @@ def consolidate(
                 if progress:
                     progress(done, len(chosen))
         except BaseException:
-            stop.set()
+            bounds.stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     results = [one.result() for one in working]
@@ -220,11 +217,28 @@ def _threads(settings: Settings) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Bounds:
-    """Bounds of the work on a shard: memory, threads, and when it has to end."""
+    """Bounds of the work on a shard: memory and threads of its engine, and when it has to end.
+
+    `turns` lets so many merges go on at once.
+    """
 
     settings: Settings
-    memory: Memory
+    turns: threading.Semaphore
     stop: threading.Event
+
+    @classmethod
+    def of(cls, settings: Settings) -> _Bounds:
+        """Merges side by side share memory and threads: each keeps an engine and a writer busy."""
+        threads, memory = _threads(settings), settings.duckdb_memory
+        merges = max(1, min(threads // 2, memory // _LEAST_MEMORY))
+        share = {"duckdb_threads": threads // merges, "duckdb_memory": memory // merges}
+        return cls(
+            settings.model_copy(update=share), threading.Semaphore(merges), threading.Event()
+        )
+
+
+_LEAST_MEMORY = 2**28
+"""Of a merge that goes on beside others: room for a few million rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,10 +480,9 @@ def _merge(
     inputs = _inputs(task, base, new, raw)
     tally = Tally()
     arrived = sum(fragment.rows for fragment in new)
-    room = arrived * BYTES_PER_ROW + sum(fragment.unpacked for fragment in new)
     bounds = task.bounds
-    with bounds.memory.lent(room) as lent, parquet.writer(path, ENCODED, ORDER) as out:
-        for rows in merged(inputs, arrived, tally, bounds.settings, in_memory=lent):
+    with bounds.turns, parquet.writer(path, ENCODED, ORDER) as out:
+        for rows in merged(inputs, tally, bounds.settings):
             if bounds.stop.is_set():
                 raise _Stopped
             out.write(rows)
@@ -502,6 +515,7 @@ def _merge(
             losses=tuple(accepted_losses.stems(task.lake, HEARTBEATS, task.day, task.shard)),
         )
         out.close_with(note)
+    pa.default_memory_pool().release_unused()  # before the checks take theirs
     return note
 
 

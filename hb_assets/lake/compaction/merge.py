@@ -1,32 +1,34 @@
 """The merge: rows of a consolidated file and of pending fragments, into one row per key.
 
-Belongs here: the survivor of a key, and the counts of all that isn't one. Doesn't belong here:
-which files are merged (`inputs`), their sort (`columns`, `external_sort`), and how the result is
-published (`consolidation`).
-
-In rows that are sorted by key and arrival each key's chain of arrivals stands side by side: the
-last is the survivor, each one before it is superseded by its neighbour, and a row with its
-neighbour's identity is a replay.
+DuckDB sorts the rows by key and arrival, so that each key's chain of arrivals stands side by side,
+and tells by the next row what becomes of each: the last of a chain survives, each one before it is
+superseded by its neighbour, and a row with its neighbour's identity is a replay. What doesn't fit
+into the engine's memory is spilled to disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hb_assets.core.schema import ARRIVAL, KEY, ORDER
+from hb_assets.core.schema import ARRIVAL, ENCODED, IDENTITY, KEY, ORDER, TEXTS
 from hb_assets.core.schema import HEARTBEATS as SCHEMA
 from hb_assets.core.settings import Settings
-from hb_assets.lake.compaction import external_sort
-from hb_assets.lake.compaction.external_sort import FLAGGED
+from hb_assets.lake.compaction import row_groups
 from hb_assets.lake.compaction.inputs import Inputs
+from hb_assets.lake.compaction.row_groups import RowGroups
+from hb_assets.lake.compaction.unread import came_before
+from hb_assets.lake.files.tombstones import Cutoffs
 from hb_assets.lake.storage import verified
-from hb_assets.lake.storage.columns import ENCODED, TEXTS, Columns, Numbers, encoded, in_one_word
+from hb_assets.lake.storage.engine import engine, figures
+
+if TYPE_CHECKING:
+    import duckdb
 
 
 @dataclass(slots=True)
@@ -48,163 +50,221 @@ class Tally:
         return self.repeats + self.corrections
 
 
-def merged(
-    inputs: Inputs, rows: int, tally: Tally, settings: Settings, *, in_memory: bool
-) -> Iterator[pa.Table]:
+def merged(inputs: Inputs, tally: Tally, settings: Settings) -> Iterator[pa.Table]:
     """Survivors in order, table by table; `tally` is whole when the last one was taken.
 
     Their schema is ENCODED.
 
     Args:
         inputs: what to merge.
-        rows: how many rows the pending fragments have.
         tally: counts what becomes of the rows.
-        settings: bounds of the engine that sorts out of core, and what isn't plain.
-        in_memory: whether there is room for `rows`.
+        settings: bounds of the engine.
+
+    Raises:
+        DamagedFileError: a file isn't what was written.
+        FileNotFoundError: one isn't there (any more), or was replaced meanwhile.
+        OSError: the disk can't be read.
     """
-    if not (in_memory and inputs.plain):
-        batches = external_sort.sorted_rows(inputs, settings)
-        yield from map(encoded, _survivors(batches, tally))
-        return
-    new = Columns.of(verified.tables(inputs.new, TEXTS), rows)
-    if inputs.base is None:
-        yield from _settled(new, tally)
-    else:
-        yield from _into(inputs.base, new, tally)
+    with ExitStack() as stack:
+        connection = stack.enter_context(engine(settings))
+        stack.enter_context(_pending(inputs, connection))
+        if inputs.base is None:
+            yield from _survivors(inputs, None, connection, tally)
+            return
+        with verified.relations(connection, {"base": [inputs.base]}):
+            file = stack.enter_context(verified.opened(inputs.base, TEXTS))
+            contested, others = row_groups.split(file, connection)
+        survivors = _survivors(inputs, contested, connection, tally)
+        yield from row_groups.in_order(survivors, _counted(others.encoded(), tally))
 
 
-def _into(base: Path, new: Columns, tally: Tally) -> Iterator[pa.Table]:
-    """Merge rows into a published file, one row group after the other.
-
-    A row group that no row falls into is passed on as it is.
-    """
-    twins = new.sort()
-    done = 0
-    with verified.opened(base, TEXTS) as file:
-        for number in range(file.num_row_groups):
-            group = file.read_row_group(number, use_threads=False)
-            end = new.place_after(_last_key(group))
-            if end == done:
-                tally.survivors += group.num_rows
-                yield group.cast(ENCODED)
-                continue
-            part = new.table(slice(done, end))
-            whole = None
-            if end - done <= group.num_rows // _FEW and not _any_between(twins, done, end):
-                whole = _put_between(group.cast(ENCODED), part)
-            if whole is None:
-                rows = group.num_rows + part.num_rows
-                yield from _settled(Columns.of([group, part], rows), tally)
-            else:
-                tally.survivors += whole.num_rows
-                yield whole
-            done = end
-    yield from _settled(Columns.of([new.table(slice(done, None))], new.rows - done), tally)
+def fresh_rows(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> int:
+    """Distinct rows of the pending fragments that `base` doesn't include yet."""
+    with _pending(inputs, connection):
+        return figures(connection, _FRESH)[0]
 
 
-_FEW = 100
-"""A row group takes in as much as a hundredth of its rows without a sort."""
+# -- what comes in
+
+_COLUMNS = ", ".join(SCHEMA.names)
+_ROW = ", ".join((*KEY, *ARRIVAL))
+# `late` is a row that counts elsewhere, or came before. An identity alone might be another row's,
+# where a server that lost its last ids gave them again.
+_ARRIVED = f"""
+SELECT {_COLUMNS}, coalesce(
+    counted OR arrival_ms < mark.ms OR (arrival_ms = mark.ms AND arrival_seq <= mark.seq), false
+) AS late
+FROM new AS arrived
+LEFT JOIN mark ON arrived.arrival_shard = mark.source
+LEFT JOIN (SELECT DISTINCT {IDENTITY}, true AS counted FROM erased_before) AS before
+    USING ({IDENTITY})
+ANTI JOIN (SELECT {_ROW} FROM included) AS known USING ({_ROW})
+ANTI JOIN came_before USING (arrival_ms, arrival_seq, arrival_shard)
+"""
+_FRESH = f"SELECT count(*) FROM (SELECT DISTINCT {_ROW} FROM ({_ARRIVED}) WHERE NOT late)"
+_GONE = (
+    "coalesce(arrival_ms < erased.ms OR (arrival_ms = erased.ms AND arrival_seq <= erased.seq), "
+    "false)"
+)
+_ROWS = f"""
+SELECT {_COLUMNS}, late, {_GONE} AS gone
+FROM ({_ARRIVED} UNION ALL SELECT {_COLUMNS}, false FROM base) AS delivered
+LEFT JOIN erased ON delivered.user_id = erased.forgotten AND arrival_shard = erased.source
+"""
+_PLAIN_ROWS = f"""
+SELECT {_COLUMNS}, false AS late, false AS gone
+FROM (SELECT {_COLUMNS} FROM new UNION ALL SELECT {_COLUMNS} FROM base)
+"""
 
 
-def _any_between(places: Numbers, start: int, end: int) -> bool:
-    first, behind = np.searchsorted(places, (start, end))
-    return bool(first < behind)
+@contextmanager
+def _pending(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """The pending fragments, and what may know rows of theirs, as relations of an engine."""
+    for name in ("new", "base", "included", "erased_before"):
+        connection.register(name, SCHEMA.empty_table())
+    connection.register("mark", _marks(inputs.watermark))
+    connection.register("erased", _erased(inputs.erased))
+    entries = came_before(inputs, connection) if inputs.unread else _ENTRIES.empty_table()
+    connection.register("came_before", entries)
+    files = {"new": inputs.new, "included": inputs.included, "erased_before": inputs.erased_before}
+    with verified.relations(connection, files):
+        yield
 
 
-def _put_between(group: pa.Table, rows: pa.Table) -> pa.Table | None:
-    """A row group with a few rows more; None where one shares user and instant with another's."""
-    count = group.num_rows
-    both = Columns.of([group, rows], count + rows.num_rows, ORDER[:2])
-    words = in_one_word([both.numbers[name] for name in ORDER[:2]])
-    if words is None:
-        return None
-    places = np.searchsorted(words[:count], words[count:])
-    if np.any(words[np.minimum(places, count - 1)] == words[count:]):
-        return None
-    pieces, start = [], 0
-    for row, place in enumerate(places.tolist()):
-        pieces += [group.slice(start, place - start), rows.slice(row, 1)]
-        start = place
-    return pa.concat_tables([*pieces, group.slice(start)])
+_MARKS = pa.schema([("source", pa.int16()), ("ms", pa.uint64()), ("seq", pa.uint64())])
+_ERASED = pa.schema([("forgotten", pa.string()), *_MARKS])
+_ENTRIES = pa.schema(
+    [SCHEMA.field(name) for name in ("arrival_ms", "arrival_seq", "arrival_shard")]
+)
 
 
-def _last_key(rows: pa.Table) -> dict[str, object]:
-    last = rows.slice(rows.num_rows - 1).select(ORDER)
-    return {
-        name: last[name][0].value if name not in TEXTS else last[name][0].as_py() for name in ORDER
-    }
+def _marks(watermark: Mapping[int, tuple[int, int]]) -> pa.Table:
+    rows = [{"source": source, "ms": ms, "seq": seq} for source, (ms, seq) in watermark.items()]
+    return pa.Table.from_pylist(rows, schema=_MARKS)
 
 
-_BATCH = 2**15
-"""Rows that leave memory at once."""
+def _erased(erased: Mapping[str, Cutoffs]) -> pa.Table:
+    rows = [
+        {"forgotten": user, "source": source, "ms": ms, "seq": seq}
+        for user, cutoffs in erased.items()
+        for source, (ms, seq) in cutoffs.items()
+    ]
+    return pa.Table.from_pylist(rows, schema=_ERASED)
 
 
-def _settled(rows: Columns, tally: Tally) -> Iterator[pa.Table]:
-    """Survivors of rows in memory: only those that share their key are looked at."""
-    twins = rows.sort()
-    kept = np.ones(rows.rows, bool)
-    if len(twins):
-        kept[twins[:-1]] = ~_succeeded(rows.table(twins).cast(SCHEMA), tally).to_numpy()
-    tally.survivors += int(kept.sum())
-    for start in range(0, rows.rows, _BATCH):
-        batch = slice(start, start + _BATCH)
-        whole = kept[batch].all()
-        yield rows.table(batch if whole else start + np.flatnonzero(kept[batch]))
+# -- the sort, and what becomes of each row
+
+_SURVIVES, _REPEAT, _CORRECTION, _REPLAY, _UNCOUNTED, _ERASE = range(6)
+_COUNTERS = {
+    _SURVIVES: "survivors",
+    _REPEAT: "repeats",
+    _CORRECTION: "corrections",
+    _UNCOUNTED: "uncounted",
+    _ERASE: "erased",
+}
+_NEXT = {name: f"next_{name}" for name in (*KEY, *ARRIVAL, "heart_rate")}
+_LEADS = ", ".join(f"lead({name}) OVER () AS {following}" for name, following in _NEXT.items())
+_OTHER_KEY = " OR ".join(f"{_NEXT[name]} IS DISTINCT FROM {name}" for name in KEY)
+_SAME_ARRIVAL = " AND ".join(f"{_NEXT[name]} = {name}" for name in ARRIVAL)
+_TYPED = ", ".join(f"{name}::{name}s AS {name}" if name in TEXTS else name for name in SCHEMA.names)
+# lead() over an ordered subquery is a streaming window: it holds one row, and not all of them. Of
+# two rows with one identity the one that was counted already stands last.
+FATES = {
+    plain: f"""
+SELECT {_COLUMNS}, CAST(CASE
+    WHEN {_OTHER_KEY} THEN CASE
+        WHEN NOT gone THEN {_SURVIVES} WHEN late THEN {_UNCOUNTED} ELSE {_ERASE} END
+    WHEN {_SAME_ARRIVAL} THEN {_REPLAY}
+    WHEN late THEN {_UNCOUNTED}
+    WHEN {_NEXT["heart_rate"]} = heart_rate THEN {_REPEAT}
+    ELSE {_CORRECTION} END AS UTINYINT) AS fate
+FROM (
+    SELECT *, {_LEADS} FROM (
+        SELECT {_TYPED}, late, gone FROM ({rows})
+        ORDER BY {", ".join((*ORDER, *ARRIVAL))}, late DESC
+    )
+)
+"""
+    for plain, rows in ((True, _PLAIN_ROWS), (False, _ROWS))
+}
+"""All rows by key and arrival, each with its `fate`, where inputs are plain, and where not."""
+BATCH = 2**15
+"""Rows that leave the engine at once."""
 
 
-def _survivors(batches: Iterable[pa.RecordBatch], tally: Tally) -> Iterator[pa.Table]:
-    """Survivors of sorted rows, batch by batch.
-
-    The last row of a batch waits for the next batch, which may open with its successor.
-    """
-    waiting: pa.Table | None = None
-    for batch in batches:
+def _survivors(
+    inputs: Inputs,
+    base: RowGroups | None,
+    connection: duckdb.DuckDBPyConnection,
+    tally: Tally,
+) -> Iterator[pa.Table]:
+    """Survivors among the pending rows and those of some row groups, in order."""
+    make_types(connection, base)
+    if base is not None:
+        connection.register("base", base.reader())
+    for batch in connection.sql(FATES[inputs.plain]).to_arrow_reader(BATCH):
+        for one in pc.value_counts(batch["fate"]).to_pylist():
+            if counter := _COUNTERS.get(one["values"]):
+                setattr(tally, counter, getattr(tally, counter) + one["counts"])
         rows = pa.Table.from_batches([batch])
-        rows = rows.cast(FLAGGED if "late" in rows.schema.names else SCHEMA)
-        if waiting is not None:
-            rows = pa.concat_tables([waiting, rows]).combine_chunks()
-        if rows.num_rows == 0:
-            continue
-        waiting = rows.slice(rows.num_rows - 1)
-        succeeded = _succeeded(rows, tally)
-        yield from _kept(rows.slice(0, rows.num_rows - 1).filter(pc.invert(succeeded)), tally)
-    if waiting is not None:
-        yield from _kept(waiting, tally)
+        rows = rows.filter(pc.equal(rows["fate"], _SURVIVES)).select(SCHEMA.names)
+        if rows.num_rows:
+            yield _encoded(rows)
 
 
-def _succeeded(rows: pa.Table, tally: Tally) -> pa.ChunkedArray:
-    """Of each sorted row but the last whether the next has its key; counts what became of it."""
-    this, following = rows.slice(0, rows.num_rows - 1), rows.slice(1)
-    same_key = _equal(this, following, KEY)
-    superseded = pc.and_not(same_key, _equal(this, following, ARRIVAL))
-    if "late" in rows.schema.names:
-        tally.uncounted += _count(pc.and_(superseded, this["late"]))
-        superseded = pc.and_not(superseded, this["late"])
-    repeats = _count(pc.and_(superseded, _equal(this, following, ("heart_rate",))))
-    tally.repeats += repeats
-    tally.corrections += _count(superseded) - repeats
-    return same_key
+def _counted(survivors: Iterator[pa.Table], tally: Tally) -> Iterator[pa.Table]:
+    for rows in survivors:
+        tally.survivors += rows.num_rows
+        yield rows
 
 
-def _kept(survivors: pa.Table, tally: Tally) -> Iterator[pa.Table]:
-    """Survivors but for those that are erased, which are counted where they came first."""
-    if "gone" in survivors.schema.names:
-        gone = _count(survivors["gone"])
-        counted = _count(pc.and_not(survivors["gone"], survivors["late"]))
-        tally.erased += counted
-        tally.uncounted += gone - counted
-        survivors = survivors.filter(pc.invert(survivors["gone"])).select(SCHEMA.names)
-    tally.survivors += survivors.num_rows
-    if survivors.num_rows:
-        yield survivors
+_MOST_IDS = 2**17
+"""Distinct texts of an ENUM type: it lies in memory, and can't be spilled."""
+_DISTINCT = {
+    name: f"SELECT {name} AS text FROM new UNION SELECT text FROM base_texts LIMIT $most"
+    for name in TEXTS
+}
+_ENUM = {
+    name: f"CREATE TEMP TYPE {name}s AS ENUM (SELECT text FROM texts ORDER BY text)"
+    for name in TEXTS
+}
+_TEXT = {name: f"CREATE TEMP TYPE {name}s AS VARCHAR" for name in TEXTS}
 
 
-def _equal(this: pa.Table, following: pa.Table, names: Sequence[str]) -> pa.ChunkedArray:
-    result = pc.equal(this[names[0]], following[names[0]])
-    for name in names[1:]:
-        result = pc.and_(result, pc.equal(this[name], following[name]))
-    return result
+def make_types(connection: duckdb.DuckDBPyConnection, base: RowGroups | None) -> None:
+    """Make a type for each column of text: an ENUM of its distinct texts, if they aren't too many.
+
+    Numbers are sorted faster than texts. The types are the connection's own, and go with it.
+    """
+    for name in TEXTS:
+        of_base = pa.array([], pa.string()) if base is None else base.texts(name)
+        connection.register("base_texts", pa.table({"text": of_base}))
+        texts = connection.sql(_DISTINCT[name], params={"most": _MOST_IDS + 1}).to_arrow_table()
+        few = 0 < texts.num_rows <= _MOST_IDS
+        connection.register("texts", texts)
+        connection.execute((_ENUM if few else _TEXT)[name])
 
 
-def _count(flags: pa.ChunkedArray) -> int:
-    return int(pc.sum(flags).as_py() or 0)
+def _encoded(rows: pa.Table) -> pa.Table:
+    """Rows in the schema ENCODED."""
+    columns = [
+        _trimmed(rows[field.name]) if field.name in TEXTS else rows[field.name].cast(field.type)
+        for field in ENCODED
+    ]
+    return pa.Table.from_arrays(columns, schema=ENCODED)
+
+
+_SMALL = 1024
+"""Texts that a dictionary may hold without need."""
+
+
+def _trimmed(texts: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+    """Texts as a dictionary that holds few others: each row group is written with its own."""
+    if not pa.types.is_dictionary(texts.type):
+        return texts.dictionary_encode()
+    whole = texts.combine_chunks()
+    low, high = pc.min_max(whole.indices).as_py().values()
+    if high - low >= max(len(whole), _SMALL):
+        return whole.dictionary_decode().dictionary_encode()
+    indices = pc.subtract(whole.indices.cast(pa.int32()), low)
+    return pa.DictionaryArray.from_arrays(indices, whole.dictionary.slice(low, high - low + 1))

@@ -26,7 +26,7 @@ from hb_assets.core.record import Heartbeat, Refusal, TimeBounds
 from hb_assets.core.schema import HEARTBEATS, QUARANTINE, VALUES
 from hb_assets.core.settings import Settings
 from hb_assets.lake.ingest import canonical
-from hb_assets.lake.storage.columns import order_of
+from hb_assets.lake.storage.order import order_of
 
 
 class Delivery(Protocol):

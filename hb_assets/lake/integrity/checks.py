@@ -20,11 +20,11 @@ import pyarrow as pa
 
 from hb_assets.core.errors import CheckFailedError
 from hb_assets.core.record import shard_of
-from hb_assets.core.schema import KEY, ORDER
+from hb_assets.core.schema import KEY, ORDER, TEXTS
 from hb_assets.core.settings import Settings
 from hb_assets.lake.storage import parquet, verified
-from hb_assets.lake.storage.columns import TEXTS, neighbours, ranks
 from hb_assets.lake.storage.engine import engine, figures
+from hb_assets.lake.storage.order import neighbours, ranks
 
 if TYPE_CHECKING:
     import polars as pl

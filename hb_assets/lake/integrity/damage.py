@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from hb_assets.core import days
 from hb_assets.core.errors import DamagedFileError
 from hb_assets.core.record import ID_LENGTH, shard_of
-from hb_assets.core.schema import BOUNDS
+from hb_assets.core.schema import BOUNDS, TEXTS
 from hb_assets.core.schema import HEARTBEATS as SCHEMA
 from hb_assets.core.settings import Settings
 from hb_assets.lake.files import accepted_losses, fragments
@@ -28,7 +28,6 @@ from hb_assets.lake.files.consolidated import ConsolidatedNote, current, mark_in
 from hb_assets.lake.files.fragments import Fragment
 from hb_assets.lake.integrity import checks
 from hb_assets.lake.storage import layout, parquet, verified
-from hb_assets.lake.storage.columns import TEXTS
 from hb_assets.lake.storage.durable_files import make_folder, sync_folder
 from hb_assets.lake.storage.layout import DAMAGED, HEARTBEATS, RAW, FragmentName
 from hb_assets.lake.storage.store import Lake

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 
 from hb_assets.core.errors import DamagedFileError, HbError
 from hb_assets.lake.storage import layout
-from hb_assets.lake.storage.columns import neighbours, ranks
 from hb_assets.lake.storage.layout import FragmentName
+from hb_assets.lake.storage.order import neighbours, ranks
 
 KEY = b"hb"
 DIGEST = b"hb.digest"

@@ -71,8 +71,8 @@ def relations(
 ) -> Iterator[Mapping[str, list[Path]]]:
     """Context with verified files as relations of an engine, by these names.
 
-    Their column `filename` is the path. Names without any file aren't there: what is there, with
-    its files, is what the block gets.
+    Their columns `filename` and `file_row_number` say where a row lies. Names without any file
+    aren't there: what is there, with its files, is what the block gets.
 
     Args:
         connection: the engine.
@@ -148,7 +148,9 @@ def _require_unchanged(path: Path, before: Look) -> None:
 
 
 def _relate(connection: duckdb.DuckDBPyConnection, name: str, paths: Sequence[Path]) -> None:
-    rows = connection.read_parquet(list(map(str, paths)), hive_partitioning=False, filename=True)
+    rows = connection.read_parquet(
+        list(map(str, paths)), hive_partitioning=False, filename=True, file_row_number=True
+    )
     connection.register(name, rows)
 
 

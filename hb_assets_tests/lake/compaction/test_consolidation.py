@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
@@ -29,7 +28,6 @@ from hb_assets.core.settings import Settings
 from hb_assets.lake import inventory, ledger
 from hb_assets.lake.compaction import consolidation, pruning
 from hb_assets.lake.compaction.consolidation import Consolidated, consolidate
-from hb_assets.lake.compaction.memory import Memory
 from hb_assets.lake.files import fragments
 from hb_assets.lake.files.consolidated import ConsolidatedNote, Current, current
 from hb_assets.lake.files.fragments import Fragment
@@ -605,12 +603,11 @@ def test_current(lake: Lake, settings: Settings) -> None:
     assert found.names == {str(one.name) for one in fragments.all_listed(lake, DAY)}
 
 
-def test_a_failure_out_of_core_keeps_no_other_shard_waiting(
+def test_a_failed_merge_keeps_no_other_shard_waiting(
     lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shards that don't fit into memory are sorted one after the other, whatever becomes of one."""
+    """Merges take turns at the engine's memory, whatever becomes of one."""
     deliver(lake, settings, entry([line(f"u{n}") for n in range(50)], 0))
-    monkeypatch.setattr(Memory, "lent", lambda *_: nullcontext(False))
     original, failed = parquet.Writer.write, threading.Event()
 
     def write(out: parquet.Writer, rows: pa.Table) -> None:
@@ -625,3 +622,20 @@ def test_a_failure_out_of_core_keeps_no_other_shard_waiting(
     assert len(list((lake.root / layout.HEARTBEATS).rglob("*.parquet"))) == lake.shards - 1
     consolidate(lake, DAY, settings)
     assert_consolidated(lake, raw(lake))
+
+
+@pytest.mark.parametrize(
+    ("threads", "memory_mb", "merges"), [(1, 1024, 1), (2, 1024, 1), (8, 1024, 4), (64, 1024, 4)]
+)
+def test_merges_side_by_side_share_memory_and_threads(
+    settings: Settings, threads: int, memory_mb: int, merges: int
+) -> None:
+    memory = memory_mb * 2**20
+    given = settings.model_copy(update={"duckdb_threads": threads, "duckdb_memory": memory})
+    bounds = consolidation._Bounds.of(given)
+    assert [bounds.turns.acquire(blocking=False) for _ in range(merges + 1)] == [
+        *([True] * merges),
+        False,
+    ]
+    assert bounds.settings.duckdb_threads * merges == threads
+    assert bounds.settings.duckdb_memory * merges == memory

@@ -1,9 +1,13 @@
-"""The merge in memory and the one in DuckDB give the same rows and the same counts."""
+"""The merge: rows and every count as a plain model of it in Python has them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,22 +16,149 @@ from hypothesis import given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
-from hb_assets.core.schema import ARRIVAL, HEARTBEATS, ORDER
+from hb_assets.core.schema import ENCODED, HEARTBEATS, ORDER, TEXTS
 from hb_assets.core.settings import Settings
 from hb_assets.lake.compaction import merge as merge_module
+from hb_assets.lake.compaction import row_groups
 from hb_assets.lake.compaction.inputs import Inputs
 from hb_assets.lake.compaction.merge import Tally, merged
 from hb_assets.lake.files.consolidated import ConsolidatedNote
-from hb_assets.lake.storage import columns, parquet
+from hb_assets.lake.storage import engine, parquet
+from hb_assets.lake.storage.layout import FragmentName
 from hb_assets_tests.examples import examples
 from hb_assets_tests.lake.deliveries import NOON
 
 pytestmark = pytest.mark.slow
 
-texts = st.sampled_from(["a", "b", "B", "é", "aa", "z" * 128, "\x00"])
-small = st.integers(0, 3)
-rows = st.tuples(texts, texts, small, st.integers(60, 62), small, small, small, small)
-fragments = st.lists(st.lists(rows, min_size=1, max_size=12), min_size=1, max_size=4)
+
+class Reading(NamedTuple):
+    """A row, in the order of HEARTBEATS; the instant in milliseconds since NOON."""
+
+    user: str
+    device: str
+    at: int
+    bpm: int
+    ms: int
+    seq: int
+    shard: int
+    pos: int
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        return self.user, self.at, self.device
+
+    @property
+    def entry(self) -> tuple[int, int]:
+        return self.ms, self.seq
+
+    @property
+    def arrival(self) -> tuple[int, ...]:
+        return self[4:]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is merged; `unread` are ranges of entries of a source shard."""
+
+    base: list[Reading]
+    new: list[list[Reading]]
+    included: list[Reading]
+    erased_before: list[Reading]
+    watermark: dict[int, tuple[int, int]]
+    erased: dict[str, dict[int, tuple[int, int]]]
+    unread: list[tuple[int, tuple[int, int], tuple[int, int]]]
+
+
+def model(case: Case) -> tuple[list[Reading], Tally]:  # noqa: C901  # all of the rules
+    """The survivors in order, and the counts."""
+
+    def reached(row: Reading, marks: dict[int, tuple[int, int]]) -> bool:
+        return row.shard in marks and row.entry <= marks[row.shard]
+
+    base = {row.key: row for row in case.base}
+    counted = {row.arrival for row in case.erased_before}
+    arrived = [row for rows in case.new for row in rows if row not in case.included]
+    if case.unread:
+        by_entry = groupby(
+            sorted((row for rows in case.new for row in rows), key=itemgetter(6, 4, 5)),
+            key=itemgetter(6, 4, 5),
+        )
+        for (shard, *entry), rows in by_entry:
+            of_one = any(s == shard and a <= tuple(entry) <= b for s, a, b in case.unread)
+            if of_one and all(
+                row.user in case.erased
+                or (row.key in base and base[row.key].arrival >= row.arrival)
+                for row in rows
+            ):
+                arrived = [one for one in arrived if (one.shard, *one.entry) != (shard, *entry)]
+    rows = [(row, reached(row, case.watermark) or row.arrival in counted) for row in arrived]
+    rows += [(row, False) for row in case.base]
+    rows.sort(key=lambda one: (one[0].key, one[0].arrival, not one[1]))
+    survivors, tally = [], Tally()
+    for _, same_key in groupby(rows, key=lambda one: one[0].key):
+        chain = list(same_key)
+        for (row, late), (following, _) in pairwise(chain):
+            if row.arrival == following.arrival:
+                continue
+            if late:
+                tally.uncounted += 1
+            elif row.bpm == following.bpm:
+                tally.repeats += 1
+            else:
+                tally.corrections += 1
+        row, late = chain[-1]
+        if not reached(row, case.erased.get(row.user, {})):
+            survivors.append(row)
+            tally.survivors += 1
+        elif late:
+            tally.uncounted += 1
+        else:
+            tally.erased += 1
+    return survivors, tally
+
+
+# -- cases
+
+users = st.sampled_from(["a", "b", "B", "é", "aa", "z" * 128, "\x00"])
+small = st.integers(0, 2)
+readings = st.builds(
+    Reading,
+    users,
+    st.sampled_from(["d", "e"]),
+    small,
+    st.integers(60, 61),
+    small,
+    small,
+    small,
+    small,
+)
+entries = st.tuples(small, small)
+marks = st.dictionaries(small, entries, max_size=2)
+ranges = st.tuples(small, entries, entries).map(lambda one: (one[0], *sorted(one[1:])))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Anything may come again; but a row with the key and the identity of another is that row."""
+    known: dict[tuple[object, ...], Reading] = {}
+
+    def some(most: int, least: int = 0) -> list[Reading]:
+        found = draw(st.lists(readings, min_size=least, max_size=most))
+        again = draw(st.lists(st.sampled_from([*known.values()]), max_size=4)) if known else []
+        rows = [known.setdefault((*row.key, *row.arrival), row) for row in (*found, *again)]
+        return list({row.arrival: row for row in rows}.values())
+
+    included = some(6)
+    base = {row.key: row for row in sorted([*some(30), *included], key=lambda row: row.arrival)}
+    return Case(
+        sorted(base.values(), key=lambda row: row.key),
+        [some(12, 1) for _ in range(draw(st.integers(1, 4)))],
+        included if base else [],
+        some(4),
+        draw(marks) if base else {},
+        draw(st.dictionaries(users, marks, max_size=2)),
+        draw(st.lists(ranges, max_size=2)) if base else [],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,121 +168,142 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bounds(folder: Path) -> Settings:
-    return Settings(home=folder)
+    return Settings(home=folder, duckdb_threads=1)
 
 
-def written(path: Path, found: pa.Table) -> Path:
+def written(path: Path, rows: Iterable[Reading]) -> Path:
+    """A file of small row groups."""
+    listed = [
+        dict(zip(HEARTBEATS.names, row._replace(at=NOON + row.at), strict=True)) for row in rows
+    ]
     path.touch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parquet, "ROW_GROUP", 5)
-        parquet.write(path, found, ConsolidatedNote.nothing())
+        patch.setattr(parquet, "ROW_GROUP", 4)
+        parquet.write(
+            path, pa.Table.from_pylist(listed, HEARTBEATS), ConsolidatedNote.nothing(), ORDER
+        )
     return path
 
 
-def table(found: Sequence[tuple[object, ...]]) -> pa.Table:
-    """Rows of one delivery; whatever has the same identity is the same row."""
-    by_identity = {row[4:]: row for row in found}
-    listed = [
-        dict(zip(HEARTBEATS.names, (*row[:2], NOON + row[2], *row[3:]), strict=True))  # type: ignore[operator]  # an instant
-        for row in by_identity.values()
-    ]
-    return pa.Table.from_pylist(listed, schema=HEARTBEATS)
+def inputs_of(case: Case, folder: Path) -> Inputs:
+    def files(name: str, rows: list[Reading]) -> list[Path]:
+        return [written(folder / f"{name}.parquet", rows)] if rows else []
+
+    return Inputs(
+        next(iter(files("base", case.base)), None),
+        [written(folder / f"new{n}.parquet", rows) for n, rows in enumerate(case.new)],
+        files("included", case.included),
+        [FragmentName.new(*one) for one in case.unread],
+        files("erased", case.erased_before),
+        case.watermark,
+        case.erased,
+    )
 
 
-def merge(
-    base: Path | None,
-    new: Sequence[Path],
-    bounds: Settings,
-    *,
-    in_memory: bool,
-) -> tuple[pa.Table, Tally]:
+def merge(inputs: Inputs, bounds: Settings) -> tuple[list[Reading], Tally]:
     tally = Tally()
-    arrived = sum(pq.read_metadata(path).num_rows for path in new)
-    found = merged(Inputs(base, new), arrived, tally, bounds, in_memory=in_memory)
-    return pa.concat_tables(
-        [part.cast(HEARTBEATS) for part in (columns.ENCODED.empty_table(), *found)]
-    ).combine_chunks(), tally
+    found = pa.concat_tables([ENCODED.empty_table(), *merged(inputs, tally, bounds)])
+    columns = [
+        found[name].cast(pa.int64()).to_pylist() if name == "timestamp" else found[name].to_pylist()
+        for name in HEARTBEATS.names
+    ]
+    rows = [Reading(*row) for row in zip(*columns, strict=True)]
+    return [row._replace(at=row.at - NOON) for row in rows], tally
 
 
-@pytest.mark.parametrize("word", [63, 3], ids=["as one number", "column by column"])
-@pytest.mark.parametrize("few", [1, 100], ids=["few put between", "all sorted"])
-@given(before=st.lists(rows, max_size=30), new=fragments)
-@example_settings(max_examples=examples(25))
-def test_both_sorts_agree(
+@pytest.mark.parametrize("most", [0, 2, 2**17], ids=["as texts", "devices as ENUM", "as ENUM"])
+@given(case=cases())
+@example_settings(max_examples=examples(60))
+def test_against_the_model(folder: Path, bounds: Settings, most: int, case: Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge_module, "BATCH", 4)
+        patch.setattr(merge_module, "_MOST_IDS", most)
+        patch.setattr(merge_module, "_SMALL", 2)
+        found = merge(inputs_of(case, folder), bounds)
+    assert found == model(case)
+
+
+def plain(base: Sequence[Reading], *new: Sequence[Reading]) -> Case:
+    return Case(list(base), [list(rows) for rows in new], [], [], {}, {}, [])
+
+
+def test_arrival_decides_whatever_the_order_of_files(folder: Path, bounds: Settings) -> None:
+    arrivals = [(2, 0, 0, 0), (1, 9, 0, 0), (2, 0, 0, 1), (1, 9, 1, 0), (2, 0, 1, 0), (10, 0, 0, 0)]
+    files = [[Reading("u", "d", 0, 60 + n, *arrival)] for n, arrival in enumerate(arrivals)]
+    for order in (files, files[::-1]):
+        [survivor], tally = merge(inputs_of(plain([], *order), folder), bounds)
+        assert survivor.arrival == max(arrivals)
+        assert tally == Tally(survivors=1, corrections=5)
+
+
+# -- row groups of the base
+
+BASE = [Reading("u", "d", 2 * n, 60, 0, n, 0, 0) for n in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("row", "sorted_rows"),
+    [
+        (Reading("u", "d", 22, 61, 1, 0, 0, 0), 4),  # the key of a row
+        (Reading("u", "d", 23, 61, 1, 0, 0, 0), 0),  # between rows
+        (Reading("u", "e", 22, 61, 1, 0, 0, 0), 0),  # at the instant of one
+        (Reading("a", "d", 22, 61, 1, 0, 0, 0), 0),  # before all
+        (Reading("v", "d", 22, 61, 1, 0, 0, 0), 0),  # behind all
+    ],
+)
+def test_only_a_row_group_with_the_key_of_a_pending_row_is_sorted(
     folder: Path,
     bounds: Settings,
-    word: int,
-    few: int,
-    before: list[tuple[object, ...]],
-    new: list[list[tuple[object, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+    row: Reading,
+    sorted_rows: int,
 ) -> None:
-    paths = [written(folder / f"{n}.parquet", table(found)) for n, found in enumerate(new)]
-    base = None
-    if before:
-        first = written(folder / "first.parquet", table(before))
-        survivors, _ = merge(None, [first], bounds, in_memory=False)
-        base = written(folder / "base.parquet", survivors)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge_module, "_BATCH", 4)
-        patch.setattr(merge_module, "_FEW", few)
-        patch.setattr(columns, "_WORD", word)
-        found, counted = merge(base, paths, bounds, in_memory=True)
-    expected, expected_tally = merge(base, paths, bounds, in_memory=False)
-    assert found == expected
-    assert counted == expected_tally
-
-
-def test_a_row_group_that_no_row_falls_into_is_passed_on(
-    folder: Path, bounds: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = written(
-        folder / "base.parquet", table([("u", "d", n, 60, 0, n, 0, 0) for n in range(50)])
-    )
-    new = written(folder / "new.parquet", table([("u", "d", 22, 61, 1, 0, 0, 0)]))
     taken: list[int] = []
-    original = columns.Columns.of
+    reader = row_groups.RowGroups.reader
 
-    def noted(tables: Sequence[pa.Table], rows: int) -> columns.Columns:
-        taken.append(rows)
-        return original(tables, rows)
+    def noted(groups: row_groups.RowGroups) -> pa.RecordBatchReader:
+        taken.extend(table.num_rows for table in groups.tables())
+        return reader(groups)
 
-    monkeypatch.setattr(columns.Columns, "of", noted)
-    found, tally = merge(base, [new], bounds, in_memory=True)
-    assert taken == [1, 5 + 1, 0]
-    assert tally == Tally(survivors=50, corrections=1)
-    assert found["heart_rate"].to_pylist() == [61 if n == 22 else 60 for n in range(50)]
-
-
-@pytest.mark.parametrize("name", ORDER)
-def test_place_after(name: str) -> None:
-    """Behind the key itself, and where it would stand when it isn't there."""
-    found = table([("b", "b", n, 60, n, 0, 0, 0) for n in (1, 3)])
-    sorted_rows = columns.Columns.of([found], 2)
-    sorted_rows.sort()
-    key = {"user_id": "b", "timestamp": NOON + 1, "device_id": "b"}
-    other: dict[str, tuple[object, object]] = {
-        "user_id": ("a", "c"),
-        "timestamp": (NOON, NOON + 2),
-        "device_id": ("a", "c"),
-    }
-    less, more = other[name]
-    assert sorted_rows.place_after(key) == 1
-    assert sorted_rows.place_after(key | {name: less}) == 0
-    assert sorted_rows.place_after(key | {name: more}) == (2 if name == "user_id" else 1)
+    monkeypatch.setattr(row_groups.RowGroups, "reader", noted)
+    case = plain(BASE, [row])
+    assert merge(inputs_of(case, folder), bounds) == model(case)
+    assert sum(taken) == sorted_rows
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_arrival_decides_whatever_the_order_of_files(
-    folder: Path, bounds: Settings, in_memory: bool
-) -> None:
-    arrivals = [(2, 0, 0, 0), (1, 9, 0, 0), (2, 0, 0, 1), (1, 9, 1, 0), (2, 0, 1, 0), (10, 0, 0, 0)]
-    files = [
-        written(folder / f"{n}.parquet", table([("u", "d", 0, 60 + n, *arrival)]))
-        for n, arrival in enumerate(arrivals)
-    ]
-    for order in (files, files[::-1]):
-        found, tally = merge(None, order, bounds, in_memory=in_memory)
-        assert [tuple(row[name] for name in ARRIVAL) for row in found.to_pylist()] == [
-            max(arrivals)
-        ]
-        assert tally == Tally(survivors=1, corrections=5)
+def test_a_row_group_that_no_row_falls_into_is_passed_on(folder: Path, bounds: Settings) -> None:
+    inputs = inputs_of(plain(BASE, [Reading("u", "d", 23, 61, 1, 0, 0, 0)]), folder)
+    assert inputs.base is not None
+    footer = pq.read_metadata(inputs.base)
+    sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+    found = [table.num_rows for table in merged(inputs, Tally(), bounds)]
+    assert len(sizes) == 10
+    assert found != sizes
+    assert [*found[:2], *found[4:]] == [*sizes[:2], *sizes[3:]], "one is cut where the row goes"
+
+
+# -- the engine
+
+
+def test_the_window_is_a_streaming_one(folder: Path, bounds: Settings) -> None:
+    """A window that isn't would hold all rows once more."""
+    inputs = inputs_of(plain([], BASE), folder)
+    with engine.engine(bounds) as connection, merge_module._pending(inputs, connection):
+        merge_module.make_types(connection, None)
+        for query in merge_module.FATES.values():
+            [(_, plan)] = connection.sql(f"EXPLAIN {query}").fetchall()
+            assert plan.count("Streaming Window") == plan.count("Window") == 1
+
+
+def test_types_go_with_the_work(folder: Path, bounds: Settings) -> None:
+    """An engine is kept for the next merge, and one that failed leaves nothing in it either."""
+    inputs = inputs_of(plain([], BASE), folder)
+    for _ in range(3):
+        rows = merged(inputs, Tally(), bounds)
+        next(rows)
+        with pytest.raises(KeyError):
+            rows.throw(KeyError())
+        assert merge(inputs, bounds) == (BASE, Tally(survivors=40))
+        with engine.engine(bounds) as connection:
+            types = connection.sql("SELECT type_name FROM duckdb_types()").fetchall()
+        assert not {(f"{name}s",) for name in TEXTS} & set(types)

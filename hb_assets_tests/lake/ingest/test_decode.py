@@ -24,7 +24,7 @@ from hb_assets.core.settings import Settings
 from hb_assets.lake.files import fragments, quarantine
 from hb_assets.lake.ingest import decode as decode_module
 from hb_assets.lake.ingest.decode import Decoded, decode, pieces, refused
-from hb_assets.lake.storage import columns, layout
+from hb_assets.lake.storage import layout, order
 from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.lake.deliveries import (
     DAY,
@@ -611,5 +611,5 @@ def test_rows_are_sorted(own: int | None, monkeypatch: pytest.MonkeyPatch) -> No
             *(one["arrival_ms"], one["arrival_seq"], one["arrival_pos"]),
         ),
     )
-    monkeypatch.setattr(columns, "_WORD", 0)
+    monkeypatch.setattr(order, "_WORD", 0)
     assert decode(entries, SETTINGS).rows.equals(decoded.rows)

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hb_assets.core.schema import HEARTBEATS, ORDER
+from hb_assets.core.schema import ENCODED, HEARTBEATS, ORDER
 from hb_assets.lake.files.consolidated import ConsolidatedNote
-from hb_assets.lake.storage import columns, parquet
+from hb_assets.lake.storage import parquet
 
 DICTIONARY, DIFFERENCES, PLAIN = "RLE_DICTIONARY", "DELTA_BINARY_PACKED", "PLAIN"
 
@@ -146,7 +146,7 @@ def test_row_groups_end_between_users(
     count = sum(of_users)
     users = pa.array(np.repeat([f"user-{n:02}" for n in range(len(of_users))], of_users))
     rows = rows_of(list(range(count)), [0] * count).set_column(0, HEARTBEATS.field(0), users)
-    given = columns.encoded(rows) if encoded else rows
+    given = rows.cast(ENCODED) if encoded else rows
     with parquet.writer(path, given.schema, ORDER) as out:
         for start in range(0, count, at_once):
             out.write(given.slice(start, at_once))
