@@ -24,7 +24,7 @@ from hb_assets.core.record import shard_of
 from hb_assets.core.schema import HEARTBEATS, ORDER
 from hb_assets.core.settings import Settings
 from hb_assets.lake.files import fragments
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.storage import layout, parquet
 from hb_assets.lake.storage.durable_files import TempFile
 from hb_assets.lake.storage.store import FORMAT, Lake
@@ -85,11 +85,11 @@ def copy_of(lake: Path, home: Path) -> Path:
 
 def _write(lake: Lake, shard: int, users: Sequence[str]) -> None:
     final = layout.consolidated_file(lake.root, DAY, shard)
-    note = msgspec.structs.replace(
-        ConsolidatedNote.nothing(),
+    metadata = msgspec.structs.replace(
+        ConsolidatedMetadata.nothing(),
         day=DAY.isoformat(),
         shard=shard,
-        edition=f"{shard:016x}",
+        version=f"{shard:016x}",
         rows=SECONDS * len(users),
         unique=SECONDS * len(users),
         rows_written=SECONDS * len(users),
@@ -99,7 +99,7 @@ def _write(lake: Lake, shard: int, users: Sequence[str]) -> None:
         with parquet.writer(temp.path, HEARTBEATS, ORDER) as out:
             for start in range(0, len(users), _USERS_AT_ONCE):
                 out.write(_rows(users[start : start + _USERS_AT_ONCE], shard, chance))
-            out.close_with(note)
+            out.close_with(metadata)
         temp.publish_replacing(final)
 
 

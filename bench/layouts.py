@@ -27,8 +27,8 @@ from bench.traffic import DAY
 from hb_assets.core import days
 from hb_assets.core.schema import HEARTBEATS
 from hb_assets.core.settings import Settings
-from hb_assets.lake.query import query
-from hb_assets.lake.query.query import Question
+from hb_assets.lake.query import series
+from hb_assets.lake.query.series import Query
 from hb_assets.lake.storage import layout, parquet
 from hb_assets.lake.storage.store import Lake
 
@@ -124,7 +124,7 @@ def asked(lake: str, home: str, name: str) -> Found:
     start = days.start_ms(DAY)
 
     def ours(user: str, first: int, last: int) -> None:
-        query.answer(again, Question(user, start + first, start + last), settings)
+        series.answer(again, Query(user, start + first, start + last), settings)
 
     def by_duckdb(user: str, first: int) -> None:
         connection.sql(

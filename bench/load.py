@@ -57,32 +57,32 @@ def _key(served: Served) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class Query:
     """A GET of one user's minutes, and how many points its answer has to have."""
 
     path: str
     points: int
 
 
-def hours(users: Sequence[str], count: int, seed: int) -> Iterator[Question]:
+def hours(users: Sequence[str], count: int, seed: int) -> Iterator[Query]:
     """An hour each of random users, on the day that `lakes` makes."""
     chance = random.Random(seed)
     for _ in range(count):
         hour = chance.randrange(23)
-        yield _question(chance.choice(users), f"{hour:02}:00:00", f"{hour + 1:02}:00:00", 60)
+        yield _query(chance.choice(users), f"{hour:02}:00:00", f"{hour + 1:02}:00:00", 60)
 
 
-def whole_days(users: Sequence[str], count: int, seed: int) -> Iterator[Question]:
+def whole_days(users: Sequence[str], count: int, seed: int) -> Iterator[Query]:
     """The whole day each of random users."""
     chance = random.Random(seed)
     for _ in range(count):
-        yield _question(chance.choice(users), "00:00:00", "23:59:59.999", 1440)
+        yield _query(chance.choice(users), "00:00:00", "23:59:59.999", 1440)
 
 
-def _question(user: str, start: str, end: str, points: int) -> Question:
+def _query(user: str, start: str, end: str, points: int) -> Query:
     day = lakes.DAY.isoformat()
     asked = f"user_id={user}&start={day}T{start}Z&end={day}T{end}Z"
-    return Question(f"/metrics/heart-rate?{asked}", points)
+    return Query(f"/metrics/heart-rate?{asked}", points)
 
 
 class Client:
@@ -98,24 +98,24 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    def ask(self, question: Question) -> float:
+    def ask(self, query: Query) -> float:
         """Milliseconds to the last byte of the answer.
 
         Raises:
             FailedLoadError: it isn't the answer.
         """
         began = time.perf_counter()
-        self._connection.request("GET", question.path, headers=self._headers)
+        self._connection.request("GET", query.path, headers=self._headers)
         answer = self._connection.getresponse()
         body = answer.read()
         taken = (time.perf_counter() - began) * 1000
-        if answer.status != 200 or json.loads(body)["count"] != question.points:
-            raise FailedLoadError(f"GET {question.path}: {answer.status} {body[:200]!r}")
+        if answer.status != 200 or json.loads(body)["count"] != query.points:
+            raise FailedLoadError(f"GET {query.path}: {answer.status} {body[:200]!r}")
         return taken
 
-    def ask_all(self, questions: Iterable[Question]) -> list[float]:
+    def ask_all(self, queries: Iterable[Query]) -> list[float]:
         """Milliseconds of each."""
-        return [self.ask(question) for question in questions]
+        return [self.ask(query) for query in queries]
 
 
 def percentile(times: Sequence[float], share: float) -> float:

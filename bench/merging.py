@@ -27,7 +27,7 @@ from hb_assets.lake.compaction import merge
 from hb_assets.lake.compaction.inputs import Inputs
 from hb_assets.lake.compaction.merge import Tally
 from hb_assets.lake.files import fragments
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.integrity import checks
 from hb_assets.lake.storage import parquet, verified
 from hb_assets.lake.storage.engine import engine
@@ -64,7 +64,7 @@ def _parts(
         with parquet.writer(to, ENCODED, ORDER) as out:
             for part in sorted_rows:
                 out.write(part)
-            out.close_with(ConsolidatedNote.nothing())
+            out.close_with(ConsolidatedMetadata.nothing())
 
     def verify() -> None:
         for fragment in found:

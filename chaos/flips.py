@@ -409,7 +409,7 @@ def unverified() -> Iterator[None]:
     def unchecked(*arguments: Any, **named: Any) -> Any:
         return plain(*arguments, **{**named, "page_checksum_verification": False})
 
-    def note(_: Path, found: Any) -> Any:
+    def metadata(_: Path, found: Any) -> Any:
         return found.metadata[parquet.KEY], None
 
     def just_read(path: Path, kind: Any) -> Any:
@@ -421,7 +421,7 @@ def unverified() -> Iterator[None]:
     changes: list[tuple[Any, str, Any]] = [
         (parquet, "_verify_end", lambda *_: None),
         (parquet, "verify_open", parquet._footer),  # noqa: SLF001  # what a reader without verification would do
-        (parquet, "_sealed", note),
+        (parquet, "_sealed", metadata),
         (pq, "ParquetFile", unchecked),
         (checksummed_json, "read", just_read),
     ]

@@ -31,8 +31,8 @@ from hb_assets.lake.erasure import Whose
 from hb_assets.lake.files import accepted_losses, erased, fragments, quarantine, tombstones
 from hb_assets.lake.files.accepted_losses import Acceptance
 from hb_assets.lake.ingest.decode import decode
-from hb_assets.lake.query import query
-from hb_assets.lake.query.query import Question
+from hb_assets.lake.query import series
+from hb_assets.lake.query.series import Query
 from hb_assets.lake.storage import layout, parquet
 from hb_assets.lake.storage.store import Lake
 
@@ -221,7 +221,7 @@ def in_process(settings: Settings, asked: Asked) -> Answer:
     """The same query, put to the lake as readers of a gateway do."""
     lake = Lake.open(settings)
     start, end = days.start_ms(DAYS[0]), days.end_ms(RAW)
-    page = query.answer(lake, Question(asked.user, start, end, granularity="1s"), settings)
+    page = series.answer(lake, Query(asked.user, start, end, granularity="1s"), settings)
     return Answer(
         _points(page.points.to_pylist()), told=bool(page.warnings or page.next_ms is not None)
     )

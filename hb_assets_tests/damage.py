@@ -30,7 +30,7 @@ from hb_assets.defs.reports import Cursor
 from hb_assets.gateway import backend
 from hb_assets.lake import minutes
 from hb_assets.lake.files import fragments
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.storage import layout, parquet
 from hb_assets.lake.storage.store import Lake
 from hb_assets.pipeline import alarms
@@ -142,9 +142,9 @@ def pending_is_gone(lake: Lake, settings: Settings) -> Iterator[Names]:
 def forged(lake: Lake, settings: Settings) -> Iterator[Names]:
     """A footer whose checksums are right, and its counts aren't."""
     path = published(lake)
-    note = parquet.note(path, ConsolidatedNote)
+    metadata = parquet.metadata(path, ConsolidatedMetadata)
     rows = pq.read_table(path, partitioning=None)
-    parquet.write(path, rows, msgspec.structs.replace(note, rows=note.rows + 1))
+    parquet.write(path, rows, msgspec.structs.replace(metadata, rows=metadata.rows + 1))
     yield str(path), f"day {DAY}, shard {SHARD:02d}"
 
 

@@ -91,8 +91,8 @@ def replica_of(url: str, folder: Path) -> Iterator[str]:
 def confirmed(primary: redis.Redis) -> int:
     """How many replicas of the server have a write on their disks at once."""
     with primary.pipeline(transaction=False) as pipeline:
-        pipeline.delete("a key for this question")
-        pipeline.set("a key for this question", 1, px=1)
+        pipeline.delete("a key for this query")
+        pipeline.set("a key for this query", 1, px=1)
         pipeline.execute_command("WAIT", 1, 100)
         pipeline.execute_command("WAITAOF", 0, 9, 100)
         return int(pipeline.execute()[-1][1])

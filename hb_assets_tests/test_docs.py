@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from hb_assets.core import record, schema
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 
 DOCS = Path(__file__).parents[1] / "docs"
 LAKE = (DOCS / "lake.md").read_text()
@@ -47,7 +47,7 @@ def test_shards() -> None:
 
 def test_footer_fields() -> None:
     named = [name.strip() for row in rows(section("Footers")) for name in row[0].split(",")]
-    assert sorted(named) == sorted(ConsolidatedNote.__struct_fields__)
+    assert sorted(named) == sorted(ConsolidatedMetadata.__struct_encode_fields__)
 
 
 @pytest.mark.parametrize(

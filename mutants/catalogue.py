@@ -340,8 +340,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "what isn't acknowledged is pruned",
         "consolidation and pruning",
         f"{_LAKE}/compaction/pruning.py",
-        "        <= max(published.note.mark(one.name.source), acknowledged.get(",
-        "        <= one.name.last or max(published.note.mark(one.name.source), acknowledged.get(",
+        "        <= max(published.metadata.mark(one.name.source), acknowledged.get(",
+        "        <= one.name.last or max(published.metadata.mark(one.name.source), acknowledged.get(",
         f"{_TESTS}/lake/compaction/test_pruning.py::test_without_a_watermark_nothing_goes",
     ),
     Mutant(
@@ -429,7 +429,7 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_LAKE}/query/user_scan.py",
         "for name in sorted(raw - included) if FragmentName.parse(name))",
         "for name in sorted(raw & included) if FragmentName.parse(name))",
-        f"{_TESTS}/lake/query/test_query.py::test_only_what_is_asked_for_is_read",
+        f"{_TESTS}/lake/query/test_series.py::test_only_what_is_asked_for_is_read",
     ),
     Mutant(
         "a list of fragments is remembered too early",
@@ -446,7 +446,7 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_LAKE}/query/user_scan.py",
         "if self.users and not self.users[0] <= wanted.user_id <= self.users[1]:",
         "if self.users and not self.users[0] < wanted.user_id <= self.users[1]:",
-        f"{_TESTS}/lake/query/test_query.py::test_only_what_is_asked_for_is_read",
+        f"{_TESTS}/lake/query/test_series.py::test_only_what_is_asked_for_is_read",
     ),
     Mutant(
         "a row group's last instant isn't found",
@@ -454,7 +454,7 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_LAKE}/query/user_scan.py",
         "self.times[0] < wanted.end_ms and self.times[1] >= wanted.start_ms",
         "self.times[0] < wanted.end_ms and self.times[1] > wanted.start_ms",
-        f"{_TESTS}/lake/query/test_query.py::test_a_correction_that_is_pending_is_answered",
+        f"{_TESTS}/lake/query/test_series.py::test_a_correction_that_is_pending_is_answered",
     ),
     Mutant(
         "pending rows come without their arrivals",
@@ -462,7 +462,7 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_LAKE}/query/user_scan.py",
         "identified |= wanted.cutoffs is not None or any(groups for *_, groups in chosen)",
         "identified |= wanted.cutoffs is not None",
-        f"{_TESTS}/lake/query/test_query.py::test_a_correction_that_is_pending_is_answered",
+        f"{_TESTS}/lake/query/test_series.py::test_a_correction_that_is_pending_is_answered",
     ),
     Mutant(
         "a forgotten user's rows are answered",
@@ -470,7 +470,7 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_LAKE}/query/user_scan.py",
         "            found = found.taken(~tombstones.reached_by(found.arrival, wanted.cutoffs))\n",
         "            pass\n",
-        f"{_TESTS}/lake/query/test_query.py::test_what_waits_in_the_buffer_of_a_forgotten_user",
+        f"{_TESTS}/lake/query/test_series.py::test_what_waits_in_the_buffer_of_a_forgotten_user",
     ),
     Mutant(
         "a heart rate out of bounds is answered",
@@ -533,7 +533,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a reader doesn't ask again when a file has gone",
         "reads",
-        f"{_LAKE}/query/query.py",
+        f"{_LAKE}/query/series.py",
         "_ATTEMPTS = 10",
         "_ATTEMPTS = 1",
         f"{_TESTS}/lake/compaction/test_pruning.py::test_reader_overtaken_by_a_pruner",
@@ -541,10 +541,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a page parts a bucket",
         "reads",
-        f"{_LAKE}/query/query.py",
+        f"{_LAKE}/query/series.py",
         "keep = int(starts.searchsorted(starts[limit]))",
         "keep = limit",
-        f"{_TESTS}/lake/query/test_query.py::test_a_page_ends_with_a_whole_bucket",
+        f"{_TESTS}/lake/query/test_series.py::test_a_page_ends_with_a_whole_bucket",
     ),
     Mutant(
         "the first arrival of a key is answered",
@@ -552,7 +552,7 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_LAKE}/query/aggregate.py",
         "return ordered.taken(order[np.append(~again, True)])",
         "return ordered.taken(order[np.insert(~again, 0, True)])",
-        f"{_TESTS}/lake/query/test_query.py::test_a_correction_that_is_pending_is_answered",
+        f"{_TESTS}/lake/query/test_series.py::test_a_correction_that_is_pending_is_answered",
     ),
     Mutant(
         "device priority is turned round",
@@ -560,7 +560,7 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_LAKE}/query/aggregate.py",
         "place = {name: at for at, name in reversed(list(enumerate(priority)))}",
         "place = {name: -at for at, name in reversed(list(enumerate(priority)))}",
-        f"{_TESTS}/lake/query/test_query.py::test_of_two_devices_at_one_instant_the_trusted_one_is_answered",
+        f"{_TESTS}/lake/query/test_series.py::test_of_two_devices_at_one_instant_the_trusted_one_is_answered",
     ),
     # -- ledger: what the audit proves
     Mutant(
@@ -650,7 +650,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a footer's rows aren't held against raw",
         "ledger",
         f"{_LAKE}/ledger.py",
-        "if whole and listed_rows != note.rows + note.uncounted:",
+        "if whole and listed_rows != metadata.rows + metadata.uncounted:",
         "if listed_rows < 0:",
         f"{_TESTS}/lake/test_ledger.py::test_tampered_counts",
     ),
@@ -682,7 +682,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "distinct keys aren't counted from raw",
         "ledger",
         f"{_LAKE}/ledger.py",
-        "if keys != note.unique:",
+        "if keys != metadata.unique:",
         "if keys < 0:",
         f"{_TESTS}/lake/test_ledger.py::test_deep_counts_keys_from_raw",
     ),

@@ -10,9 +10,9 @@ import typer
 from hb_assets.cli import output
 from hb_assets.cli.app import FAILED, AsJson, app, existing_lake, settings_of, text_of
 from hb_assets.core import days, record
-from hb_assets.lake.query import query
+from hb_assets.lake.query import series
 from hb_assets.lake.query.aggregate import GRANULARITIES
-from hb_assets.lake.query.query import Question
+from hb_assets.lake.query.series import Query
 
 
 @app.command("query")
@@ -42,9 +42,9 @@ def query_user(
         )
     if device is not None:
         text_of(device, "--device")
-    question = Question(text_of(user, "USER"), first, last, device, granularity)
+    query = Query(text_of(user, "USER"), first, last, device, granularity)
     lake = existing_lake(settings)
-    page = query.answer(lake, question, settings)
+    page = series.answer(lake, query, settings)
     points = page.points.to_pylist()
     for fault in page.warnings:
         output.complain(fault.message)
@@ -53,7 +53,7 @@ def query_user(
         output.complain(f"from {since} on nothing can be answered: {output.line(page.ended_by)}")
     elif not points:
         whose = "this user" if device is None else "this user and device"
-        before, after = query.nearest(lake, question, settings)
+        before, after = series.nearest(lake, query, settings)
         told = [f"the last one before it is at {_iso(before)}"] if before else []
         told += [f"the first one after it is at {_iso(after)}"] if after else []
         output.note(

@@ -17,7 +17,7 @@ from hb_assets.core.errors import DamagedFileError
 from hb_assets.core.settings import Settings
 from hb_assets.lake import minutes
 from hb_assets.lake.files import consolidated, fragments
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.files.fragments import Fragment
 from hb_assets.lake.storage import layout, parquet
 from hb_assets.lake.storage.catalog import remembered
@@ -99,7 +99,7 @@ def raw_digest(lake: Lake, day: dt.date) -> str:
     return fragments.digest(fragments.all_listed(lake, day))
 
 
-def notes(lake: Lake, day: dt.date) -> list[ConsolidatedNote]:
+def notes(lake: Lake, day: dt.date) -> list[ConsolidatedMetadata]:
     """Footer metadata of the day's consolidated files. Raises DamagedFileError."""
     found = (published(lake, day, shard) for shard in range(lake.shards))
     return [one[0] for one in found if one is not None]
@@ -111,7 +111,7 @@ def day_state(lake: Lake, day: dt.date, settings: Settings) -> DayState:
     waiting: list[Fragment] = []
     faults: list[str] = []
     most = 0
-    notes: list[ConsolidatedNote] = []
+    notes: list[ConsolidatedMetadata] = []
     size = 0
     current = True
     for shard in range(lake.shards):
@@ -146,13 +146,13 @@ def day_state(lake: Lake, day: dt.date, settings: Settings) -> DayState:
         most_pending=most,
         pending_digest=fragments.digest(waiting),
         oldest_pending_ms=min((one.written_ms for one in pending), default=None),
-        rows=sum(note.rows for note in notes),
-        unique=sum(note.unique for note in notes),
-        superseded=sum(note.superseded for note in notes),
-        repeats=sum(note.repeats for note in notes),
-        corrections=sum(note.corrections for note in notes),
-        replayed=sum(note.replayed for note in notes),
-        rows_written=sum(note.rows_written for note in notes),
+        rows=sum(metadata.rows for metadata in notes),
+        unique=sum(metadata.unique for metadata in notes),
+        superseded=sum(metadata.superseded for metadata in notes),
+        repeats=sum(metadata.repeats for metadata in notes),
+        corrections=sum(metadata.corrections for metadata in notes),
+        replayed=sum(metadata.replayed for metadata in notes),
+        rows_written=sum(metadata.rows_written for metadata in notes),
         bytes=size,
         minutes_current=current and not waiting,
         faults=tuple(dict.fromkeys(faults)),
@@ -177,7 +177,7 @@ def _seen(raw: list[Fragment], faults: list[str]) -> dict[Path, _Seen]:
     return found
 
 
-def published(lake: Lake, day: dt.date, shard: int) -> tuple[ConsolidatedNote, int] | None:
+def published(lake: Lake, day: dt.date, shard: int) -> tuple[ConsolidatedMetadata, int] | None:
     """Footer metadata and size in bytes of a consolidated file; None where there is none.
 
     Raises:
@@ -196,5 +196,5 @@ def published(lake: Lake, day: dt.date, shard: int) -> tuple[ConsolidatedNote, i
 
 
 @remembered(20_000)
-def _note(path: Path, _seen: Look) -> ConsolidatedNote:
-    return parquet.note(path, consolidated.ConsolidatedNote)
+def _note(path: Path, _seen: Look) -> ConsolidatedMetadata:
+    return parquet.metadata(path, consolidated.ConsolidatedMetadata)

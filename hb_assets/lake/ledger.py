@@ -208,38 +208,40 @@ def _count_shard(
     ledger.pending += pending
     if published is None:
         return
-    note = published.note
+    metadata = published.metadata
     waiting_names = {one.name for one in waiting}
     listed = [one for one in raw if one.name not in waiting_names]
-    whole = len(listed) == len(note.fragments) and not note.pruned
+    whole = len(listed) == len(metadata.fragments) and not metadata.pruned
     if whole:
         known = len(ledger.faults)
         listed_rows = _rows_of(ledger, listed, settings)
         whole = known == len(ledger.faults)  # what can't be read can't be held against it
-        if whole and listed_rows != note.rows + note.uncounted:
+        if whole and listed_rows != metadata.rows + metadata.uncounted:
             ledger.faults.append(
                 f"{where}: {listed_rows:,} distinct rows lie in the listed fragments, "
-                f"the consolidated file counts {note.rows:,}"
+                f"the consolidated file counts {metadata.rows:,}"
             )
     in_file = parquet.footer(published.path).num_rows
-    ledger.faults += [f"{where}: {why}" for why in note.contradictions(ledger.day, shard, in_file)]
-    if deep and whole and listed and not note.erased and not note.uncounted:
+    ledger.faults += [
+        f"{where}: {why}" for why in metadata.contradictions(ledger.day, shard, in_file)
+    ]
+    if deep and whole and listed and not metadata.erased and not metadata.uncounted:
         with (
             engine(settings) as connection,
             verified.relations(connection, {"raw": [one.path for one in listed]}),
         ):
             (keys,) = figures(connection, _DISTINCT_KEYS)
-        if keys != note.unique:
+        if keys != metadata.unique:
             ledger.faults.append(
-                f"{where}: raw has {keys:,} distinct keys, the consolidated file {note.unique:,}"
+                f"{where}: raw has {keys:,} distinct keys, the consolidated file {metadata.unique:,}"
             )
-    ledger.rows += note.rows
-    ledger.unique += note.unique
-    ledger.superseded += note.superseded
-    ledger.repeats += note.repeats
-    ledger.corrections += note.corrections
-    ledger.erased += note.erased
-    ledger.replayed += note.replayed
+    ledger.rows += metadata.rows
+    ledger.unique += metadata.unique
+    ledger.superseded += metadata.superseded
+    ledger.repeats += metadata.repeats
+    ledger.corrections += metadata.corrections
+    ledger.erased += metadata.erased
+    ledger.replayed += metadata.replayed
 
 
 def _pending_rows(
@@ -259,7 +261,7 @@ def _pending_rows(
                 return fresh_rows(inputs, connection)
         return fragments.distinct_rows(some, settings)
 
-    excepted = published.note.excepted if published else {}
+    excepted = published.metadata.excepted if published else {}
     restored = [one for one in waiting if str(one.name) in excepted]
     others = [one for one in waiting if str(one.name) not in excepted]
     return sum(_of_sound(ledger, some, count) for some in [others, *([one] for one in restored)])

@@ -57,13 +57,13 @@ ORDER BY user_id, minute, device_id
 """
 
 
-class MinutesNote(msgspec.Struct, frozen=True, kw_only=True):
+class MinutesMetadata(msgspec.Struct, frozen=True, kw_only=True):
     """Footer metadata of a minute-level file: the version it was made from, and the priority."""
 
     format: int
     day: str
     shard: int
-    edition: str
+    version: str = msgspec.field(name="edition")
     priority: tuple[str, ...]
 
 
@@ -86,12 +86,12 @@ def is_current(lake: Lake, day: dt.date, shard: int, priority: Sequence[str]) ->
     made = _note(lake, day, shard)
     if published is None or made is None:
         return published is None and made is None
-    return made.edition == published.note.edition and made.priority == tuple(priority)
+    return made.version == published.metadata.version and made.priority == tuple(priority)
 
 
-def _note(lake: Lake, day: dt.date, shard: int) -> MinutesNote | None:
+def _note(lake: Lake, day: dt.date, shard: int) -> MinutesMetadata | None:
     try:
-        return parquet.note(layout.minutes_file(lake.root, day, shard), MinutesNote)
+        return parquet.metadata(layout.minutes_file(lake.root, day, shard), MinutesMetadata)
     except (FileNotFoundError, DamagedFileError):
         return None  # a damaged one is made anew as well
 
@@ -152,17 +152,17 @@ def _build_shard(
     connection: duckdb.DuckDBPyConnection,
     settings: Settings,
 ) -> _ShardResult:
-    shard = published.note.shard
+    shard = published.metadata.shard
     final = layout.minutes_file(lake.root, day, shard)
     if is_current(lake, day, shard, settings.device_priority):
         with suppress(DamagedFileError, ReplacedError):  # it is made anew
             return _ShardResult(final, False, _figures(final, published, connection))
     with TempFile(lake.root, final.parent) as temp:
-        note = MinutesNote(
+        metadata = MinutesMetadata(
             format=FORMAT,
             day=day.isoformat(),
             shard=shard,
-            edition=published.note.edition,
+            version=published.metadata.version,
             priority=settings.device_priority,
         )
         replaced = False
@@ -175,7 +175,7 @@ def _build_shard(
                 query = connection.sql(AGGREGATE, params=priority)
                 for batch in query.to_arrow_reader(parquet.ROW_GROUP):
                     out.write(pa.Table.from_batches([batch]).cast(SCHEMA))
-                out.close_with(note)
+                out.close_with(metadata)
         except ReplacedError:
             replaced = True
         if replaced or not consolidated.is_published(lake, published, day, shard):
@@ -199,6 +199,6 @@ def _figures(path: Path, published: Current, connection: duckdb.DuckDBPyConnecti
     return [
         checks.minutes(path),
         checks.minutes_add_up(
-            readings=published.note.unique, counted=counted, kept=kept, rows=rows
+            readings=published.metadata.unique, counted=counted, kept=kept, rows=rows
         ),
     ]

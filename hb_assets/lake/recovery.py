@@ -33,12 +33,12 @@ from hb_assets.lake.compaction.merge import Tally, merged
 from hb_assets.lake.files import accepted_losses, fragments, tombstones
 from hb_assets.lake.files.accepted_losses import Acceptance
 from hb_assets.lake.files.consolidated import (
-    ConsolidatedNote,
+    ConsolidatedMetadata,
     current,
     incomplete_since,
     mark_complete,
 )
-from hb_assets.lake.files.fragments import FragmentNote
+from hb_assets.lake.files.fragments import FragmentMetadata
 from hb_assets.lake.integrity import checks, damage, known_faults
 from hb_assets.lake.integrity.damage import Place
 from hb_assets.lake.storage import layout, parquet
@@ -99,15 +99,15 @@ def restore(lake: Lake, copy: Path, settings: Settings, *, lock: Lock = no_lock)
 
 
 def _place_of(lake: Lake, copy: Path, name: FragmentName | None) -> Place:
-    note: ConsolidatedNote | FragmentNote
+    metadata: ConsolidatedMetadata | FragmentMetadata
     if name is None:
-        note = parquet.note(copy, ConsolidatedNote)
+        metadata = parquet.metadata(copy, ConsolidatedMetadata)
     else:
-        note = parquet.note(copy, FragmentNote)
-    day = layout.day_of_folder(f"day={note.day}")
-    if day is None or not 0 <= note.shard < lake.shards:
-        raise parquet.damaged(copy, f"it belongs to day {note.day}, shard {note.shard}")
-    return Place(HEARTBEATS if name is None else RAW, day, note.shard)
+        metadata = parquet.metadata(copy, FragmentMetadata)
+    day = layout.day_of_folder(f"day={metadata.day}")
+    if day is None or not 0 <= metadata.shard < lake.shards:
+        raise parquet.damaged(copy, f"it belongs to day {metadata.day}, shard {metadata.shard}")
+    return Place(HEARTBEATS if name is None else RAW, day, metadata.shard)
 
 
 def _restore_fragment(
@@ -150,14 +150,16 @@ def _remove_aside(lake: Lake, final: Path, name: FragmentName) -> None:
 def _restore_consolidated(lake: Lake, copy: Path, place: Place, settings: Settings) -> Restored:
     day, shard = place.day, place.shard
     final = layout.consolidated_file(lake.root, day, shard)
-    note = parquet.note(copy, ConsolidatedNote)
+    metadata = parquet.metadata(copy, ConsolidatedMetadata)
     stems = [
-        one for one in accepted_losses.stems(lake, HEARTBEATS, day, shard) if one not in note.losses
+        one
+        for one in accepted_losses.stems(lake, HEARTBEATS, day, shard)
+        if one not in metadata.losses
     ]
     with TempFile(lake.root, final.parent) as temp:
         _copy(copy, temp.path)
         damage.examine_at(lake, temp.path, place, settings)
-        lacking = _lacking(lake, place, note)
+        lacking = _lacking(lake, place, metadata)
         if lacking:
             raise HbError(
                 f"{copy} lacks what the published file of day {day}, shard {shard:02d} includes and "
@@ -172,11 +174,11 @@ def _restore_consolidated(lake: Lake, copy: Path, place: Place, settings: Settin
         # It may hold somebody who was forgotten since.
         consolidate(lake, day, settings, rewrite=True, shards=[shard]).require()
     known_faults.resolved(lake, day, shard)
-    return Restored(final, note.unique, bool(stems))
+    return Restored(final, metadata.unique, bool(stems))
 
 
-def _lacking(lake: Lake, place: Place, note: ConsolidatedNote) -> int:
-    """Fragments that the published file includes, but neither raw nor a file with `note` does."""
+def _lacking(lake: Lake, place: Place, metadata: ConsolidatedMetadata) -> int:
+    """Fragments in the published file that neither raw nor a file with `metadata` includes."""
     try:
         published = current(lake, place.day, place.shard)
     except DamagedFileError:
@@ -186,12 +188,12 @@ def _lacking(lake: Lake, place: Place, note: ConsolidatedNote) -> int:
     there = {str(one.name) for one in fragments.listed(lake, place.day, place.shard)}
     gone = [
         name
-        for text in published.names - there - set(note.fragments)
-        if (name := FragmentName.parse(text)) is None or not note.includes(name)
+        for text in published.names - there - set(metadata.fragments)
+        if (name := FragmentName.parse(text)) is None or not metadata.includes(name)
     ]
     # Those that were pruned aren't named any more: of these the copy has as many as it names still.
-    dropped = len(set(note.fragments) - published.names)
-    return len(gone) + max(0, published.note.pruned - note.pruned - dropped)
+    dropped = len(set(metadata.fragments) - published.names)
+    return len(gone) + max(0, published.metadata.pruned - metadata.pruned - dropped)
 
 
 def _seals(name: FragmentName, path: Path) -> bool:
@@ -273,8 +275,8 @@ def _accept_fragment(
         published = current(lake, place.day, place.shard)
     except DamagedFileError:
         published = None
-    note = published.note if published else None
-    if note is not None and note.includes(name):
+    metadata = published.metadata if published else None
+    if metadata is not None and metadata.includes(name):
         if not delete:
             raise HbError(
                 f"the rows of {name} are in the consolidated file: nothing is lost with it; --delete "
@@ -293,7 +295,7 @@ def _accept_fragment(
         path,
         place,
         reason,
-        *_rows_of_fragment(lake, aside, name, place, note, shortfall),
+        *_rows_of_fragment(lake, aside, name, place, metadata, shortfall),
         name=name,
     )
     if before is None:
@@ -321,7 +323,7 @@ def _rows_of_fragment(
     aside: Path,
     name: FragmentName,
     place: Place,
-    note: ConsolidatedNote | None,
+    metadata: ConsolidatedMetadata | None,
     shortfall: Shortfall,
 ) -> tuple[int | None, int | None]:
     """The number of rows that are lost with a fragment, or an upper bound.
@@ -334,10 +336,10 @@ def _rows_of_fragment(
     except (DamagedFileError, FileNotFoundError):
         return None, shortfall()
     others = [one.name for one in fragments.listed(lake, place.day, place.shard)]
-    if note is not None:
-        parsed = map(FragmentName.parse, note.fragments)
+    if metadata is not None:
+        parsed = map(FragmentName.parse, metadata.fragments)
         others += [one for one in parsed if one is not None]
-        if note.reaches(name):
+        if metadata.reaches(name):
             return None, rows
     return (None, rows) if any(name.overlaps(one) for one in others) else (rows, None)
 
@@ -384,12 +386,12 @@ def _accept_consolidated(
         )
     try:
         footer = parquet.footer(path)
-        note = parquet.note_in(footer, path, ConsolidatedNote)
+        metadata = parquet.metadata_in(footer, path, ConsolidatedMetadata)
     except (DamagedFileError, FileNotFoundError):
         return _give_up_whole(lake, path, place, settings, reason, shortfall)
-    if (note.day, note.shard) != (day.isoformat(), shard):
+    if (metadata.day, metadata.shard) != (day.isoformat(), shard):
         return _give_up_whole(lake, path, place, settings, reason, shortfall)
-    return _salvage(lake, path, footer, note, place, settings, reason, shortfall)
+    return _salvage(lake, path, footer, metadata, place, settings, reason, shortfall)
 
 
 def _give_up_whole(
@@ -424,7 +426,7 @@ def _salvage(
     lake: Lake,
     path: Path,
     footer: pq.FileMetaData,
-    note: ConsolidatedNote,
+    metadata: ConsolidatedMetadata,
     place: Place,
     settings: Settings,
     reason: str,
@@ -438,8 +440,8 @@ def _salvage(
             for rows in _sound_groups(path, footer, place, lake.shards):
                 kept += rows.num_rows
                 out.write(rows)
-            out.close_with(note)
-        listed = set(note.fragments)
+            out.close_with(metadata)
+        listed = set(metadata.fragments)
         new = [
             one
             for one in fragments.listed(lake, day, shard)
@@ -452,21 +454,21 @@ def _salvage(
             if kept or new:
                 for rows in merged(inputs, tally, settings):
                     out.write(rows)
-            superseded = note.repeats + note.corrections
+            superseded = metadata.repeats + metadata.corrections
             stems = {*accepted_losses.stems(lake, HEARTBEATS, day, shard), stem}
             made = msgspec.structs.replace(
-                note,
-                edition=os.urandom(8).hex(),
+                metadata,
+                version=os.urandom(8).hex(),
                 unique=tally.survivors,
                 superseded=superseded,
-                rows=tally.survivors + superseded + note.erased,
-                rows_written=note.rows_written + tally.survivors,
+                rows=tally.survivors + superseded + metadata.erased,
+                rows_written=metadata.rows_written + tally.survivors,
                 losses=tuple(sorted(stems)),
             )
             out.close_with(made)
         checks.require(checks.heartbeats(temp.path, day, settings), f"day {day}, shard {shard:02d}")
-        wrong = note.contradictions(day, shard, footer.num_rows)
-        lost = (None, shortfall()) if wrong else (note.rows - made.rows, None)
+        wrong = metadata.contradictions(day, shard, footer.num_rows)
+        lost = (None, shortfall()) if wrong else (metadata.rows - made.rows, None)
         found = _acceptance(lake, path, place, reason, *lost)
         accepted_losses.put(
             lake, accepted_losses.file_of(lake, HEARTBEATS, day, shard, stem), found

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hb_assets.core.settings import Settings
 from hb_assets.lake import inventory
 from hb_assets.lake.compaction import policy
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.integrity import known_faults
 from hb_assets.lake.integrity.known_faults import Fault
 from hb_assets.lake.storage import layout
@@ -29,7 +29,7 @@ _BREATH_SECONDS = 0.001
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Sums over all days; cumulative ones as `consolidated.ConsolidatedNote` has them.
+    """Sums over all days; cumulative ones as `consolidated.ConsolidatedMetadata` has them.
 
     `overdue` is the day whose oldest pending fragment is farthest beyond the age at which it should
     have been consolidated, and `overdue_seconds` how far. `faults` are the known ones
@@ -148,9 +148,9 @@ def _fragments(lake: Lake, day: dt.date, shard: int) -> list[os.DirEntry[str]]:
         return [entry for entry in found if FragmentName.is_one(entry.name)]
 
 
-def _take_in(sums: _Day, note: ConsolidatedNote, size: int) -> frozenset[str]:
+def _take_in(sums: _Day, metadata: ConsolidatedMetadata, size: int) -> frozenset[str]:
     """Add a consolidated file to the sums; returns the fragments that it lists."""
     sums.bytes += size
     for name in _CUMULATIVE:
-        setattr(sums, name, getattr(sums, name) + getattr(note, name))
-    return frozenset(note.fragments)
+        setattr(sums, name, getattr(sums, name) + getattr(metadata, name))
+    return frozenset(metadata.fragments)

@@ -195,7 +195,7 @@ def test_small_use_of_a_large_quota_costs_redis_nothing(
 
 
 def test_what_is_due_leaves_without_an_append(settings: Settings, client: redis.Redis) -> None:
-    """A gateway that only answers questions shares their limit, too."""
+    """A gateway that only answers queries shares their limit, too."""
 
     async def ask() -> None:
         asked, limiter = subject(10, 3600, "ip-queries"), Limiter()

@@ -182,13 +182,13 @@ def test_query_of_a_damaged_lake(lake: Lake) -> None:
     hb("consolidate", "--all")
     path = layout.consolidated_file(lake.root, DAY, shard_of("u1", 4))
     path.write_bytes(b"PAR1")
-    question = ("query", "u1", "--start", START, "--end", END)
-    result = hb(*question)
+    query = ("query", "u1", "--start", START, "--end", END)
+    result = hb(*query)
     assert "1 points" in result.stdout
     assert result.stderr.startswith(f"hb: raw fragments stood in for the consolidated file: {path}")
-    assert str(path) in told(*question)["warnings"][0]
+    assert str(path) in told(*query)["warnings"][0]
     spoil_for_good(lake, path)
-    assert complaint(*question).startswith(f"hb: {path} is damaged")
+    assert complaint(*query).startswith(f"hb: {path} is damaged")
     ended = hb("query", "u1", "--start", "2025-01-14", "--end", END, code=1)
     assert "0 points" in ended.stdout
     assert f"from 2025-01-15T00:00:00Z on nothing can be answered: {path} is" in ended.stderr

@@ -18,8 +18,8 @@ from hb_assets.core.settings import Settings
 from hb_assets.lake.files import fragments, quarantine
 from hb_assets.lake.files.fragments import Fragment
 from hb_assets.lake.ingest.decode import decode
-from hb_assets.lake.query import query
-from hb_assets.lake.query.query import Question
+from hb_assets.lake.query import series
+from hb_assets.lake.query.series import Query
 from hb_assets.lake.storage import layout
 from hb_assets.lake.storage.store import Lake
 
@@ -112,9 +112,9 @@ def points_of(points: pa.Table) -> list[Point]:
 def minute_points(
     lake: Lake, user: str, start_ms: int, end_ms: int, device: str | None, settings: Settings
 ) -> list[Point]:
-    """Every point of a question at the default granularity."""
-    asked = Question(user, start_ms, end_ms, device)
-    return points_of(query.answer(lake, asked, settings).points)
+    """Every point of a query at the default granularity."""
+    asked = Query(user, start_ms, end_ms, device)
+    return points_of(series.answer(lake, asked, settings).points)
 
 
 def left_behind(root: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from hb_assets.core.settings import Settings
 from hb_assets.lake import ledger
 from hb_assets.lake.compaction.consolidation import consolidate
 from hb_assets.lake.files import fragments
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.files.fragments import Fragment
 from hb_assets.lake.storage import layout, parquet
 from hb_assets.lake.storage.store import Lake
@@ -50,8 +50,8 @@ def test_adds_up(lake: Lake, settings: Settings, published: Path) -> None:
 
 def tamper(path: Path, **counts: Any) -> None:
     rows = pq.read_table(path, partitioning=None)
-    note = msgspec.structs.replace(parquet.note(path, ConsolidatedNote), **counts)
-    parquet.write(path, rows, note)
+    metadata = msgspec.structs.replace(parquet.metadata(path, ConsolidatedMetadata), **counts)
+    parquet.write(path, rows, metadata)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_tampered_counts(
 
 def test_row_that_is_gone(lake: Lake, settings: Settings, published: Path) -> None:
     rows = pq.read_table(published, partitioning=None)
-    parquet.write(published, rows.slice(1), parquet.note(published, ConsolidatedNote))
+    parquet.write(published, rows.slice(1), parquet.metadata(published, ConsolidatedMetadata))
     assert any("the file has 1 rows, 2 are unique" in found for found in faults(lake, settings))
 
 
@@ -83,7 +83,7 @@ def test_deep_counts_keys_from_raw(lake: Lake, settings: Settings, published: Pa
         published,
         rows.slice(1),
         msgspec.structs.replace(
-            parquet.note(published, ConsolidatedNote), unique=1, superseded=4, repeats=2
+            parquet.metadata(published, ConsolidatedMetadata), unique=1, superseded=4, repeats=2
         ),
     )
     assert faults(lake, settings) == []

@@ -22,7 +22,7 @@ from hb_assets.lake import minutes
 from hb_assets.lake.compaction.consolidation import consolidate
 from hb_assets.lake.files import fragments
 from hb_assets.lake.integrity import checks, known_faults
-from hb_assets.lake.query import query, user_scan
+from hb_assets.lake.query import series, user_scan
 from hb_assets.lake.storage import layout
 from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.examples import examples
@@ -217,7 +217,7 @@ def test_a_damaged_page_of_the_published_file_is_an_error_that_stands(
 def test_consolidated_again_meanwhile(
     lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The note is of one edition, the rows of the next: both are read again."""
+    """The metadata is of one edition, the rows of the next: both are read again."""
     consolidated_day(lake, settings)
     original = layout.minutes_file
     once = [True]
@@ -236,7 +236,7 @@ def test_consolidated_again_meanwhile(
     assert checks.MINUTES_ADD_UP in {figure.name for figure in built.figures}
 
 
-# -- questions
+# -- queries
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_mean_is_rounded_half_up(lake: Lake, settings: Settings, bpm: list[int],
     ],
 )
 def test_range_grows_to_whole_minutes(start: int, end: int, whole: tuple[int, int]) -> None:
-    assert query.Question("u1", start, end).whole_buckets() == whole
+    assert series.Query("u1", start, end).whole_buckets() == whole
 
 
 @pytest.mark.parametrize("user", ["nobody", "", "'; DROP TABLE x; --", "u1\x00", "😀", "../u1"])
@@ -298,7 +298,7 @@ def test_file_that_vanishes_meanwhile(
 def test_file_that_is_replaced_meanwhile_by_an_older_list(
     lake: Lake, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slower consolidator may publish a file that lists less than the one whose note was read."""
+    """A slower consolidator may publish a file that lists less than the one that was read."""
     deliver(lake, settings, entry([line()], 0))
     consolidate(lake, DAY, settings)
     path = layout.consolidated_file(lake.root, DAY, shard_of("u1", lake.shards))

@@ -48,10 +48,10 @@ def published(lake: Lake) -> Path:
     return layout.consolidated_file(lake.root, DAY, SHARD)
 
 
-def note(lake: Lake) -> consolidated.ConsolidatedNote:
+def metadata(lake: Lake) -> consolidated.ConsolidatedMetadata:
     found = consolidated.current(lake, DAY, SHARD)
     assert found is not None
-    return found.note
+    return found.metadata
 
 
 def copied(path: Path, copies: Path) -> Path:
@@ -107,7 +107,7 @@ def test_a_fragment_given_up_and_put_back(lake: Lake, settings: Settings, copies
     deliver(lake, settings, entry([line(bpm=90)], 9))
     copy = copied(bad.path, copies)
     lose(lake, settings, bad)
-    assert note(lake).mark(0) == (0, 0), "it waits for a person's word"
+    assert metadata(lake).mark(0) == (0, 0), "it waits for a person's word"
     aside = lake.root / layout.DAMAGED / bad.path.relative_to(lake.root)
 
     for _ in range(2):
@@ -118,7 +118,7 @@ def test_a_fragment_given_up_and_put_back(lake: Lake, settings: Settings, copies
         [told] = known_faults.losses(lake, DAY, SHARD)
         assert (told.kind, told.rows) == ("accepted", 3)
     consolidate(lake, DAY, settings, rewrite=True, watermarks=LATEST).require()
-    assert note(lake).mark(0) == LATEST[0]
+    assert metadata(lake).mark(0) == LATEST[0]
     assert pruning.prune(lake, settings).fragments == 2
     assert consolidate(lake, DAY, settings, watermarks=LATEST).require().unique == 2
     assert counted(lake, settings) == (3, 3)
@@ -139,7 +139,7 @@ def test_a_fragment_given_up_and_put_back(lake: Lake, settings: Settings, copies
         NOON + 2: 75,
         NOON + 3: 75,
     }
-    assert note(lake).excepted == {}
+    assert metadata(lake).excepted == {}
     assert counted(lake, settings) == (7, 0)
     assert known_faults.faults(lake) == []
 
@@ -204,7 +204,7 @@ def test_how_many_rows_is_a_bound_where_they_may_have_come_twice(
     ).acceptance
     assert (found.rows, found.at_most) == (None, 2)
     consolidate(lake, DAY, settings, rewrite=True, watermarks=LATEST).require()
-    assert note(lake).mark(0) == LATEST[0]
+    assert metadata(lake).mark(0) == LATEST[0]
     assert pruning.prune(lake, settings).fragments == 0, "a restore needs it to tell"
     recovery.restore(lake, copy, settings)
     assert pruning.prune(lake, settings).fragments == 0, "and so does its consolidation"
@@ -301,7 +301,7 @@ def damage_group(lake: Lake, number: int) -> None:
 def test_sound_row_groups_are_kept(
     lake: Lake, settings: Settings, copies: Path, groups: list[int]
 ) -> None:
-    before, rows = note(lake), rows_of(published(lake))
+    before, rows = metadata(lake), rows_of(published(lake))
     copy = copied(published(lake), copies)
     deliver(lake, settings, entry([line(at=NOON + 100)], 1, ms=SOON + 1))
     damage_group(lake, 1)
@@ -313,7 +313,7 @@ def test_sound_row_groups_are_kept(
         assert known_faults.faults(lake) == []
         first, behind = groups[0], groups[0] + groups[1]
         assert rows_of(published(lake)) == rows[:first] + rows[behind:]
-        after = note(lake)
+        after = metadata(lake)
         assert (after.watermark, after.corrections) == (before.watermark, 1)
         assert counted(lake, settings) == (41 - groups[1] + 1, groups[1])
         # as if the last step had never happened

@@ -23,7 +23,7 @@ from hb_assets.core.settings import Settings
 from hb_assets.lake import recovery
 from hb_assets.lake.compaction.consolidation import consolidate
 from hb_assets.lake.files import fragments, quarantine
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.storage import layout, parquet
 from hb_assets.lake.storage.store import Lake
 from hb_assets.pipeline.audit import audit
@@ -126,14 +126,14 @@ def delete_fragment(lake: Lake, client: redis.Redis, settings: Settings) -> None
 
 def tamper_count(lake: Lake, client: redis.Redis, settings: Settings) -> None:
     path = layout.consolidated_file(lake.root, DAY, SHARD)
-    note = parquet.note(path, ConsolidatedNote)
+    metadata = parquet.metadata(path, ConsolidatedMetadata)
     rows = pq.read_table(path, partitioning=None)
     changed = {
-        "rows": note.rows + 1,
-        "superseded": note.superseded + 1,
-        "repeats": note.repeats + 1,
+        "rows": metadata.rows + 1,
+        "superseded": metadata.superseded + 1,
+        "repeats": metadata.repeats + 1,
     }
-    parquet.write(path, rows, msgspec.structs.replace(note, **changed))
+    parquet.write(path, rows, msgspec.structs.replace(metadata, **changed))
 
 
 def set_back(lake: Lake, client: redis.Redis, settings: Settings) -> None:

@@ -22,8 +22,8 @@ from hb_assets.core.record import shard_of
 from hb_assets.core.settings import Settings
 from hb_assets.gateway.reads.formats import ENCODERS, Body
 from hb_assets.lake.ingest.decode import decode
-from hb_assets.lake.query import query
-from hb_assets.lake.query.query import Question
+from hb_assets.lake.query import series
+from hb_assets.lake.query.series import Query
 from hb_assets.lake.storage.store import Lake
 
 _SWITCH_SECONDS = 0.0005
@@ -37,7 +37,7 @@ class Asked:
     `page_at` makes the address of the page that begins at an instant (epoch milliseconds).
     """
 
-    question: Question
+    query: Query
     media_type: str
     fresh: bool
     page_at: Callable[[int], str]
@@ -75,13 +75,13 @@ class Readers:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _reply(self, asked: Asked) -> Reply:
-        question = asked.question
+        query = asked.query
         # The buffer first: what leaves it meanwhile is in the lake by then, at worst in both.
-        buffered = self._buffered(question.user_id) if asked.fresh else None
-        page = query.answer(self._lake, question, self._settings, buffered)
+        buffered = self._buffered(query.user_id) if asked.fresh else None
+        page = series.answer(self._lake, query, self._settings, buffered)
         following = None if page.next_ms is None else asked.page_at(page.next_ms)
         warnings = tuple(fault.summary for fault in page.warnings)
-        body = Body(question.user_id, page.points, following, warnings)
+        body = Body(query.user_id, page.points, following, warnings)
         return Reply(ENCODERS[asked.media_type](body), following, warnings)
 
     def _buffered(self, user_id: str) -> pa.Table | None:

@@ -26,7 +26,7 @@ from hb_assets.gateway.ingest.heartbeats import IGNORED, shown
 from hb_assets.gateway.reads import formats
 from hb_assets.gateway.reads.readers import Asked
 from hb_assets.lake.query.aggregate import GRANULARITIES
-from hb_assets.lake.query.query import Question
+from hb_assets.lake.query.series import Query
 
 EXAMPLE = "2025-01-15T10:00:00Z"
 PARAMETERS = ("user_id", "device_id", "start", "end", "granularity", "fresh", "limit")
@@ -52,15 +52,15 @@ class Readings:
         """
         media_type = formats.chosen(request.headers.getlist("accept"))
         given = request.query_params
-        question, fresh = _read(given, self._settings)
-        check_user(request.scope, question.user_id)
+        query, fresh = _read(given, self._settings)
+        check_user(request.scope, query.user_id)
 
         def page_at(start_ms: int) -> str:
             others = [(name, value) for name, value in given.multi_items() if name != "start"]
             return f"{request.url.path}?{urlencode([*others, ('start', _text(start_ms))])}"
 
         try:
-            reply = await self._backend.reply(Asked(question, media_type, fresh, page_at))
+            reply = await self._backend.reply(Asked(query, media_type, fresh, page_at))
         except BufferUnavailableError:
             raise _no_buffer(
                 "buffer-unavailable",
@@ -91,7 +91,7 @@ def _no_buffer(kind: str, title: str, why: str) -> ProblemError:
     )
 
 
-def _read(given: QueryParams, settings: Settings) -> tuple[Question, bool]:
+def _read(given: QueryParams, settings: Settings) -> tuple[Query, bool]:
     """Parse the query, and whether the buffer belongs to it.
 
     As in the system before us a parameter that is missing or of the wrong type is a 422, and a time
@@ -122,7 +122,7 @@ def _read(given: QueryParams, settings: Settings) -> tuple[Question, bool]:
             "with that as start, and so on; or raise that setting",
         )
     read.refuse(400, "invalid-time", "The query's times can't be used")
-    return Question(user_id, start_ms, end_ms, device_id, granularity, limit), fresh
+    return Query(user_id, start_ms, end_ms, device_id, granularity, limit), fresh
 
 
 class _Parameters:

@@ -28,7 +28,7 @@ from hb_assets.lake.compaction.inputs import Inputs
 from hb_assets.lake.compaction.merge import Tally, merged
 from hb_assets.lake.files import accepted_losses, fragments, tombstones
 from hb_assets.lake.files.consolidated import (
-    ConsolidatedNote,
+    ConsolidatedMetadata,
     Current,
     current,
     is_published,
@@ -280,14 +280,14 @@ class _Task:
 
 @dataclass(frozen=True, slots=True)
 class _ShardResult:
-    note: ConsolidatedNote
+    metadata: ConsolidatedMetadata
     written: int
     pending: int
     bytes: int
     figures: list[Figure]
 
 
-_PENDING = _ShardResult(ConsolidatedNote.nothing(), 0, 0, 0, [])
+_PENDING = _ShardResult(ConsolidatedMetadata.nothing(), 0, 0, 0, [])
 """Marks a shard that isn't done yet."""
 
 
@@ -298,7 +298,7 @@ def _summary(
     shards = [one for one in results if isinstance(one, _ShardResult)]
 
     def total(name: str) -> int:
-        return sum(getattr(shard.note, name) for shard in shards)
+        return sum(getattr(shard.metadata, name) for shard in shards)
 
     return Consolidated(
         day=day,
@@ -377,24 +377,28 @@ def _consolidate_shard(task: _Task) -> _ShardResult | None:
         if task.rebuild:
             _require_all(task, published, raw)
         new = pending(base, raw)
-        restored = [one for one in new if base and str(one.name) in base.note.excepted]
+        restored = [one for one in new if base and str(one.name) in base.metadata.excepted]
         left = len(new) - 1 if restored else 0
         # Below the watermark and new all the same: each by itself, no other is taken for new.
         new = restored[:1] or new
         if not new and base is None:
             return None if task.is_published(published) else _consolidate_shard(task)
         marks = {} if left else task.watermarks  # they would pass those that are left
-        note = _merge(replace(task, watermarks=marks), temp.path, base, new, raw, published, gaps)
+        metadata = _merge(
+            replace(task, watermarks=marks), temp.path, base, new, raw, published, gaps
+        )
         if not task.is_published(published):
             # Overtaken: the rows that were read needn't be those of the footer that was read.
             return _consolidate_shard(task)
-        figures = _figures(task, temp.path, note, raw, new if base else None)
+        figures = _figures(task, temp.path, metadata, raw, new if base else None)
         checks.require(figures, task.where)
         size = temp.path.stat().st_size
         temp.publish_replacing(task.final)
     if left and (rest := _consolidate_shard(task)) is not None:
-        return replace(rest, written=rest.written + note.unique, pending=rest.pending + len(new))
-    return _ShardResult(note, note.unique, len(new), size, figures)
+        return replace(
+            rest, written=rest.written + metadata.unique, pending=rest.pending + len(new)
+        )
+    return _ShardResult(metadata, metadata.unique, len(new), size, figures)
 
 
 def _if_nothing_is_pending(task: _Task) -> _ShardResult | None:
@@ -417,7 +421,7 @@ def _require_all(task: _Task, published: Current | None, raw: Sequence[Fragment]
     """Verify that raw has every fragment that was ever included, as a rebuild needs it."""
     if published is None:
         return
-    gone = len(published.names - {str(one.name) for one in raw}) + published.note.pruned
+    gone = len(published.names - {str(one.name) for one in raw}) + published.metadata.pruned
     if gone:
         raise DamagedFileError(
             f"{task.where} can't be rebuilt: {gone} of its raw fragments were pruned; "
@@ -432,14 +436,14 @@ def _unchanged(
     if published is None:
         return None
     parquet.verify(published.path)
-    figures = [*checks.passed(published.note.unique), _ledger(task, published, raw)]
-    return _ShardResult(published.note, 0, 0, published.path.stat().st_size, figures)
+    figures = [*checks.passed(published.metadata.unique), _ledger(task, published, raw)]
+    return _ShardResult(published.metadata, 0, 0, published.path.stat().st_size, figures)
 
 
 def _figures(
     task: _Task,
     path: Path,
-    note: ConsolidatedNote,
+    metadata: ConsolidatedMetadata,
     raw: Sequence[Fragment],
     new: Sequence[Fragment] | None,
 ) -> list[Figure]:
@@ -447,21 +451,21 @@ def _figures(
     files = None if new is None else [fragment.path for fragment in new]
     shard = task.shard, task.lake.shards
     found = checks.heartbeats(path, task.day, task.bounds.settings, files, shard)
-    return [*found, _ledger(task, Current(path, note), raw)]
+    return [*found, _ledger(task, Current(path, metadata), raw)]
 
 
 def _ledger(task: _Task, file: Current, raw: Sequence[Fragment]) -> Figure:
-    note = file.note
+    metadata = file.metadata
     listed = [fragment for fragment in raw if str(fragment.name) in file.names]
-    whole = len(listed) == len(file.names) and not note.pruned
-    rows_in = note.rows
+    whole = len(listed) == len(file.names) and not metadata.pruned
+    rows_in = metadata.rows
     if whole:
-        rows_in = fragments.distinct_rows(listed, task.bounds.settings) - note.uncounted
+        rows_in = fragments.distinct_rows(listed, task.bounds.settings) - metadata.uncounted
     return checks.counts_add_up(
         rows_in=rows_in,
-        unique=note.unique,
-        superseded=note.superseded,
-        erased=note.erased,
+        unique=metadata.unique,
+        superseded=metadata.superseded,
+        erased=metadata.erased,
         rows_in_file=parquet.footer(file.path).num_rows,
     )
 
@@ -474,9 +478,9 @@ def _merge(
     raw: Sequence[Fragment],
     published: Current | None,
     gaps: Gaps,
-) -> ConsolidatedNote:
+) -> ConsolidatedMetadata:
     """Write the merged file to `path`; return its footer metadata."""
-    before = base.note if base else _NOTHING
+    before = base.metadata if base else _NOTHING
     inputs = _inputs(task, base, new, raw)
     tally = Tally()
     arrived = sum(fragment.rows for fragment in new)
@@ -487,18 +491,18 @@ def _merge(
                 raise _Stopped
             out.write(rows)
         replayed = arrived + before.unique - tally.survivors - tally.superseded - tally.erased
-        stood = published.note if published else _NOTHING
+        stood = published.metadata if published else _NOTHING
         included = frozenset(before.fragments).union(str(one.name) for one in new)
         lost = {name for name in gaps.lacking(stood) if str(name) not in included}
         watermark = _later(stood.watermark, _sound(task, lost - gaps.accepted))
         names, pruned = _still_listed(before, new, raw, watermark)
         excepted = {str(name): stood.mark(name.source) for name in lost & gaps.accepted}
         excepted |= {name: at for name, at in stood.excepted.items() if name not in included}
-        note = ConsolidatedNote(
+        metadata = ConsolidatedMetadata(
             format=FORMAT,
             day=task.day.isoformat(),
             shard=task.shard,
-            edition=secrets.token_hex(8),
+            version=secrets.token_hex(8),
             fragments=names,
             pruned=before.pruned + pruned,
             watermark=watermark,
@@ -514,16 +518,16 @@ def _merge(
             excepted=excepted,
             losses=tuple(accepted_losses.stems(task.lake, HEARTBEATS, task.day, task.shard)),
         )
-        out.close_with(note)
+        out.close_with(metadata)
     pa.default_memory_pool().release_unused()  # before the checks take theirs
-    return note
+    return metadata
 
 
 class _Stopped(Exception):  # noqa: N818  # nothing went wrong: nobody waits for it any more
     """Raised where the work on other shards was stopped early."""
 
 
-_NOTHING = ConsolidatedNote.nothing()
+_NOTHING = ConsolidatedMetadata.nothing()
 
 
 def _inputs(
@@ -551,7 +555,7 @@ def _later(before: Watermarks, now: Watermarks) -> dict[int, tuple[int, int]]:
 
 
 def _still_listed(
-    before: ConsolidatedNote,
+    before: ConsolidatedMetadata,
     new: Sequence[Fragment],
     raw: Sequence[Fragment],
     watermark: Watermarks,

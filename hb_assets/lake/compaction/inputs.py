@@ -72,7 +72,7 @@ class Inputs:
         ]
         included = [there[str(name)] for name in near if str(name) in there]
         # one that was pruned lies below the mark
-        unread = [n for n in near if str(n) not in there and n.last > base.note.mark_of(n)]
-        again = (one.name for one in new if base.note.reaches(one.name))
-        watermark = {name.source: base.note.mark_of(name) for name in again}
+        unread = [n for n in near if str(n) not in there and n.last > base.metadata.mark_of(n)]
+        again = (one.name for one in new if base.metadata.reaches(one.name))
+        watermark = {name.source: base.metadata.mark_of(name) for name in again}
         return cls(base.path, paths, included, unread, known, watermark)

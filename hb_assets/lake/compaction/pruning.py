@@ -124,12 +124,12 @@ def held_back(
                 continue  # pruning or consolidating it says so
             if published is None:
                 continue
-            gaps = Gaps.of(lake, day, shard).unresolved(published.note)
+            gaps = Gaps.of(lake, day, shard).unresolved(published.metadata)
             stuck = {name.source for name in gaps}  # no consolidation may pass them
             if any(
                 one.name.source not in stuck
                 and str(one.name) in published.names
-                and published.note.mark(one.name.source)
+                and published.metadata.mark(one.name.source)
                 < one.name.last
                 <= watermarks.get(one.name.source, (0, 0))
                 for one in old
@@ -253,7 +253,7 @@ def _included(
         for one in fragments.listed(lake, day, shard)
         if str(one.name) in published.names
         and one.name.last
-        <= max(published.note.mark(one.name.source), acknowledged.get(one.name.source, (0, 0)))
+        <= max(published.metadata.mark(one.name.source), acknowledged.get(one.name.source, (0, 0)))
         and allowed(one)
     ]
 
@@ -269,10 +269,10 @@ def _needless(
     """The listed fragments that neither the audit nor a restore of a damaged file needs."""
     if not listed or accepted_losses.stems(lake, HEARTBEATS, day, shard):
         return []
-    note = published.note if published else None
-    lost = {*Gaps.of(lake, day, shard).lacking(note)}
+    metadata = published.metadata if published else None
+    lost = {*Gaps.of(lake, day, shard).lacking(metadata)}
     # put back, and not taken in yet
-    excepted = map(FragmentName.parse, note.excepted if note else ())
+    excepted = map(FragmentName.parse, metadata.excepted if metadata else ())
     lost.update(name for name in excepted if name is not None)
     free = [one for one in listed if not any(one.name.overlaps(name) for name in lost)]
     return _apart(lake, free, connection)

@@ -121,4 +121,4 @@ def _is_back(lake: Lake, path: Path, acceptance: Acceptance) -> bool:
         name = Path(acceptance.file).name
         included = published is not None and name in published.names
         return included or (lake.root / acceptance.file).exists()
-    return published is not None and path.stem not in published.note.losses
+    return published is not None and path.stem not in published.metadata.losses

@@ -21,7 +21,7 @@ from hb_assets.lake.storage.layout import FragmentName
 from hb_assets.lake.storage.store import FORMAT, Lake
 
 
-class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
+class ConsolidatedMetadata(msgspec.Struct, frozen=True, kw_only=True):
     """Footer metadata of a consolidated file. Counts are cumulative: they outlive pruning.
 
     `fragments` are the fragments it includes; what it doesn't list is pending. It includes `pruned`
@@ -40,7 +40,7 @@ class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
     format: int
     day: str
     shard: int
-    edition: str
+    version: str = msgspec.field(name="edition")
     fragments: tuple[str, ...]
     rows: int
     unique: int
@@ -57,13 +57,13 @@ class ConsolidatedNote(msgspec.Struct, frozen=True, kw_only=True):
     losses: tuple[str, ...] = ()
 
     @classmethod
-    def nothing(cls) -> ConsolidatedNote:
+    def nothing(cls) -> ConsolidatedMetadata:
         """The metadata of a file that was never written: nothing came in."""
         return cls(
             format=FORMAT,
             day="",
             shard=0,
-            edition="",
+            version="",
             fragments=(),
             rows=0,
             unique=0,
@@ -115,12 +115,12 @@ class Current:
     """A published consolidated file."""
 
     path: Path
-    note: ConsolidatedNote
+    metadata: ConsolidatedMetadata
 
     @property
     def names(self) -> frozenset[str]:
         """Names of the fragments it includes."""
-        return frozenset(self.note.fragments)
+        return frozenset(self.metadata.fragments)
 
 
 def current(lake: Lake, day: dt.date, shard: int) -> Current | None:
@@ -131,7 +131,7 @@ def current(lake: Lake, day: dt.date, shard: int) -> Current | None:
     """
     path = layout.consolidated_file(lake.root, day, shard)
     try:
-        return Current(path, parquet.note(path, ConsolidatedNote))
+        return Current(path, parquet.metadata(path, ConsolidatedMetadata))
     except FileNotFoundError:
         mark = layout.pruned_mark(lake.root, day, shard)
         if not mark.exists():
@@ -186,7 +186,7 @@ def is_published(lake: Lake, seen: Current | None, day: dt.date, shard: int) -> 
     Metadata and rows are read one after the other; ask this after both, and read again if not.
     """
     now = current(lake, day, shard)
-    return (now and now.note.edition) == (seen and seen.note.edition)
+    return (now and now.metadata.version) == (seen and seen.metadata.version)
 
 
 def pending(published: Current | None, raw: Sequence[Fragment]) -> list[Fragment]:

@@ -36,7 +36,7 @@ _WRITERS = 4
 """Files written at once: their fsyncs overlap, even on one core."""
 
 
-class FragmentNote(msgspec.Struct, frozen=True):
+class FragmentMetadata(msgspec.Struct, frozen=True):
     """Footer metadata of a fragment."""
 
     format: int
@@ -73,7 +73,7 @@ class _Claims(NamedTuple):
 
     rows: int
     unpacked: int
-    note: FragmentNote
+    metadata: FragmentMetadata
     first_ms: int
     last_ms: int
 
@@ -89,7 +89,7 @@ def _claims(path: Path, _seen: Look) -> _Claims:
     return _Claims(
         found.num_rows,
         sum(group.total_byte_size for group in groups),
-        parquet.note_in(found, path, FragmentNote),
+        parquet.metadata_in(found, path, FragmentMetadata),
         min((one.min for one in bounds if one is not None and one.has_min_max), default=0),
         max((one.max for one in bounds if one is not None and one.has_min_max), default=0),
     )
@@ -129,8 +129,8 @@ def _publish_one(lake: Lake, where: np.ndarray, rows: pa.Table) -> Fragment:
     name = FragmentName.covering(rows)
     folder = layout.shard_folder(lake.root, RAW, day, shard)
     with TempFile(lake.root, folder) as temp:
-        note = FragmentNote(FORMAT, day.isoformat(), shard, source)
-        parquet.write(temp.path, rows, note, ORDER)
+        metadata = FragmentMetadata(FORMAT, day.isoformat(), shard, source)
+        parquet.write(temp.path, rows, metadata, ORDER)
         name = name.sealed(temp.path)
         temp.publish_new(folder / str(name))
     return Fragment(name, folder / str(name))
@@ -143,9 +143,9 @@ def verify_place(fragment: Fragment, day: dt.date, shard: int) -> None:
     """
     path, name = fragment.path, fragment.name
     claims = _claims(path, look(path))
-    note = claims.note
-    if (note.day, note.shard, note.source) != (day.isoformat(), shard, name.source):
-        raise parquet.damaged(path, f"it belongs to day {note.day}, shard {note.shard:02d}")
+    metadata = claims.metadata
+    if (metadata.day, metadata.shard, metadata.source) != (day.isoformat(), shard, name.source):
+        raise parquet.damaged(path, f"it belongs to day {metadata.day}, shard {metadata.shard:02d}")
     if claims.last_ms and not name.first[0] <= claims.first_ms <= claims.last_ms <= name.last[0]:
         raise parquet.damaged(path, "it holds other entries than its name says")
 

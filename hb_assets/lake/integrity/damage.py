@@ -24,7 +24,7 @@ from hb_assets.core.schema import BOUNDS, TEXTS
 from hb_assets.core.schema import HEARTBEATS as SCHEMA
 from hb_assets.core.settings import Settings
 from hb_assets.lake.files import accepted_losses, fragments
-from hb_assets.lake.files.consolidated import ConsolidatedNote, current, mark_incomplete
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata, current, mark_incomplete
 from hb_assets.lake.files.fragments import Fragment
 from hb_assets.lake.integrity import checks
 from hb_assets.lake.storage import layout, parquet, verified
@@ -83,8 +83,8 @@ def examine_at(lake: Lake, path: Path, place: Place, settings: Settings) -> None
     if name is not None:
         fragments.verify_place(Fragment(name, path), place.day, place.shard)
     else:
-        note = parquet.note(path, ConsolidatedNote)
-        wrong = note.contradictions(place.day, place.shard, parquet.footer(path).num_rows)
+        metadata = parquet.metadata(path, ConsolidatedMetadata)
+        wrong = metadata.contradictions(place.day, place.shard, parquet.footer(path).num_rows)
         if wrong:
             raise parquet.damaged(path, "; ".join(wrong))
     parquet.verify_footer(path, SCHEMA)
@@ -200,11 +200,11 @@ def raw_has_all(lake: Lake, path: Path, place: Place) -> bool:
     if layout.pruned_mark(lake.root, place.day, place.shard).exists():
         return False
     try:
-        note = parquet.note(path, ConsolidatedNote)
+        metadata = parquet.metadata(path, ConsolidatedMetadata)
     except (DamagedFileError, FileNotFoundError):
         return True
     there = {str(one.name) for one in fragments.listed(lake, place.day, place.shard)}
-    return not note.pruned and there.issuperset(note.fragments)
+    return not metadata.pruned and there.issuperset(metadata.fragments)
 
 
 def _is_included(lake: Lake, path: Path, day: dt.date, shard: int) -> bool:
@@ -231,11 +231,13 @@ class Gaps:
         set_aside = frozenset(name for name in names if name is not None)
         return cls(set_aside, accepted_losses.fragments(lake, day, shard))
 
-    def lacking(self, note: ConsolidatedNote | None) -> frozenset[FragmentName]:
+    def lacking(self, metadata: ConsolidatedMetadata | None) -> frozenset[FragmentName]:
         """The fragments whose rows the file with this metadata doesn't include."""
         names = self.set_aside | self.accepted
-        return names if note is None else frozenset(n for n in names if not note.includes(n))
+        return (
+            names if metadata is None else frozenset(n for n in names if not metadata.includes(n))
+        )
 
-    def unresolved(self, note: ConsolidatedNote | None) -> frozenset[FragmentName]:
+    def unresolved(self, metadata: ConsolidatedMetadata | None) -> frozenset[FragmentName]:
         """The fragments of `lacking` whose loss nobody has accepted."""
-        return self.lacking(note) - self.accepted
+        return self.lacking(metadata) - self.accepted

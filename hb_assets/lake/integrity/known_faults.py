@@ -4,7 +4,7 @@ Everything that shows faults asks here (`hb status`, health, metrics, Dagster, t
 are derived from the lake's state each time: from names, footers and stat, so that checking a year
 of days is cheap; a footer is read again only when its file changed. What names and footers can't
 tell (a page that failed its checksum, a consolidation that failed) is recorded by whoever meets it,
-in a small file under `faults/`, until the file in question verifies again or a consolidation of
+in a small file under `faults/`, until the file in query verifies again or a consolidation of
 that day and shard has succeeded.
 """
 
@@ -25,7 +25,7 @@ import msgspec
 from hb_assets.core.errors import CheckFailedError, DamagedFileError, FencedError, HbError
 from hb_assets.lake.files import accepted_losses, fragments
 from hb_assets.lake.files.accepted_losses import Acceptance
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.files.fragments import Fragment
 from hb_assets.lake.files.tombstones import Tombstone
 from hb_assets.lake.integrity.damage import Place
@@ -187,7 +187,7 @@ def _unreadable(path: Path, error: OSError, day: dt.date | None, shard: int | No
 
 def _published(
     lake: Lake, day: dt.date, shard: int
-) -> tuple[ConsolidatedNote | None, tuple[Fault, ...]]:
+) -> tuple[ConsolidatedMetadata | None, tuple[Fault, ...]]:
     """Footer metadata of the consolidated file, if readable, and what is wrong with the file."""
     path = _text(lake, HEARTBEATS, day, shard) + "/heartbeats.parquet"
     try:
@@ -216,25 +216,25 @@ def _judged(
     _seen: Look,
     day: dt.date,
     shard: int,
-) -> tuple[ConsolidatedNote | None, tuple[Fault, ...]]:
+) -> tuple[ConsolidatedMetadata | None, tuple[Fault, ...]]:
     where, file = _where(day, shard), Path(path)
     try:
         footer = parquet.footer(file)
-        note = parquet.note_in(footer, file, ConsolidatedNote)
+        metadata = parquet.metadata_in(footer, file, ConsolidatedMetadata)
     except DamagedFileError as error:
         return None, (Fault("damaged", day, shard, None, file, str(error)),)
-    return note, tuple(
+    return metadata, tuple(
         Fault(
             "not_adding_up",
             *(day, shard, None, file),
             f"{where}: {why}; put a copy in the place of {path} (hb damaged restore FILE)",
         )
-        for why in note.contradictions(day, shard, footer.num_rows)
+        for why in metadata.contradictions(day, shard, footer.num_rows)
     )
 
 
 def _set_aside(
-    lake: Lake, day: dt.date, shard: int, published: ConsolidatedNote | None
+    lake: Lake, day: dt.date, shard: int, published: ConsolidatedMetadata | None
 ) -> Iterator[Fault]:
     """Faults of fragments that were set aside and whose rows are missed."""
     folder = _text(lake, _SET_ASIDE, day, shard)
@@ -260,7 +260,7 @@ def _set_aside(
 
 
 def _pending(
-    lake: Lake, day: dt.date, shard: int, published: ConsolidatedNote | None
+    lake: Lake, day: dt.date, shard: int, published: ConsolidatedMetadata | None
 ) -> Iterator[Fault]:
     """Faults of pending fragments whose footers aren't what was written."""
     folder = _text(lake, RAW, day, shard)
@@ -491,7 +491,7 @@ def _noticed(
     lake: Lake,
     day: dt.date | None,
     shard: int | None,
-    published: ConsolidatedNote | None,
+    published: ConsolidatedMetadata | None,
 ) -> Iterator[Fault]:
     folder = _folder(lake, day, shard)
     try:
@@ -522,7 +522,7 @@ def _noticed(
             yield Fault("missing", day, shard, None, about, message)
 
 
-def _stands(lake: Lake, noticed: _Noticed, published: ConsolidatedNote | None) -> bool:
+def _stands(lake: Lake, noticed: _Noticed, published: ConsolidatedMetadata | None) -> bool:
     """Whether a recorded fault isn't resolved yet.
 
     Raises:

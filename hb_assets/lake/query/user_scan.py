@@ -28,7 +28,7 @@ from hb_assets.core import days
 from hb_assets.core.record import ID_LENGTH
 from hb_assets.core.schema import ARRIVAL, HEARTBEATS
 from hb_assets.lake.files import consolidated, fragments, tombstones
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.files.tombstones import Cutoffs
 from hb_assets.lake.query.aggregate import Integers, Readings
 from hb_assets.lake.storage import catalog, layout, parquet, verified
@@ -145,8 +145,8 @@ def _published_at(path: Path) -> tuple[Look | None, _Published | None]:
 @remembered(512)
 def _of_published(path: Path, _seen: Look) -> tuple[Look, _Published]:
     seen, footer = verified.whole(path)
-    note = parquet.note_in(footer, path, ConsolidatedNote)
-    return seen, _Published(footer, frozenset(note.fragments), _groups(footer))
+    metadata = parquet.metadata_in(footer, path, ConsolidatedMetadata)
+    return seen, _Published(footer, frozenset(metadata.fragments), _groups(footer))
 
 
 @remembered(50_000)

@@ -44,7 +44,7 @@ def _longest() -> int:
     return ROW_GROUP + ROW_GROUP // 2
 
 
-Note = TypeVar("Note", bound=msgspec.Struct)
+Metadata = TypeVar("Metadata", bound=msgspec.Struct)
 
 
 class _Digest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -145,12 +145,12 @@ class Writer:
             whole = whole.slice(end)
         self._waiting = [whole]
 
-    def close_with(self, note: msgspec.Struct) -> None:
+    def close_with(self, metadata: msgspec.Struct) -> None:
         """Write what waits, and the footer; nothing can be written after that."""
         if any(part.num_rows for part in self._waiting):
             self._write(pa.concat_tables(self._waiting))
         out = self._out or self._open(self._schema.empty_table())
-        said = msgspec.json.encode(note)
+        said = msgspec.json.encode(metadata)
         digest = msgspec.structs.replace(self._sink.digest, note=zlib.crc32(said))
         out.add_key_value_metadata({KEY: said, DIGEST: msgspec.json.encode(digest)})
         out.close()
@@ -296,11 +296,13 @@ def writer(path: Path, schema: pa.Schema, sorted_by: Iterable[str] = ()) -> Iter
             out.abandon()
 
 
-def write(path: Path, table: pa.Table, note: msgspec.Struct, sorted_by: Iterable[str] = ()) -> None:
+def write(
+    path: Path, table: pa.Table, metadata: msgspec.Struct, sorted_by: Iterable[str] = ()
+) -> None:
     """Write a whole table with our metadata in the footer."""
     with writer(path, table.schema, sorted_by) as out:
         out.write(table)
-        out.close_with(note)
+        out.close_with(metadata)
 
 
 def footer(path: Path) -> pq.FileMetaData:
@@ -324,12 +326,12 @@ def _footer(file: BinaryIO | pa.NativeFile, path: Path) -> pq.FileMetaData:
         raise meaning(error, path) from None
 
 
-def note(path: Path, kind: type[Note]) -> Note:
+def metadata(path: Path, kind: type[Metadata]) -> Metadata:
     """Our own metadata in the file's footer. Raises as `footer` does."""
-    return note_in(footer(path), path, kind)
+    return metadata_in(footer(path), path, kind)
 
 
-def note_in(found: pq.FileMetaData, path: Path, kind: type[Note]) -> Note:
+def metadata_in(found: pq.FileMetaData, path: Path, kind: type[Metadata]) -> Metadata:
     """Our own metadata in a footer that was read from `path`. Raises DamagedFileError."""
     said, _ = _sealed(path, found)
     try:
@@ -340,8 +342,8 @@ def note_in(found: pq.FileMetaData, path: Path, kind: type[Note]) -> Note:
 
 def _sealed(path: Path, found: pq.FileMetaData) -> tuple[bytes, _Digest]:
     """Our metadata in a footer, verified, and the digest beside it."""
-    metadata = found.metadata or {}
-    said, sealed = metadata.get(KEY), metadata.get(DIGEST)
+    pairs = found.metadata or {}
+    said, sealed = pairs.get(KEY), pairs.get(DIGEST)
     if said is None or sealed is None:
         raise damaged(path, "its footer has no metadata of ours")
     try:

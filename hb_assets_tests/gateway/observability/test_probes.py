@@ -1,4 +1,4 @@
-"""Probes: a flood of questions is one, and one that hangs hinders nobody for long."""
+"""Probes: a flood of queries is one, and one that hangs hinders nobody for long."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from hb_assets.gateway.reads.readings import PARAMETERS, with_offset
 from hb_assets.lake.compaction.consolidation import consolidate
 from hb_assets.lake.files import fragments
 from hb_assets.lake.files.consolidated import mark_incomplete
-from hb_assets.lake.query import query
+from hb_assets.lake.query import series
 from hb_assets.lake.storage import layout
 from hb_assets.lake.storage.store import Lake
 from hb_assets.pipeline.drain import drain
@@ -191,7 +191,7 @@ def test_fresh_misses_nothing_that_is_drained_meanwhile(
 
         return call
 
-    for module, name in ((contents, "that_may_concern"), (query, "answer")):
+    for module, name in ((contents, "that_may_concern"), (series, "answer")):
         monkeypatch.setattr(module, name, followed_by_a_drain(getattr(module, name)))
     assert _rates(http, fresh="1") == [75]
     assert len(drained) == 2

@@ -29,7 +29,7 @@ from hb_assets.lake import inventory, ledger
 from hb_assets.lake.compaction import consolidation, pruning
 from hb_assets.lake.compaction.consolidation import Consolidated, consolidate
 from hb_assets.lake.files import fragments
-from hb_assets.lake.files.consolidated import ConsolidatedNote, Current, current
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata, Current, current
 from hb_assets.lake.files.fragments import Fragment
 from hb_assets.lake.integrity import checks, known_faults
 from hb_assets.lake.integrity.checks import Figure
@@ -181,21 +181,21 @@ def test_any_history_against_the_model(history: tuple[list[Delivered], list[Step
         assert left_behind(lake.root) == []
 
 
-def note(lake: Lake, shard: int) -> ConsolidatedNote:
-    return parquet.note(layout.consolidated_file(lake.root, DAY, shard), ConsolidatedNote)
+def metadata(lake: Lake, shard: int) -> ConsolidatedMetadata:
+    return parquet.metadata(layout.consolidated_file(lake.root, DAY, shard), ConsolidatedMetadata)
 
 
 def test_a_run_again_writes_nothing(lake: Lake, settings: Settings) -> None:
     deliver(lake, settings, entry([line(), line(bpm=76), line("u2")]))
     first = consolidate(lake, DAY, settings)
     shard = shard_of("u1", lake.shards)
-    before = note(lake, shard)
+    before = metadata(lake, shard)
     again = consolidate(lake, DAY, settings)
     assert (first.written, again.written, again.pending) == (2, 0, 0)
     assert replace(again, written=0, shards_written=0, pending=0) == replace(
         first, written=0, shards_written=0, pending=0
     )
-    assert note(lake, shard) == before
+    assert metadata(lake, shard) == before
 
 
 def test_day_of_which_nothing_is_there(lake: Lake, settings: Settings) -> None:
@@ -286,7 +286,7 @@ def test_overtaken_by_one_who_knows_more(
     interleaved(monkeypatch, where, faster)
     consolidate(lake, DAY, settings)
     monkeypatch.undo()
-    listed = note(lake, one_user(lake)).fragments
+    listed = metadata(lake, one_user(lake)).fragments
     waiting = [
         one for one in fragments.listed(lake, DAY, one_user(lake)) if str(one.name) not in listed
     ]

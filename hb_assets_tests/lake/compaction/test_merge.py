@@ -22,7 +22,7 @@ from hb_assets.lake.compaction import merge as merge_module
 from hb_assets.lake.compaction import row_groups
 from hb_assets.lake.compaction.inputs import Inputs
 from hb_assets.lake.compaction.merge import Tally, merged
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.storage import engine, parquet
 from hb_assets.lake.storage.layout import FragmentName
 from hb_assets_tests.examples import examples
@@ -180,7 +180,7 @@ def written(path: Path, rows: Iterable[Reading]) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parquet, "ROW_GROUP", 4)
         parquet.write(
-            path, pa.Table.from_pylist(listed, HEARTBEATS), ConsolidatedNote.nothing(), ORDER
+            path, pa.Table.from_pylist(listed, HEARTBEATS), ConsolidatedMetadata.nothing(), ORDER
         )
     return path
 

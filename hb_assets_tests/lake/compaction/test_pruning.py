@@ -105,7 +105,7 @@ def test_a_watermark_never_goes_back(lake: Lake, settings: Settings) -> None:
         consolidate(lake, DAY, settings, watermarks=earlier)
         published = consolidated.current(lake, DAY, shard_of("u1", lake.shards))
         assert published is not None
-        assert published.note.watermark == LATEST
+        assert published.metadata.watermark == LATEST
 
 
 def test_a_fragment_that_is_away_stays_listed_above_the_watermark(
@@ -139,7 +139,9 @@ def test_a_pruner_keeps_what_the_file_lists_no_more(
         found = original(*arguments)
         if found is None or seen == 1:
             return found
-        return consolidated.Current(found.path, msgspec.structs.replace(found.note, fragments=()))
+        return consolidated.Current(
+            found.path, msgspec.structs.replace(found.metadata, fragments=())
+        )
 
     monkeypatch.setattr(pruning, "current", current)
     assert prune(lake, settings).fragments == 0
@@ -249,7 +251,7 @@ def test_names_of_pruned_fragments_are_dropped(lake: Lake, settings: Settings) -
         prune(lake, settings)
     found = consolidated.current(lake, DAY, shard_of("u1", lake.shards))
     assert found is not None
-    assert (len(found.note.fragments), found.note.pruned, found.note.rows) == (1, 4, 5)
+    assert (len(found.metadata.fragments), found.metadata.pruned, found.metadata.rows) == (1, 4, 5)
 
 
 def test_rows_that_lie_in_quarantine_too_are_kept_for_the_audit(

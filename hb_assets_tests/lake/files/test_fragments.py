@@ -14,11 +14,11 @@ from hb_assets.core import days
 from hb_assets.core.record import shard_of
 from hb_assets.core.settings import Settings
 from hb_assets.lake.files import fragments
-from hb_assets.lake.files.fragments import Fragment, FragmentNote
+from hb_assets.lake.files.fragments import Fragment, FragmentMetadata
 from hb_assets.lake.ingest.decode import decode
 from hb_assets.lake.storage import layout
 from hb_assets.lake.storage.layout import RAW, FragmentName
-from hb_assets.lake.storage.parquet import note
+from hb_assets.lake.storage.parquet import metadata
 from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.lake.deliveries import DAY, NOON, deliver, entry, left_behind, line, raw
 
@@ -31,7 +31,7 @@ def test_published_is_listed_by_arrival(lake: Lake, settings: Settings) -> None:
     assert [one.name.first[1] for one in listed] == [9, 10, 2**64 - 1]
     assert fragments.all_listed(lake, DAY) == listed
     assert fragments.listed(lake, DAY, (shard + 1) % lake.shards) == []
-    assert note(listed[0].path, FragmentNote) == FragmentNote(1, "2025-01-15", shard, 0)
+    assert metadata(listed[0].path, FragmentMetadata) == FragmentMetadata(1, "2025-01-15", shard, 0)
     assert listed[0].rows == 1
     assert listed[0].bytes == listed[0].path.stat().st_size
 

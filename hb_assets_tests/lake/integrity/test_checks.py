@@ -12,7 +12,7 @@ from hb_assets.core import days
 from hb_assets.core.errors import CheckFailedError
 from hb_assets.core.schema import HEARTBEATS, MINUTES
 from hb_assets.core.settings import Settings
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.integrity import checks
 from hb_assets.lake.integrity.checks import Figure
 from hb_assets.lake.storage import parquet
@@ -39,7 +39,9 @@ def written(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> Path:
     file.touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parquet, "_encoding", lambda *_: None)  # ours are for our types
-        parquet.write(file, pa.Table.from_pylist(rows, schema=schema), ConsolidatedNote.nothing())
+        parquet.write(
+            file, pa.Table.from_pylist(rows, schema=schema), ConsolidatedMetadata.nothing()
+        )
     return file
 
 

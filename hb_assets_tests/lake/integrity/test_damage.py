@@ -21,8 +21,8 @@ from hb_assets.core.settings import Settings
 from hb_assets.lake import ledger
 from hb_assets.lake.compaction.consolidation import consolidate
 from hb_assets.lake.files import consolidated
-from hb_assets.lake.files.consolidated import ConsolidatedNote
-from hb_assets.lake.files.fragments import FragmentNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
+from hb_assets.lake.files.fragments import FragmentMetadata
 from hb_assets.lake.integrity import checks, damage, known_faults
 from hb_assets.lake.storage import layout, parquet
 from hb_assets.lake.storage.layout import FragmentName
@@ -64,7 +64,7 @@ def test_no_watermark_is_claimed_for_rows_that_were_set_aside(
     assert len(done.set_aside) == 1
     found = consolidated.current(lake, DAY, shard_of("u1", lake.shards))
     assert found is not None
-    assert found.note.watermark == {}
+    assert found.metadata.watermark == {}
     assert len(known_faults.faults(lake)) == 1
     [aside] = (lake.root / layout.DAMAGED).rglob("*.parquet")
     aside.unlink()
@@ -145,13 +145,13 @@ def test_the_ledger_counts_again_what_was_replaced_meanwhile(
     assert (found.faults, found.rows) == ([], 2)
 
 
-def forge(like: Path, rows: pa.Table, **note: object) -> Path:
+def forge(like: Path, rows: pa.Table, **metadata: object) -> Path:
     """A fragment beside another one: all of its checksums are right, a drain wouldn't write it."""
     name = FragmentName.parse(like.name)
     assert name is not None
     temp = like.with_name("forged")
     temp.touch()
-    said = msgspec.structs.replace(parquet.note(like, FragmentNote), **note)
+    said = msgspec.structs.replace(parquet.metadata(like, FragmentMetadata), **metadata)
     parquet.write(temp, rows, said)
     name = replace(name, random="f" * 16).sealed(temp)
     return temp.rename(like.with_name(str(name)))
@@ -210,9 +210,9 @@ def test_a_forged_consolidated_file_is_made_anew_while_raw_has_all_of_it(
     deliver(lake, settings, entry([line(), line(at=NOON + 1)], 0))
     consolidate(lake, DAY, settings)
     path = published(lake)
-    note = parquet.note(path, ConsolidatedNote)
+    metadata = parquet.metadata(path, ConsolidatedMetadata)
     rows = pq.read_table(path, partitioning=None)
-    parquet.write(path, rows.take([1, 0]), note)
+    parquet.write(path, rows.take([1, 0]), metadata)
     deliver(lake, settings, entry([line(at=NOON + 2)], 1))
     done = consolidate(lake, DAY, settings).require()
     assert len(done.set_aside) == 1

@@ -14,7 +14,7 @@ from hb_assets.core.record import shard_of
 from hb_assets.core.settings import Settings
 from hb_assets.lake.compaction.consolidation import consolidate
 from hb_assets.lake.files import consolidated, tombstones
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.files.tombstones import Tombstone
 from hb_assets.lake.integrity import damage, known_faults
 from hb_assets.lake.integrity.known_faults import Fault
@@ -108,13 +108,13 @@ def test_a_footer_whose_counts_lie(lake: Lake, settings: Settings) -> None:
     deliver(lake, settings, entry([line()], 0))
     consolidate(lake, DAY, settings)
     path = published(lake)
-    note = parquet.note(path, ConsolidatedNote)
+    metadata = parquet.metadata(path, ConsolidatedMetadata)
     rows = pq.read_table(path, partitioning=None)
     for changes in ({"rows": 2}, {"repeats": 1}, {"unique": 2, "rows": 2}):
-        parquet.write(path, rows, msgspec.structs.replace(note, **changes))
+        parquet.write(path, rows, msgspec.structs.replace(metadata, **changes))
         [fault] = known_faults.faults(lake)
         assert (fault.kind, fault.path) == ("not_adding_up", path)
-    parquet.write(path, rows, note)
+    parquet.write(path, rows, metadata)
     assert known_faults.faults(lake) == []
 
 

@@ -16,10 +16,10 @@ from hb_assets.core.record import shard_of
 from hb_assets.core.schema import ORDER
 from hb_assets.core.settings import Settings
 from hb_assets.lake.compaction.consolidation import consolidate
-from hb_assets.lake.files.fragments import Fragment, FragmentNote
+from hb_assets.lake.files.fragments import Fragment, FragmentMetadata
 from hb_assets.lake.integrity import known_faults
-from hb_assets.lake.query import query
-from hb_assets.lake.query.query import Page, Question
+from hb_assets.lake.query import series
+from hb_assets.lake.query.series import Page, Query
 from hb_assets.lake.storage import layout, parquet
 from hb_assets.lake.storage.layout import FragmentName
 from hb_assets.lake.storage.store import Lake
@@ -32,7 +32,7 @@ FIRST, SECOND = Point(NOON, 75, "device_a"), Point(NEXT_NOON, 81, "device_a")
 
 
 def ask(lake: Lake, settings: Settings, start: int = NOON, end: int = LATER) -> Page:
-    return query.answer(lake, Question("u1", start, end, granularity="1s"), settings)
+    return series.answer(lake, Query("u1", start, end, granularity="1s"), settings)
 
 
 def published(lake: Lake, day: dt.date) -> Path:
@@ -117,7 +117,7 @@ def forged(lake: Lake, rows: pa.Table, shard: int, *, honest: bool = True) -> Fr
             patch.setattr(
                 pq, "ParquetWriter", lambda *a, **k: original(*a, **k, write_statistics=False)
             )
-        parquet.write(path, rows, FragmentNote(1, DAY.isoformat(), shard, 0), ORDER)
+        parquet.write(path, rows, FragmentMetadata(1, DAY.isoformat(), shard, 0), ORDER)
     name = name.sealed(path)
     path.rename(folder / str(name))
     return Fragment(name, folder / str(name))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hb_assets.core.schema import ENCODED, HEARTBEATS, ORDER
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.storage import parquet
 
 DICTIONARY, DIFFERENCES, PLAIN = "RLE_DICTIONARY", "DELTA_BINARY_PACKED", "PLAIN"
@@ -37,7 +37,7 @@ def rows_of(arrival_ms: Sequence[int], arrival_pos: Sequence[int]) -> pa.Table:
 def written(folder: Path, rows: pa.Table) -> pq.FileMetaData:
     path = folder / "rows.parquet"
     path.touch()
-    parquet.write(path, rows, ConsolidatedNote.nothing(), ORDER)
+    parquet.write(path, rows, ConsolidatedMetadata.nothing(), ORDER)
     assert pq.read_table(path, partitioning=None).equals(rows)
     return parquet.footer(path)
 
@@ -150,7 +150,7 @@ def test_row_groups_end_between_users(
     with parquet.writer(path, given.schema, ORDER) as out:
         for start in range(0, count, at_once):
             out.write(given.slice(start, at_once))
-        out.close_with(ConsolidatedNote.nothing())
+        out.close_with(ConsolidatedMetadata.nothing())
     found = parquet.footer(path)
     assert [found.row_group(n).num_rows for n in range(found.num_row_groups)] == groups
     assert pq.read_table(path, partitioning=None).equals(rows)

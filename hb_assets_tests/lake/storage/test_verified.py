@@ -18,7 +18,7 @@ import hb_assets
 from hb_assets.core.errors import DamagedFileError
 from hb_assets.core.schema import HEARTBEATS
 from hb_assets.core.settings import Settings
-from hb_assets.lake.files.consolidated import ConsolidatedNote
+from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.storage import parquet, verified
 from hb_assets.lake.storage.engine import engine
 from hb_assets.lake.storage.store import Lake
@@ -225,7 +225,7 @@ def test_every_byte_of_a_consolidated_file_counts(tmp_path: Path, path: Path, ki
     file = tmp_path / "rows"
     file.touch()
     with verified.opened(path) as found:
-        parquet.write(file, found.read().cast(HEARTBEATS), ConsolidatedNote.nothing())
+        parquet.write(file, found.read().cast(HEARTBEATS), ConsolidatedMetadata.nothing())
     whole = file.read_bytes()
     parquet.verify(file)
     for place in range(len(whole)):

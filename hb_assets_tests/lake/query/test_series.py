@@ -24,9 +24,9 @@ from hb_assets.lake import inventory
 from hb_assets.lake.compaction.consolidation import consolidate
 from hb_assets.lake.files import consolidated, fragments, tombstones
 from hb_assets.lake.ingest.decode import decode
-from hb_assets.lake.query import query, user_scan
+from hb_assets.lake.query import series, user_scan
 from hb_assets.lake.query.aggregate import GRANULARITIES
-from hb_assets.lake.query.query import Question
+from hb_assets.lake.query.series import Query
 from hb_assets.lake.storage import catalog, layout, parquet
 from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.lake.deliveries import (
@@ -48,9 +48,9 @@ Came = tuple[str, str, int, int]
 """user_id, device_id, timestamp (epoch ms), heart_rate; their order is that of arrival."""
 
 
-def model(came: Sequence[Came], question: Question, priority: tuple[str, ...]) -> list[Point]:
-    """What a question about everything that came has to be answered with."""
-    latest = {one[:3]: one[3] for one in came if one[0] == question.user_id}
+def model(came: Sequence[Came], query: Query, priority: tuple[str, ...]) -> list[Point]:
+    """What a query about everything that came has to be answered with."""
+    latest = {one[:3]: one[3] for one in came if one[0] == query.user_id}
     by_instant: dict[int, dict[str, int]] = defaultdict(dict)
     for (_, device, at), bpm in latest.items():
         by_instant[at][device] = bpm
@@ -59,11 +59,11 @@ def model(came: Sequence[Came], question: Question, priority: tuple[str, ...]) -
         return (priority.index(device) if device in priority else len(priority), device)
 
     cells: dict[tuple[int, str], list[int]] = defaultdict(list)
-    first, last = question.whole_buckets()
+    first, last = query.whole_buckets()
     for at, readings in by_instant.items():
-        kept = min(readings, key=rank) if question.device_id is None else question.device_id
+        kept = min(readings, key=rank) if query.device_id is None else query.device_id
         if first <= at < last and kept in readings:
-            cells[at // question.size_ms * question.size_ms, kept].append(readings[kept])
+            cells[at // query.size_ms * query.size_ms, kept].append(readings[kept])
     return [
         Point(start, int(sum(values) / len(values) + 0.5), device)
         for (start, device), values in sorted(cells.items())
@@ -71,19 +71,19 @@ def model(came: Sequence[Came], question: Question, priority: tuple[str, ...]) -
 
 
 def pages(
-    lake: Lake, question: Question, settings: Settings, buffered: pa.Table | None
+    lake: Lake, query: Query, settings: Settings, buffered: pa.Table | None
 ) -> Iterator[list[Point]]:
-    start: int | None = question.start_ms
+    start: int | None = query.start_ms
     while start is not None:
-        asked = Question(
-            question.user_id,
+        asked = Query(
+            query.user_id,
             start,
-            question.end_ms,
-            question.device_id,
-            question.granularity,
-            question.limit,
+            query.end_ms,
+            query.device_id,
+            query.granularity,
+            query.limit,
         )
-        page = query.answer(lake, asked, settings, buffered)
+        page = series.answer(lake, asked, settings, buffered)
         yield points_of(page.points)
         assert page.next_ms is None or page.next_ms > start
         start = page.next_ms
@@ -148,13 +148,13 @@ def test_wherever_readings_lie_the_answer_is_the_same(
             fragments.publish(lake, part)
         buffered = lying_in("buffered")
         held = pa.concat_tables(buffered) if buffered else None
-        asked = Question("u1", span[0], span[0] + span[1], device, granularity)
+        asked = Query("u1", span[0], span[0] + span[1], device, granularity)
         came = [reading for batch in batches for reading in batch]
         expected = model(came, asked, priority)
-        found = query.answer(lake, asked, settings, held)
+        found = series.answer(lake, asked, settings, held)
         assert points_of(found.points) == expected
         assert found.next_ms is None
-        limited = Question("u1", span[0], span[0] + span[1], device, granularity, limit)
+        limited = Query("u1", span[0], span[0] + span[1], device, granularity, limit)
         in_pages = list(pages(lake, limited, settings, held))
         assert [point for page in in_pages for point in page] == expected
         for page in in_pages:
@@ -167,7 +167,7 @@ def test_a_page_ends_with_a_whole_bucket(lake: Lake, settings: Settings) -> None
     sizes = [
         [
             len(page)
-            for page in pages(lake, Question("u1", NOON, NOON + 180_000, limit=n), settings, None)
+            for page in pages(lake, Query("u1", NOON, NOON + 180_000, limit=n), settings, None)
         ]
         for n in (2, 3, 4, 5, 6)
     ]
@@ -183,7 +183,7 @@ def test_what_waits_in_the_buffer_of_a_forgotten_user(lake: Lake, settings: Sett
         asked_ms=0,
     )
     tombstones.put(lake, forgotten)
-    found = query.answer(lake, Question("u1", NOON, NOON + 1), settings, held)
+    found = series.answer(lake, Query("u1", NOON, NOON + 1), settings, held)
     assert points_of(found.points) == [Point(NOON, 70, "device_a")]
 
 
@@ -198,7 +198,7 @@ def test_a_correction_that_is_pending_is_answered(
     if first == "consolidated":
         consolidate(lake, DAY, settings)
     deliver(lake, settings, entry([line(bpm=90)], 1))
-    found = query.answer(lake, Question("u1", NOON, NOON + 1), settings)
+    found = series.answer(lake, Query("u1", NOON, NOON + 1), settings)
     assert points_of(found.points) == [Point(NOON, 90, "device_a")]
 
 
@@ -207,7 +207,7 @@ def test_of_two_devices_at_one_instant_the_trusted_one_is_answered(
 ) -> None:
     lines = [line(device=name, bpm=bpm) for name, bpm in (("device_b", 60), ("device_a", 70))]
     deliver(lake, settings, entry(lines, 0))
-    found = query.answer(lake, Question("u1", NOON, NOON + 1), settings)
+    found = series.answer(lake, Query("u1", NOON, NOON + 1), settings)
     assert points_of(found.points) == [Point(NOON, 70, "device_a")]
 
 
@@ -276,7 +276,7 @@ def test_only_what_is_asked_for_is_read(
     assert pq.read_metadata(path).num_row_groups > 12
 
     def ask(start: int, end: int, user: str = "u1") -> int:
-        found = query.answer(lake, Question(user, start, end, granularity="1s"), settings)
+        found = series.answer(lake, Query(user, start, end, granularity="1s"), settings)
         return found.points.num_rows
 
     reads = Reads(monkeypatch)
@@ -315,7 +315,7 @@ def test_a_file_replaced_between_footer_and_rows_is_noticed(
         return original(*arguments, **named)
 
     monkeypatch.setattr(user_scan, "_read", overtaken)
-    found = query.answer(lake, Question("u1", NOON, NOON + 1), settings)
+    found = series.answer(lake, Query("u1", NOON, NOON + 1), settings)
     assert points_of(found.points) == [Point(NOON, 67, "device_a")]
     assert len(editions) == 2
     [row] = {len(rows_of(path)) for path in lake.root.glob("heartbeats/*/*/*")}

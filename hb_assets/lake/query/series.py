@@ -38,7 +38,7 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class Query:
     """A query: one user's heart rate over a range of time.
 
     Attributes:
@@ -87,14 +87,12 @@ class Page:
     ended_by: DamagedFileError | None = None
 
 
-def answer(
-    lake: Lake, question: Question, settings: Settings, buffered: pa.Table | None = None
-) -> Page:
+def answer(lake: Lake, query: Query, settings: Settings, buffered: pa.Table | None = None) -> Page:
     """The points that answer a query, up to its limit.
 
     Args:
         lake: which lake.
-        question: the query.
+        query: the query.
         settings: for DEVICE_PRIORITY.
         buffered: rows that aren't in the lake yet, as `decode.Decoded.rows`; they have to be read
             before this call, so that none is missed on its way into the lake.
@@ -104,15 +102,15 @@ def answer(
         HbError: memory is short.
     """
     if buffered is not None:
-        buffered = buffered.filter(pc.equal(buffered["user_id"], question.user_id))
-    start_ms, end_ms = question.whole_buckets()
-    shard = shard_of(question.user_id, lake.shards)
+        buffered = buffered.filter(pc.equal(buffered["user_id"], query.user_id))
+    start_ms, end_ms = query.whole_buckets()
+    shard = shard_of(query.user_id, lake.shards)
     found: list[pa.Table] = []
     warnings: list[Fault] = []
     count = 0
     for day in _days(lake, start_ms, end_ms, buffered):
         first, last = max(start_ms, days.start_ms(day)), min(end_ms, days.end_ms(day))
-        asked = _Day(lake, day, shard, first, last, question, settings, buffered)
+        asked = _Day(lake, day, shard, first, last, query, settings, buffered)
         try:
             points, faults = _until_still(asked.answer)
         except DamagedFileError as error:
@@ -124,22 +122,22 @@ def answer(
         found.append(points)
         warnings += faults
         count += points.num_rows
-        if question.limit is not None and count > question.limit:
-            page = _cut(_joined(found), question.limit)
+        if query.limit is not None and count > query.limit:
+            page = _cut(_joined(found), query.limit)
             if page is not None:
                 return replace(page, warnings=tuple(warnings))
     return Page(_joined(found), warnings=tuple(warnings))
 
 
 def nearest(
-    lake: Lake, question: Question, settings: Settings
+    lake: Lake, query: Query, settings: Settings
 ) -> tuple[dt.datetime | None, dt.datetime | None]:
     """The last point before a query's range, and the first one after it; None: there is none.
 
     Each day that the lake holds is asked, from the range outwards; most cost a look into a few
     footers. A day that can't be read is passed over: this is for people who wonder where to look.
     """
-    start_ms, end_ms = question.whole_buckets()
+    start_ms, end_ms = query.whole_buckets()
     known = inventory.days(lake)
 
     def of(day: dt.date, first: int, last: int, at: int) -> dt.datetime | None:
@@ -147,7 +145,7 @@ def nearest(
         if first >= last:
             return None
         try:
-            points = answer(lake, replace(question, start_ms=first, end_ms=last), settings).points
+            points = answer(lake, replace(query, start_ms=first, end_ms=last), settings).points
         except (HbError, OSError):
             return None
         found: dt.datetime | None = points["timestamp"][at].as_py() if points.num_rows else None
@@ -171,13 +169,13 @@ class _Day:
     shard: int
     first_ms: int
     end_ms: int
-    question: Question
+    query: Query
     settings: Settings
     buffered: pa.Table | None
 
     def answer(self) -> tuple[pa.Table, list[Fault]]:
         """The day's points, and what is wrong with them."""
-        user, device = self.question.user_id, self.question.device_id
+        user, device = self.query.user_id, self.query.device_id
         forgotten = tombstones.of_user(self.lake, user)
         cutoffs = forgotten.cutoffs if forgotten else None
         wanted = Wanted(user, self.first_ms, self.end_ms, device, cutoffs)
@@ -188,7 +186,7 @@ class _Day:
             return POINTS.empty_table(), faults
         points = aggregate.points(
             joined(found),
-            self.question.size_ms,
+            self.query.size_ms,
             self.settings.device_priority,
             every_device=device is not None,
         )
