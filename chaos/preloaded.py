@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 
 import pyarrow as pa
@@ -16,4 +15,3 @@ for name in (
 ):
     importlib.import_module(name)
 pa.array([""])  # the first one looks for pandas
-gc.freeze()  # a fork's collections leave these pages alone
