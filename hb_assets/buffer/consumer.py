@@ -42,7 +42,7 @@ _ENTRY_BYTES = 64 * 1024
 """What an entry of 500 heartbeats weighs, about: the first step's guess."""
 _PAGE = 100
 _ACKNOWLEDGE_ENTRIES = 2000
-_BEAT_SECONDS = 5.0
+_ALIVE_SECONDS = 5.0
 """An idle drain sets its liveness timestamp this often at least, and four times within
 HB_HEALTH_DRAIN_AGE."""
 
@@ -104,8 +104,8 @@ class Consumer:
         self._entry_rows = settings.entry_max_heartbeats
         self._next_sweep = 0.0
         watched = settings.health_drain_age.total_seconds()
-        self._beat_seconds = min(_BEAT_SECONDS, watched / 4 or _BEAT_SECONDS)
-        self._next_beat = 0.0
+        self._alive_seconds = min(_ALIVE_SECONDS, watched / 4 or _ALIVE_SECONDS)
+        self._next_alive = 0.0
         self._clock = ServerClock()
         self._first_shard = 0
         self._budget = _Budget(1, 1, 1)
@@ -221,19 +221,19 @@ class Consumer:
         except _UnusableError as error:
             return sum(reply for reply in error.replies if isinstance(reply, int))
 
-    def beat(self, counts: Mapping[str, int] | None = None) -> None:
+    def mark_alive(self, counts: Mapping[str, int] | None = None) -> None:
         """Set the shards' liveness timestamps, now that what was claimed is done, and count it.
 
         Without counts at most once in a while. Never raises: this must not hold up the work.
         """
-        if not counts and time.monotonic() < self._next_beat:
+        if not counts and time.monotonic() < self._next_alive:
             return
-        self._next_beat = time.monotonic() + self._beat_seconds
+        self._next_alive = time.monotonic() + self._alive_seconds
         seen = [liveness.drained(shard) for shard in self._shards if shard not in self.unusable]
         try:
-            self._clock.hear(liveness.beat(self._client, seen, counts or {}))
+            self._clock.hear(liveness.mark_alive(self._client, seen, counts or {}))
         except BufferUnavailableError as error:
-            _log.debug("no beat: %s", error)
+            _log.debug("not marked alive: %s", error)
 
     def empty(self) -> bool:
         """Whether nothing is undelivered and nothing is pending, in any shard that can be used."""

@@ -24,9 +24,9 @@ class ShardDepth:
     `entries` lie in the stream, `pending` of them (and such as were deleted by hand) are claimed,
     `undelivered` are not; `heartbeats` and `bytes` are what the ledger says is buffered (external
     entries enter it when they are acknowledged); `oldest_ms` is when the oldest entry arrived;
-    `foreign` entries of external producers aren't in the ledger; `foreign_bytes`: about the memory
-    that they take; at least `lost` entries were deleted before they were drained. `idle_ms` has,
-    for each consumer that has entries claimed, how long it wasn't heard of.
+    `external` entries, of external producers, aren't in the ledger, `external_bytes` is about the
+    memory that they take; at least `lost` entries were deleted before they were drained. `idle_ms`
+    has, for each consumer that has entries claimed, how long it wasn't heard of.
     """
 
     shard: int
@@ -39,8 +39,8 @@ class ShardDepth:
     appended: int
     acknowledged: int
     consumers: int
-    foreign: int
-    foreign_bytes: int
+    external: int
+    external_bytes: int
     lost: int
     idle_ms: tuple[int, ...] = ()
 
@@ -82,7 +82,7 @@ def scanned(client: Client, settings: Settings) -> dict[int, int]:
     return {shard: own for shard, (own, _) in _scan(client, settings).items()}
 
 
-def foreign_lines(client: Client, settings: Settings) -> int:
+def external_lines(client: Client, settings: Settings) -> int:
     """Lines of external entries (without `n`) that lie in the streams: no ledger has them yet.
 
     A stream that can't be read has none.
@@ -104,8 +104,8 @@ def _scan(client: Client, settings: Settings) -> dict[int, tuple[int, int]]:
             del found[shard]
         starts = {}
         for shard, (heartbeats, lines, following) in replies.by_shard.items():
-            own, foreign = found[shard]
-            found[shard] = (own + heartbeats, foreign + lines)
+            own, external = found[shard]
+            found[shard] = (own + heartbeats, external + lines)
             if following:
                 starts[shard] = following.decode()
     return found
@@ -121,23 +121,23 @@ def high_water(states: Iterable[ShardDepth], settings: Settings) -> list[str]:
     lines = []
     for state in states:
         share = max(
-            (state.heartbeats + state.foreign) / bound.heartbeats,
-            (state.bytes + state.foreign_bytes) / bound.size,
+            (state.heartbeats + state.external) / bound.heartbeats,
+            (state.bytes + state.external_bytes) / bound.size,
         )
         if share > settings.buffer_high_water:
             lines.append(
                 f"buffer: shard {state.shard:02d} is {share:.0%} full ({state.heartbeats:,} of "
                 f"{bound.heartbeats:,} heartbeats, {state.bytes:,} of {bound.size:,} bytes"
-                f"{_foreigners(state)}), above {settings.buffer_high_water:.0%} (HB_BUFFER_HIGH_WATER): is the drain running?"
+                f"{_of_others(state)}), above {settings.buffer_high_water:.0%} (HB_BUFFER_HIGH_WATER): is the drain running?"
             )
     return lines
 
 
-def _foreigners(state: ShardDepth) -> str:
-    if not state.foreign:
+def _of_others(state: ShardDepth) -> str:
+    if not state.external:
         return ""
     return (
-        f", and {state.foreign:,} entries of other producers with about {state.foreign_bytes:,} "
+        f", and {state.external:,} entries of other producers with about {state.external_bytes:,} "
         "bytes, which nothing refuses"
     )
 
@@ -183,8 +183,8 @@ def _depth(
         appended=appended,
         acknowledged=acknowledged,
         consumers=consumers,
-        foreign=max(0, entries - own),
-        foreign_bytes=max(0, memory - (appended_bytes - acknowledged_bytes)),
+        external=max(0, entries - own),
+        external_bytes=max(0, memory - (appended_bytes - acknowledged_bytes)),
         # Those that were pending were counted one by one; the others are missed in the stream.
         lost=max(lost, own - entries),
         idle_ms=tuple(idle),

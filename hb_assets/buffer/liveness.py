@@ -31,26 +31,26 @@ _KEYS = (keys.BEATS, keys.COUNTS)
 
 
 @dataclass(frozen=True, slots=True)
-class Signs:
-    """Liveness timestamps (`beats`) by name, and `now_ms`; epoch milliseconds of Redis' clock."""
+class Liveness:
+    """Liveness timestamps (`seen_ms`) by name, and `now_ms`; epoch milliseconds of Redis' clock."""
 
     now_ms: int
-    beats: Mapping[str, int] = field(default_factory=dict)
+    seen_ms: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
 
     def age(self, name: str) -> float | None:
         """Seconds since this liveness timestamp; None when there is none."""
-        at = self.beats.get(name)
+        at = self.seen_ms.get(name)
         return None if at is None else max(0.0, (self.now_ms - at) / 1000)
 
     @property
     def stopped(self) -> list[str]:
         """Names of Dagster's sensors that were stopped when one of them ticked last."""
-        ticked = self.beats.get(DAGSTER, 0)
+        ticked = self.seen_ms.get(DAGSTER, 0)
         prefix = stopped("")
         return sorted(
             name.removeprefix(prefix)
-            for name, at in self.beats.items()
+            for name, at in self.seen_ms.items()
             if name.startswith(prefix) and at >= ticked
         )
 
@@ -86,7 +86,7 @@ def timed(name: str, seconds: float) -> Counter[str]:
     return Counter({f"{name}_us": round(seconds * 1_000_000), label(f"{name}_le", bound): 1})
 
 
-def beat(client: Client, names: Iterable[str], counts: Mapping[str, int]) -> int:
+def mark_alive(client: Client, names: Iterable[str], counts: Mapping[str, int]) -> int:
     """Set the liveness timestamps `names` to now, and add to counts; one round trip.
 
     Returns:
@@ -100,17 +100,17 @@ def beat(client: Client, names: Iterable[str], counts: Mapping[str, int]) -> int
     for name, number in counts.items():
         if number:
             arguments += (name, number)
-    return int(_call(client, "beat", arguments))
+    return int(_call(client, "mark_alive", arguments))
 
 
-def look(client: Client) -> Signs:
+def read(client: Client) -> Liveness:
     """Read all liveness timestamps and counts at one instant.
 
     Raises:
-        BufferUnavailableError: as `beat`.
+        BufferUnavailableError: as `mark_alive`.
     """
-    now_ms, found, counted = _call(client, "beats", ())
-    return Signs(now_ms, _numbers(found), _numbers(counted))
+    now_ms, found, counted = _call(client, "liveness", ())
+    return Liveness(now_ms, _numbers(found), _numbers(counted))
 
 
 def _call(client: Client, name: str, arguments: Iterable[str | bytes | int]) -> Any:

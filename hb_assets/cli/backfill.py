@@ -60,7 +60,7 @@ def backfill(
         )
     with ControlRoom(up.dagster) as room, Interrupts() as interrupts:
 
-        def look() -> tuple[list[Run], bool]:
+        def poll() -> tuple[list[Run], bool]:
             over = room.backfill_over(backfill_id)
             return room.backfill_runs(backfill_id), over
 
@@ -69,7 +69,7 @@ def backfill(
             room.wait_for_partition(days[0])
             with interrupts.held_back():  # once it is launched, its id is known
                 backfill_id = room.backfill(days, rebuild=rebuild)
-            runs = follow(f"backfill of {len(days)} days", look, expected=len(days))
+            runs = follow(f"backfill of {len(days)} days", poll, expected=len(days))
         except KeyboardInterrupt:
             if backfill_id:
                 output.note(
@@ -91,18 +91,18 @@ def backfill(
         raise typer.Exit(FAILED)
 
 
-def follow(title: str, look: Callable[[], tuple[list[Run], bool]], *, expected: int) -> list[Run]:
+def follow(title: str, poll: Callable[[], tuple[list[Run], bool]], *, expected: int) -> list[Run]:
     """Show a progress bar until all runs have ended, well or not; those runs.
 
     Args:
         title: what the bar is called.
-        look: the runs so far, and whether no more will come.
+        poll: the runs so far, and whether no more will come.
         expected: how many there will be.
     """
     with output.progress() as progress:
         task = progress.add_task(title, total=expected)
         while True:
-            runs, over = look()
+            runs, over = poll()
             progress.update(task, completed=sum(run.ended for run in runs))
             if over and all(run.ended for run in runs):
                 return runs

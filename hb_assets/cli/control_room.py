@@ -180,7 +180,7 @@ class ControlRoom:
             return False
         return True
 
-    def daemons_beat(self, since: float) -> bool:
+    def daemons_alive(self, since: float) -> bool:
         """Whether every required daemon is healthy and had a heartbeat after `since` (epoch s)."""
         try:
             health = self._ask(_DAEMONS, timeout=5)["instance"]["daemonHealth"]

@@ -64,7 +64,7 @@ def stages(settings: Settings, room: ControlRoom) -> list[list[Member]]:
             Member(
                 "daemon",
                 _module("dagster._daemon", "run", "--workspace", str(workspace)),
-                lambda: room.daemons_beat(started),
+                lambda: room.daemons_alive(started),
             ),
         ],
     ]

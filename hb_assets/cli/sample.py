@@ -151,7 +151,7 @@ def _send(made: Fleet, settings: Settings, gateway: str, client: Client) -> dict
             figures.accepted += answer.is_success
             figures.refused += answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY
             progress.advance(task)
-        for entry in made.foreign:
+        for entry in made.external:
             data = b"\n".join(line.data for line in entry.lines)
             external.append(client, record.shard_of(entry.user_id, settings.shards), data)
             for line in entry.lines:
@@ -248,11 +248,11 @@ def _consolidate(
     room.wait_for_partition(min(wanted))
     ids = [room.launch(day) for day in wanted]
 
-    def look() -> tuple[list[Run], bool]:
+    def poll() -> tuple[list[Run], bool]:
         runs = room.runs(ids)
         return runs, len(runs) == len(ids)
 
-    runs = follow("consolidating and checking", look, expected=len(ids))
+    runs = follow("consolidating and checking", poll, expected=len(ids))
     ended = sum(run.succeeded for run in runs)
     output.note(f"{ended} of {len(ids)} Dagster runs consolidated and checked their day")
     return runs, {run.day: room.checks(run.run_id) for run in runs}
@@ -277,12 +277,12 @@ def _look_into_lake(
 
     kept = _rows(layout.day_folder(lake.root, layout.HEARTBEATS, day), schema.HEARTBEATS, ours)
     figures.unique = kept.height
-    strangers = {entry.user_id for entry in made.foreign}
+    strangers = {entry.user_id for entry in made.external}
     figures.accepted += raw.filter(pl.col("user_id").is_in(strangers)).height
 
     bad = [
         line.data
-        for entry in made.foreign
+        for entry in made.external
         for line in entry.lines
         if line.day == day and not line.valid
     ]

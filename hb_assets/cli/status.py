@@ -72,7 +72,7 @@ def status(
 ) -> None:
     """Show members, buffer, lake and alarms. Exit code 1 when there is an alarm."""
     settings = settings_of(context)
-    found = look(settings, latest=days)
+    found = gathered(settings, latest=days)
     if as_json:
         output.print_json(found)
     else:
@@ -81,7 +81,7 @@ def status(
         raise typer.Exit(FAILED)
 
 
-def look(settings: Settings, *, latest: int = 14) -> Status:
+def gathered(settings: Settings, *, latest: int = 14) -> Status:
     """Collect the status of everything; of the lake the `latest` days (0: all)."""
     found = Status(durability=settings.durability)
     up = state.running(settings)
@@ -126,7 +126,7 @@ def _look_at_buffer(found: Status, settings: Settings, up: UpState | None) -> No
             clock = ServerClock()
             clock.ask(client)
             found.warnings += clock.warnings()
-            signs = liveness.look(client)
+            signs = liveness.read(client)
     except HbError as error:
         found.alarms.append(str(error))
     if found.buffer is not None and signs is not None:
@@ -143,7 +143,7 @@ def _look_at_spool(found: Status, settings: Settings) -> None:
     from hb_assets.gateway.spool import queue
 
     try:
-        found.spool = queue.look(settings)
+        found.spool = queue.holdings(settings)
     except SpoolUnavailableError as error:
         found.alarms.append(str(error))
     if found.spool is not None:

@@ -58,7 +58,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class ForeignEntry:
+class ExternalEntry:
     """A stream entry that an external producer writes straight into Redis."""
 
     user_id: str
@@ -69,14 +69,14 @@ class ForeignEntry:
 class Fleet:
     """All traffic in its order, and the results to expect.
 
-    `posts` go to the gateway as batches, `singles` one by one after them, `foreign` (external) into
+    `posts` go to the gateway as batches, `singles` one by one after them, `external` straight into
     Redis. `survivors` gives the one heart rate that stays of each key (user, device, epoch ms).
     """
 
     prefix: str
     posts: list[list[Line]] = field(default_factory=list)
     singles: list[Line] = field(default_factory=list)
-    foreign: list[ForeignEntry] = field(default_factory=list)
+    external: list[ExternalEntry] = field(default_factory=list)
     expected: dict[dt.date, Figures] = field(default_factory=dict)
     survivors: dict[tuple[str, str, int], int] = field(default_factory=dict)
 
@@ -112,7 +112,7 @@ def simulate(now_ms: int, bounds: TimeBounds) -> Fleet:
     for slot in slots:
         chance.shuffle(slot)
     fleet.posts = [slot for slot in slots if slot]
-    _write_foreign(fleet, now_ms, chance)
+    _write_external(fleet, now_ms, chance)
     _count(fleet)
     return fleet
 
@@ -248,10 +248,10 @@ def _invalid(
     return Line(msgspec.json.encode(sent), day, valid=False)
 
 
-def _write_foreign(fleet: Fleet, now_ms: int, chance: random.Random) -> None:
+def _write_external(fleet: Fleet, now_ms: int, chance: random.Random) -> None:
     """Entries of an external producer: one valid heartbeat each among invalid lines."""
     for day in fleet.expected:
-        user_id = f"{fleet.prefix}foreign"
+        user_id = f"{fleet.prefix}external"
         at = min(days.start_ms(day) + 1000 * chance.randrange(3600), now_ms)
         good = Heartbeat(user_id, "strap", at, 71)
         fleet.survivors[_key(good)] = good.heart_rate
@@ -265,7 +265,7 @@ def _write_foreign(fleet: Fleet, now_ms: int, chance: random.Random) -> None:
         )
         lines = [_line(good)] + [Line(data, day, valid=False) for data in bad]
         chance.shuffle(lines)
-        fleet.foreign.append(ForeignEntry(user_id, tuple(lines)))
+        fleet.external.append(ExternalEntry(user_id, tuple(lines)))
 
 
 def _count(fleet: Fleet) -> None:
@@ -274,7 +274,7 @@ def _count(fleet: Fleet) -> None:
         figures.sent += 1
         figures.accepted += line.valid
         figures.refused += not line.valid
-    for entry in fleet.foreign:
+    for entry in fleet.external:
         for line in entry.lines:
             figures = fleet.expected[line.day]
             figures.sent += 1

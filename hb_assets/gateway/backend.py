@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from hb_assets.buffer import connection, depth, durability, liveness
 from hb_assets.buffer.depth import Depths
-from hb_assets.buffer.liveness import Signs
+from hb_assets.buffer.liveness import Liveness
 from hb_assets.buffer.producer import AsyncProducer, Lines, Outcomes
 from hb_assets.buffer.rate_limit import Limiter
 from hb_assets.core.errors import BufferUnavailableError, SpoolUnavailableError
@@ -100,11 +100,11 @@ class Backend:
             stack.push_async_callback(self._producer.close)
             yield
 
-    def append(self, lines: Lines) -> Awaitable[Outcomes]:
+    def store(self, lines: Lines) -> Awaitable[Outcomes]:
         """Store lines by shard, in Redis or the spool; the outcome by shard, None for stored."""
-        return self._append(lines) if self._intake is None else self._intake.append(lines)
+        return self._store(lines) if self._intake is None else self._intake.store(lines)
 
-    async def _append(self, lines: Lines) -> Outcomes:
+    async def _store(self, lines: Lines) -> Outcomes:
         outcome = await self._producer.append(lines)
         away = next((e for e in outcome.values() if isinstance(e, BufferUnavailableError)), None)
         # One line when Redis goes and one when it is back, however many requests meet it.
@@ -155,7 +155,7 @@ class Backend:
         """Whether HB_DURABILITY holds now. Raises BufferUnavailableError as `depths` does."""
         return await self._of_redis(self._ask_standing)
 
-    async def signs(self) -> Signs:
+    async def signs(self) -> Liveness:
         """Liveness timestamps and counts of other processes. Raises BufferUnavailableError."""
         return await self._of_redis(self._ask_signs)
 
@@ -192,10 +192,10 @@ class Backend:
         client, lake, settings = self._client, self._lake, self.settings
         self._ask_depths = Probe(lambda: depth.depths(client, settings))
         self._ask_standing = Probe(lambda: durability.standing(client, settings))
-        self._ask_signs = Probe(lambda: liveness.look(client))
+        self._ask_signs = Probe(lambda: liveness.read(client))
         self._ask_lake = Probe(lambda: _look_at_disk(lake))
         self._ask_survey = Probe(
-            Surveyor(lake, settings).look, fresh=SURVEY_SECONDS, limit=1.0, share=SURVEY_SHARE
+            Surveyor(lake, settings).survey, fresh=SURVEY_SECONDS, limit=1.0, share=SURVEY_SHARE
         )
         if self._spool is not None:
             spool = self._spool

@@ -21,7 +21,7 @@ from hb_assets.lake.files.consolidated import ConsolidatedMetadata
 from hb_assets.lake.files.fragments import Fragment
 from hb_assets.lake.storage import layout, parquet
 from hb_assets.lake.storage.catalog import remembered
-from hb_assets.lake.storage.durable_files import Look, barred, look
+from hb_assets.lake.storage.durable_files import Fingerprint, barred, fingerprint
 from hb_assets.lake.storage.layout import HEARTBEATS, RAW
 from hb_assets.lake.storage.store import Lake
 
@@ -171,7 +171,7 @@ def _seen(raw: list[Fragment], faults: list[str]) -> dict[Path, _Seen]:
     found = {}
     for one in raw:
         with noted(faults, one.path):
-            at = look(one.path)
+            at = fingerprint(one.path)
             found[one.path] = _Seen(0, at.size, at.mtime_ns // 1_000_000)
             found[one.path] = _Seen(one.rows, at.size, at.mtime_ns // 1_000_000)
     return found
@@ -187,7 +187,7 @@ def published(lake: Lake, day: dt.date, shard: int) -> tuple[ConsolidatedMetadat
     """
     path = layout.consolidated_file(lake.root, day, shard)
     try:
-        seen = look(path)
+        seen = fingerprint(path)
     except FileNotFoundError:
         if consolidated.current(lake, day, shard) is None:
             return None
@@ -196,5 +196,5 @@ def published(lake: Lake, day: dt.date, shard: int) -> tuple[ConsolidatedMetadat
 
 
 @remembered(20_000)
-def _note(path: Path, _seen: Look) -> ConsolidatedMetadata:
+def _note(path: Path, _seen: Fingerprint) -> ConsolidatedMetadata:
     return parquet.metadata(path, consolidated.ConsolidatedMetadata)

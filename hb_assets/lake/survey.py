@@ -89,7 +89,7 @@ class Surveyor:
         self._settings = settings
         self._folders = Folders()
 
-    def look(self) -> Survey:
+    def survey(self) -> Survey:
         """Survey the lake now."""
         found = {
             day: self._folders.remembered(self._lake, day, (RAW, HEARTBEATS), _read)

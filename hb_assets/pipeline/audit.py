@@ -103,7 +103,7 @@ def audit(
         accepted = ledger.of_accepted(lake)
         buffered, buffer_faults = _buffered(client, settings)
         # before `after`: what is acknowledged meanwhile may count on both sides, never on neither
-        foreign = depth.foreign_lines(client, settings)
+        external = depth.external_lines(client, settings)
         after = depth.depths(client, settings)
         set_back = sum(max(0, confirmed[shard.shard] - shard.appended) for shard in before.states)
         low = sum(shard.acknowledged for shard in before.states) + set_back
@@ -111,7 +111,7 @@ def audit(
         pending = sum(shard.pending for shard in after.states)
         if (low == high and not pending) or attempt == _ATTEMPTS - 1:
             break
-    in_flight = sum(buffered.values()) + foreign if pending else 0
+    in_flight = sum(buffered.values()) + external if pending else 0
     rows = sum(day.rows for day in days)
     in_lake = rows + quarantine.records - quarantine.in_fragments + erased
     unknown = {**before.faults, **after.faults}

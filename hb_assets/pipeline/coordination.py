@@ -84,7 +84,7 @@ class Coordination:
         counts[liveness.label("consolidations", outcome)] = 1
         counts["consolidated_rows"] = written
         try:
-            liveness.beat(self.client, (), counts)
+            liveness.mark_alive(self.client, (), counts)
         except HbError as error:
             _log.debug("not counted: %s", error)
 

@@ -104,7 +104,7 @@ def drain_cycle(consumer: Consumer, lake: Lake, settings: Settings) -> Drained:
 
 def _cycle(consumer: Consumer, lake: Lake, settings: Settings, batch: _Batch) -> Drained:
     if not batch.entries:
-        consumer.beat()
+        consumer.mark_alive()
         return Drained(empty=True)
     began = time.monotonic()
     suspects = [entry for entry in batch.entries if entry.deliveries > settings.poison_deliveries]
@@ -118,7 +118,7 @@ def _cycle(consumer: Consumer, lake: Lake, settings: Settings, batch: _Batch) ->
         done = done.plus(_bring(consumer, lake, settings, [suspect], decoded, reasons))
     caught_up = batch.ended in ("all", "age") and done.entries == len(batch.entries)
     done = replace(done, cycles=1, seconds=time.monotonic() - began, empty=caught_up)
-    consumer.beat(_counts(done, batch.ended, reasons))
+    consumer.mark_alive(_counts(done, batch.ended, reasons))
     return done
 
 

@@ -14,13 +14,13 @@ import datetime as dt
 from collections.abc import Iterable, Sequence
 
 from hb_assets.buffer.depth import ShardDepth
-from hb_assets.buffer.liveness import DAGSTER, Signs, drained
+from hb_assets.buffer.liveness import DAGSTER, Liveness, drained
 from hb_assets.core.settings import Settings
 
 _SHOWN = 3
 
 
-def drain(states: Sequence[ShardDepth], signs: Signs, settings: Settings) -> str | None:
+def drain(states: Sequence[ShardDepth], signs: Liveness, settings: Settings) -> str | None:
     """Fault of shards where entries wait and no drain has looked for too long; None if fine."""
     most = settings.health_drain_age
     found = {}
@@ -36,21 +36,21 @@ def drain(states: Sequence[ShardDepth], signs: Signs, settings: Settings) -> str
     )
 
 
-def _drain_remedy(signs: Signs) -> str:
+def _drain_remedy(signs: Liveness) -> str:
     if "drain" in signs.stopped:
         return "Dagster's drain sensor is stopped: `hb sensors start drain`"
     return "start `hb up` or `hb drain --follow`"
 
 
-def neglected_seconds(state: ShardDepth, signs: Signs) -> float:
+def neglected_seconds(state: ShardDepth, signs: Liveness) -> float:
     """How long entries have waited without a drain that looked for them; 0 where none waits."""
     if state.oldest_ms is None:
         return 0.0
-    since = max(state.oldest_ms, signs.beats.get(drained(state.shard), 0))
+    since = max(state.oldest_ms, signs.seen_ms.get(drained(state.shard), 0))
     return max(0.0, (signs.now_ms - since) / 1000)
 
 
-def backlog(states: Sequence[ShardDepth], signs: Signs, settings: Settings) -> str | None:
+def backlog(states: Sequence[ShardDepth], signs: Liveness, settings: Settings) -> str | None:
     """Fault of shards whose oldest entry waits for too long, whoever looked at it."""
     most = settings.health_entry_age
     found = {}
@@ -66,7 +66,7 @@ def backlog(states: Sequence[ShardDepth], signs: Signs, settings: Settings) -> s
     )
 
 
-def consumers(states: Sequence[ShardDepth], signs: Signs, settings: Settings) -> str | None:
+def consumers(states: Sequence[ShardDepth], signs: Liveness, settings: Settings) -> str | None:
     """Fault of shards whose dead drainers hold entries that nobody takes over."""
     most = settings.health_consumer_idle
     found = [state.shard for state in states if dead_consumers(state, settings)]
@@ -87,7 +87,7 @@ def dead_consumers(state: ShardDepth, settings: Settings) -> int:
     )
 
 
-def dagster(signs: Signs, settings: Settings) -> str | None:
+def dagster(signs: Liveness, settings: Settings) -> str | None:
     """Fault of Dagster: a sensor is stopped, or Dagster was there once and ticks no more."""
     if stopped := signs.stopped:
         names = " ".join(stopped)

@@ -57,7 +57,7 @@ def test_entries_come_with_all_that_the_drain_needs(
     client: redis.Redis, settings: Settings, opened: Callable[..., Consumer]
 ) -> None:
     Producer(client, settings).append({0: [b"1", b"2"]})
-    foreign = client.xadd(keys.stream(3), {"data": "3\n4\n5", "source": "elsewhere"}, id="7-9")
+    external = client.xadd(keys.stream(3), {"data": "3\n4\n5", "source": "elsewhere"}, id="7-9")
     client.xadd(keys.stream(3), {"text": "6"})
     client.xadd(keys.stream(3), {"data": "8", "n": "many"})
 
@@ -66,7 +66,7 @@ def test_entries_come_with_all_that_the_drain_needs(
 
     assert (own.data, own.own, own.rows, own.size, own.deliveries) == (b"1\n2", 2, 2, 3, 1)
     assert (other.data, other.own, other.rows) == (b"3\n4\n5", None, 3)
-    assert (other.ms, other.seq, other.id) == (7, 9, foreign.decode())
+    assert (other.ms, other.seq, other.id) == (7, 9, external.decode())
     assert (empty.data, empty.own, empty.rows, empty.size) == (None, None, 0, 0)
     assert (odd.data, odd.own) == (b"8", None)
 
@@ -247,7 +247,7 @@ def test_a_claim_keeps_its_bounds_and_everything_is_handed_out(
 
 STEPS = st.one_of(
     st.tuples(st.just("append"), st.integers(0, 3), st.integers(1, 5)),
-    st.tuples(st.just("foreign"), st.integers(0, 3), st.integers(1, 5)),
+    st.tuples(st.just("external"), st.integers(0, 3), st.integers(1, 5)),
     st.tuples(st.just("claim"), st.integers(0, 2), st.integers(1, 8)),
     st.tuples(st.just("acknowledge"), st.integers(0, 2), st.integers(0, 3)),
     st.tuples(st.just("die"), st.integers(0, 2), st.just(0)),
@@ -276,7 +276,7 @@ def test_the_ledger_adds_up_and_nothing_is_lost_whatever_happens(
             producer.append({which: [LINE] * size})
             heartbeats += size
             appended.add((which, client.xrevrange(keys.stream(which), count=1)[0][0].decode()))
-        elif action == "foreign":
+        elif action == "external":
             id_ = client.xadd(keys.stream(which), {"data": b"\n".join([LINE] * size)})
             heartbeats += size
             appended.add((which, id_.decode()))

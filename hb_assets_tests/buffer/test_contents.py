@@ -23,7 +23,7 @@ def test_own_shard_and_foreign_entries_claimed_or_not(
 ) -> None:
     producer = Producer(client, settings)
     producer.append({1: [b"one", b"two"], 2: [b"other"]})
-    external.append(client, 2, b"foreign\nlines")
+    external.append(client, 2, b"external\nlines")
     client.xadd("hb:{03}:stream", {"nothing": "of ours"})
     assert len(consumer.claim(100, 10**6)) == 4
     for n in range(120):  # more than a page
@@ -35,7 +35,7 @@ def test_own_shard_and_foreign_entries_claimed_or_not(
         *[(None, b"%d" % n) for n in range(120)],
     ]
     assert [(one.shard, one.own, one.data) for one in found if one.shard != 1] == [
-        (2, None, b"foreign\nlines"),
+        (2, None, b"external\nlines"),
         (3, None, None),
     ]
     assert all(one.ms > 0 for one in found)
@@ -60,10 +60,10 @@ def test_our_own_appends_of_other_shards_are_not_gone_through(
     producer.append({shard: [b"drained"] for shard in range(4)})
     consumer.acknowledge([(entry, 1) for entry in consumer.claim(100, 10**6)])
     producer.append({shard: [b"one"] for shard in range(4)})
-    external.append(client, 2, b"foreign")
+    external.append(client, 2, b"external")
     client.config_resetstat()
     found = contents.that_may_concern(client, 1, settings)
-    assert [(one.shard, one.data) for one in found] == [(1, b"one"), (2, b"foreign")]
+    assert [(one.shard, one.data) for one in found] == [(1, b"one"), (2, b"external")]
     assert client.info("commandstats")["cmdstat_xrange"]["calls"] == 2
 
 

@@ -23,8 +23,8 @@ def test_an_untouched_buffer_is_empty(client: redis.Redis, settings: Settings) -
             appended=0,
             acknowledged=0,
             consumers=0,
-            foreign=0,
-            foreign_bytes=0,
+            external=0,
+            external_bytes=0,
             lost=0,
         )
         for shard in range(4)
@@ -33,7 +33,7 @@ def test_an_untouched_buffer_is_empty(client: redis.Redis, settings: Settings) -
 
 
 def test_depths_tell_pending_from_undelivered(client: redis.Redis, settings: Settings) -> None:
-    client.xadd(keys.stream(1), {"data": "foreign"}, id="1700000000000-3")
+    client.xadd(keys.stream(1), {"data": "external"}, id="1700000000000-3")
     single = settings.model_copy(update={"entry_max_heartbeats": 1})
     Producer(client, single).append({1: [b"22"] * 5})
     consumer = Consumer(client, settings)
@@ -44,14 +44,14 @@ def test_depths_tell_pending_from_undelivered(client: redis.Redis, settings: Set
 
     assert (depth.entries, depth.pending, depth.undelivered, depth.consumers) == (6, 2, 4, 1)
     assert (depth.heartbeats, depth.bytes, depth.appended, depth.acknowledged) == (5, 10, 5, 0)
-    assert (depth.foreign, depth.lost) == (1, 0)
+    assert (depth.external, depth.lost) == (1, 0)
     assert depth.oldest_ms == 1_700_000_000_000
 
 
 def test_scanning_reads_every_page(client: redis.Redis, settings: Settings) -> None:
     pairs = settings.model_copy(update={"entry_max_heartbeats": 2})
     Producer(client, pairs).append({0: [b"1"] * 1001, 3: [b"1"] * 400})
-    client.xadd(keys.stream(3), {"data": "foreign"})
+    client.xadd(keys.stream(3), {"data": "external"})
 
     assert scanned(client, settings) == {0: 1001, 1: 0, 2: 0, 3: 400}
 
@@ -85,8 +85,8 @@ def test_a_flood_of_other_producers_is_heard_of(
     assert "shard 01" in line
     assert "1 of 10 heartbeats" in line
     assert f"and {entries} entries of other producers with about" in line
-    foreign_bytes = depths(client, tight).states[1].foreign_bytes
-    assert entries * size <= foreign_bytes < 2 * entries * size + 6_000  # a node of 4 KiB
+    external_bytes = depths(client, tight).states[1].external_bytes
+    assert entries * size <= external_bytes < 2 * entries * size + 6_000  # a node of 4 KiB
 
 
 def test_own_entries_are_not_taken_for_foreign_ones(
@@ -101,8 +101,8 @@ def test_own_entries_are_not_taken_for_foreign_ones(
 
     depth = depths(client, settings).states[0]
 
-    assert (depth.entries, depth.foreign, depth.lost) == (5 - len(claimed), 0, 0)
-    assert depth.foreign_bytes == 0
+    assert (depth.entries, depth.external, depth.lost) == (5 - len(claimed), 0, 0)
+    assert depth.external_bytes == 0
 
 
 @pytest.mark.parametrize("how", ["XDEL", "XTRIM", "DEL"])
@@ -137,4 +137,4 @@ def test_a_loss_can_be_written_off_as_documented(client: redis.Redis, settings: 
     state = depths(client, settings).states[3]
 
     assert losses([state]) == []
-    assert (state.heartbeats, state.foreign) == (0, 0)
+    assert (state.heartbeats, state.external) == (0, 0)

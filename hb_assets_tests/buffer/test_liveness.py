@@ -14,17 +14,17 @@ from hb_assets.core.settings import Settings
 
 
 def test_beats_and_counts(client: redis.Redis) -> None:
-    assert liveness.look(client).beats == {}
-    liveness.beat(client, ["a", "b"], {"n": 2, "n:x": 1, "nothing": 0})
-    liveness.beat(client, ["a"], {"n": 3})
-    signs = liveness.look(client)
+    assert liveness.read(client).seen_ms == {}
+    liveness.mark_alive(client, ["a", "b"], {"n": 2, "n:x": 1, "nothing": 0})
+    liveness.mark_alive(client, ["a"], {"n": 3})
+    signs = liveness.read(client)
     assert signs.counts == {"n": 5, "n:x": 1}
     assert signs.labelled("n") == {"x": 1}
     assert signs.age("c") is None
     age = signs.age("a")
     assert age is not None
     assert 0 <= age < 5
-    assert abs(signs.beats["b"] - time.time_ns() // 1_000_000) < 5000
+    assert abs(signs.seen_ms["b"] - time.time_ns() // 1_000_000) < 5000
 
 
 @pytest.mark.parametrize(
@@ -40,10 +40,10 @@ def test_something_else_at_a_key_is_a_clear_line_and_stops_no_drain(
 ) -> None:
     client.set(keys.BEATS, "x")
     with pytest.raises(BufferUnavailableError, match="something else"):
-        liveness.look(client)
+        liveness.read(client)
     consumer = Consumer(client, settings)
     consumer.open()
-    consumer.beat({"n": 1})
+    consumer.mark_alive({"n": 1})
     consumer.close()
 
 
@@ -53,11 +53,11 @@ def test_an_idle_consumer_beats_now_and_then_and_names_its_shards(
     consumer = Consumer(client, settings)
     client.set(keys.stream(2), "x")
     consumer.open()
-    consumer.beat()
-    assert sorted(liveness.look(client).beats) == ["drain:00", "drain:01", "drain:03"]
+    consumer.mark_alive()
+    assert sorted(liveness.read(client).seen_ms) == ["drain:00", "drain:01", "drain:03"]
     client.delete(keys.BEATS)
-    consumer.beat()
-    assert liveness.look(client).beats == {}
-    consumer.beat({"n": 1})
-    assert liveness.look(client).counts == {"n": 1}
+    consumer.mark_alive()
+    assert liveness.read(client).seen_ms == {}
+    consumer.mark_alive({"n": 1})
+    assert liveness.read(client).counts == {"n": 1}
     consumer.close()

@@ -23,7 +23,7 @@ def test_same_now_same_bytes() -> None:
     first, second = simulated(NOON, BOUNDS), fleet.simulate(NOON, BOUNDS)
     assert first.posts == second.posts
     assert first.singles == second.singles
-    assert first.foreign == second.foreign
+    assert first.external == second.external
     assert first.expected == second.expected
 
 
@@ -39,14 +39,14 @@ def test_expectations_agree_with_a_plain_model(of_day: int) -> None:
     found: dict[dt.date, fleet.Figures] = defaultdict(fleet.Figures)
     latest: dict[tuple[str, str, int], int] = {}
 
-    def arrive(line: fleet.Line, *, foreign: bool) -> None:
+    def arrive(line: fleet.Line, *, external: bool) -> None:
         figures = found[line.day]
         figures.sent += 1
         heartbeat, _ = record.parse(line.data, now, BOUNDS)
         assert isinstance(heartbeat, Heartbeat) == line.valid
         if not isinstance(heartbeat, Heartbeat):
-            figures.quarantined += foreign
-            figures.refused += not foreign
+            figures.quarantined += external
+            figures.refused += not external
             return
         assert days.day_of(heartbeat.timestamp_ms) == line.day
         assert heartbeat.timestamp_ms <= now
@@ -61,10 +61,10 @@ def test_expectations_agree_with_a_plain_model(of_day: int) -> None:
         latest[key] = heartbeat.heart_rate
 
     for line in [line for post in made.posts for line in post] + made.singles:
-        arrive(line, foreign=False)
-    for entry in made.foreign:
+        arrive(line, external=False)
+    for entry in made.external:
         for line in entry.lines:
-            arrive(line, foreign=True)
+            arrive(line, external=True)
 
     assert {day: asdict(figures) for day, figures in found.items()} == {
         day: asdict(figures) for day, figures in made.expected.items()

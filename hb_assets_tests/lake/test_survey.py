@@ -72,13 +72,13 @@ def test_what_is_overdue_and_what_is_damaged(lake: Lake, settings: Settings) -> 
     deliver(lake, settings, entry([line()], 0))
     deliver(lake, settings, entry([line(at=NOON - DAY_MS)], 1))
     settle(lake.root)
-    found = Surveyor(lake, settings).look()
+    found = Surveyor(lake, settings).survey()
     assert found.overdue == DAY  # both are as late; the later day is named
     assert 2600 < found.overdue_seconds < 2900  # an hour, less HB_CONSOLIDATE_MAX_AGE
     consolidate(lake, DAY, settings)
     (file,) = (lake.root / layout.HEARTBEATS).rglob("*.parquet")
     file.write_bytes(b"no parquet")
-    found = Surveyor(lake, settings).look()
+    found = Surveyor(lake, settings).survey()
     assert found.days == 2
     assert [fault.path for fault in found.faults] == [file]
 

@@ -39,7 +39,7 @@ def append(client: redis.Redis, settings: Settings, lines: list[bytes], shard: i
 
 @pytest.fixture
 def mixed(client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings) -> None:
-    """Own and foreign entries, drained and consolidated and pending, quarantined and buffered."""
+    """Own and external entries, drained and consolidated and pending, quarantined and buffered."""
     append(client, settings, [line(), line(bpm=80), line("u2"), b"bad", line(bpm=5)])
     client.xadd(keys.stream(0), {"data": b"\n".join([line("u3"), b"bad", b"", line("u4")])})
     client.xadd(keys.stream(0), {"nothing": b"of ours"})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hb_assets.buffer.depth import ShardDepth
-from hb_assets.buffer.liveness import DAGSTER, Signs
+from hb_assets.buffer.liveness import DAGSTER, Liveness
 from hb_assets.core.settings import Settings
 from hb_assets.pipeline import vitals
 
@@ -23,10 +23,10 @@ def shard(number: int = 0, *, waits: float | None = None, **known: Any) -> Shard
     return ShardDepth(**nothing | {"shard": number, "oldest_ms": oldest, "idle_ms": ()} | known)
 
 
-def signs(**ages: float) -> Signs:
+def signs(**ages: float) -> Liveness:
     """Beats of so many seconds ago; `drain_0` is that of shard 0."""
     beats = {name.replace("_", ":0"): NOW - round(age * 1000) for name, age in ages.items()}
-    return Signs(NOW, beats)
+    return Liveness(NOW, beats)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_consumers(idle: tuple[int, ...], count: int) -> None:
     """A minute of HB_CLAIM_MIN_IDLE, in which another takes over, and two besides."""
     state = shard(1, idle_ms=idle)
     assert vitals.dead_consumers(state, SETTINGS) == count
-    assert bool(vitals.consumers([state], Signs(0), SETTINGS)) == bool(count)
+    assert bool(vitals.consumers([state], Liveness(0), SETTINGS)) == bool(count)
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,13 @@ def test_consolidation(seconds: float, red: bool) -> None:
 
 def test_a_stopped_sensor_names_itself_and_its_remedy() -> None:
     beats = {DAGSTER: 5_000, "stopped:drain": 5_000, "stopped:buffer": 4_000}
-    seen = Signs(6_000, beats)
+    seen = Liveness(6_000, beats)
     line = vitals.dagster(seen, SETTINGS)
     assert line is not None
     assert "drain is stopped" in line
     assert "`hb sensors start drain`" in line
-    late = vitals.drain([shard(oldest_ms=0)], Signs(1_000_000, beats), SETTINGS)
+    late = vitals.drain([shard(oldest_ms=0)], Liveness(1_000_000, beats), SETTINGS)
     assert late is not None
     assert "`hb sensors start drain`" in late
     assert "hb up" not in late
-    assert vitals.dagster(Signs(6_000, {**beats, DAGSTER: 5_500}), SETTINGS) is None
+    assert vitals.dagster(Liveness(6_000, {**beats, DAGSTER: 5_500}), SETTINGS) is None

@@ -3,7 +3,7 @@
 -- KEYS: stream.  ARGV: first id of the page, entries in a page.
 -- Returns {sum of n, lines of entries without n, first id of the next page or ''}.
 local page = redis.call('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])
-local heartbeats, foreign = 0, 0
+local heartbeats, external = 0, 0
 for _, entry in ipairs(page) do
     local own, lines = false, 1
     for i = 1, #entry[2], 2 do
@@ -13,7 +13,7 @@ for _, entry in ipairs(page) do
             lines = 1 + select(2, entry[2][i + 1]:gsub('\n', ''))
         end
     end
-    if not own then foreign = foreign + lines end
+    if not own then external = external + lines end
 end
-if #page < tonumber(ARGV[2]) then return {heartbeats, foreign, ''} end
-return {heartbeats, foreign, '(' .. page[#page][1]}
+if #page < tonumber(ARGV[2]) then return {heartbeats, external, ''} end
+return {heartbeats, external, '(' .. page[#page][1]}

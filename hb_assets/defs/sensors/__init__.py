@@ -19,7 +19,7 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def beat(context: dg.SensorEvaluationContext, installation: Installation) -> None:
+def mark_alive(context: dg.SensorEvaluationContext, installation: Installation) -> None:
     """Set the liveness timestamps of Dagster and of sensors that somebody stopped.
 
     Each sensor does, so that the others' alarm (`vitals.dagster`) doesn't depend on one that is
@@ -32,4 +32,4 @@ def beat(context: dg.SensorEvaluationContext, installation: Installation) -> Non
         )
         stopped = {liveness.stopped(state.instigator_name) for state in known}
     with suppress(HbError), installation.client() as client:
-        liveness.beat(client, [DAGSTER, *sorted(stopped)], {})
+        liveness.mark_alive(client, [DAGSTER, *sorted(stopped)], {})

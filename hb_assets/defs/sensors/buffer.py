@@ -13,11 +13,11 @@ import dagster as dg
 
 from hb_assets.buffer import depth, liveness
 from hb_assets.buffer.depth import Depths
-from hb_assets.buffer.liveness import Signs
+from hb_assets.buffer.liveness import Liveness
 from hb_assets.core.errors import HbError
 from hb_assets.core.settings import Settings
 from hb_assets.defs.resources import Installation
-from hb_assets.defs.sensors import beat, now_ms
+from hb_assets.defs.sensors import mark_alive, now_ms
 from hb_assets.gateway.spool import queue
 from hb_assets.pipeline import alarms, vitals
 
@@ -48,13 +48,13 @@ def _tick(
 ) -> dg.SensorResult:
     settings = installation.settings
     before = alarms.load(context.cursor)
-    beat(context, installation)
+    mark_alive(context, installation)
     found = _spool_faults(settings)
     said = "all well"
     try:
         with installation.client() as client:
             buffer = depth.depths(client, settings)
-            signs = liveness.look(client)
+            signs = liveness.read(client)
     except HbError as error:
         said = str(error)
         # nothing is known, so that what was wrong isn't over
@@ -72,14 +72,14 @@ def _tick(
 
 def _spool_faults(settings: Settings) -> dict[str, str]:
     try:
-        holdings = queue.look(settings)
+        holdings = queue.holdings(settings)
     except HbError as error:
         return {"spool": str(error)}
     lines = holdings.alarms() if holdings else []
     return {"spool": "; ".join(lines)} if lines else {}
 
 
-def faults(buffer: Depths, signs: Signs, settings: Settings) -> dict[str, str]:
+def faults(buffer: Depths, signs: Liveness, settings: Settings) -> dict[str, str]:
     """Messages of faults, by the name of the alarm."""
     found = {}
     states = buffer.states

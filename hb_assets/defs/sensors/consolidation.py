@@ -19,7 +19,7 @@ from hb_assets.core.settings import Settings
 from hb_assets.defs import partitions
 from hb_assets.defs.jobs import CONSOLIDATE_DAY
 from hb_assets.defs.resources import Installation
-from hb_assets.defs.sensors import beat, now_ms
+from hb_assets.defs.sensors import mark_alive, now_ms
 from hb_assets.lake import inventory
 from hb_assets.lake.compaction import policy
 from hb_assets.lake.inventory import DayState
@@ -66,7 +66,7 @@ def _tick(
 ) -> dg.SensorResult | dg.SkipReason:
     settings = installation.settings
     now = now_ms()
-    beat(context, installation)
+    mark_alive(context, installation)
     try:
         lake = installation.lake()
     except HbError as error:

@@ -11,7 +11,7 @@ from hb_assets.core.errors import HbError
 from hb_assets.defs import outcomes, partitions
 from hb_assets.defs.damage import KNOWN_DAMAGE, tell_damage
 from hb_assets.defs.resources import Installation
-from hb_assets.defs.sensors import beat, now_ms
+from hb_assets.defs.sensors import mark_alive, now_ms
 from hb_assets.lake.integrity import known_faults
 from hb_assets.pipeline import alarms
 
@@ -44,7 +44,7 @@ def damage_sensor(first: dt.date) -> dg.SensorDefinition:
 def _tick(
     context: dg.SensorEvaluationContext, installation: Installation, first: dt.date
 ) -> dg.SensorResult | dg.SkipReason:
-    beat(context, installation)
+    mark_alive(context, installation)
     try:
         faults = known_faults.faults(installation.lake())
     except HbError as error:

@@ -17,7 +17,7 @@ from hb_assets.defs import metadata, outcomes, partitions
 from hb_assets.defs.assets import RAW_HEARTBEATS
 from hb_assets.defs.reports import Cursor, unreported
 from hb_assets.defs.resources import Installation
-from hb_assets.defs.sensors import beat, now_ms
+from hb_assets.defs.sensors import mark_alive, now_ms
 from hb_assets.lake import inventory
 from hb_assets.lake.storage.store import Lake
 from hb_assets.pipeline import alarms, drain
@@ -57,7 +57,7 @@ def _tick(
     context: dg.SensorEvaluationContext, installation: Installation, first: dt.date
 ) -> dg.SensorResult:
     settings = installation.settings
-    beat(context, installation)
+    mark_alive(context, installation)
     cursor = Cursor.parse(context.cursor)
     said, lost = "", 0
     faults: dict[str, str] = {}

@@ -374,8 +374,8 @@ def _check_type(scope: Scope, given: bytes, types: frozenset[bytes]) -> None:
     """
     kind, *parameters = (part.strip() for part in given.lower().split(b";"))
     if kind not in types:
-        foreign = any(name == b"origin" for name, _ in scope["headers"])
-        if kind or foreign:
+        external = any(name == b"origin" for name, _ in scope["headers"])
+        if kind or external:
             names = sorted(name.decode() for name in types)
             raise ProblemError(
                 415,

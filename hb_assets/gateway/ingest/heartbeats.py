@@ -87,7 +87,7 @@ class One:
         subjects = limits.with_user(sender, user)
         limits.admit(subjects)
         shard = self._shards[user]
-        outcomes = await self._backend.append({shard: (record.encode(heartbeat),)})
+        outcomes = await self._backend.store({shard: (record.encode(heartbeat),)})
         if (error := outcomes[shard]) is not None:
             self._metrics.refused(problems.storage_reason(error))
             raise error
@@ -306,7 +306,7 @@ class Batch:
         }
         batch.valid = []
         del by_shard
-        outcome = await self._backend.append(lines) if lines else {}
+        outcome = await self._backend.store(lines) if lines else {}
         errors = {shard: error for shard, error in outcome.items() if error is not None}
         if errors:
             batch.hold_back(places, {shard: _why(error) for shard, error in errors.items()})

@@ -42,7 +42,7 @@ class Intake:
         self._broken = False
         self._unconfirmed = False
 
-    async def append(self, lines_by_shard: Lines) -> Outcomes:
+    async def store(self, lines_by_shard: Lines) -> Outcomes:
         """Store lines by shard.
 
         Returns:
@@ -55,7 +55,7 @@ class Intake:
             outcomes = await self._producer.append(lines_by_shard)
             if not self._unconfirmed and not any(outcomes.values()):
                 return outcomes
-            return await self._settle(lines_by_shard, outcomes)
+            return await self._with_spool(lines_by_shard, outcomes)
         if not replayer.away and any(marks[shard] == CLOSING for shard in lines_by_shard):
             marks = await self._closed()
         behind = {s: ls for s, ls in lines_by_shard.items() if replayer.away or marks[s]}
@@ -63,12 +63,12 @@ class Intake:
         queued = asyncio.create_task(self._put(behind)) if behind else None
         outcomes = {}
         if direct:
-            outcomes |= await self._settle(direct, await self._producer.append(direct))
+            outcomes |= await self._with_spool(direct, await self._producer.append(direct))
         if queued is not None:
             outcomes |= await queued
         return outcomes
 
-    async def _settle(self, lines_by_shard: Lines, outcomes: Outcomes) -> Outcomes:
+    async def _with_spool(self, lines_by_shard: Lines, outcomes: Outcomes) -> Outcomes:
         """Spool what Redis, unreachable, didn't take; returns the outcomes after that.
 
         What replicas didn't confirm isn't for the spool: this one disk is less than was asked for.

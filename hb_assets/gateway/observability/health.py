@@ -19,7 +19,7 @@ from starlette.responses import Response
 from hb_assets.buffer import depth
 from hb_assets.buffer.depth import Depths
 from hb_assets.buffer.durability import Standing
-from hb_assets.buffer.liveness import DAGSTER, Signs
+from hb_assets.buffer.liveness import DAGSTER, Liveness
 from hb_assets.core.errors import HbError
 from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.spool.queue import Holdings
@@ -65,7 +65,7 @@ class Part:
 
 
 class Health:
-    """Handlers of the health endpoints; all but `live` answer what `look` finds."""
+    """Handlers of the health endpoints; all but `live` answer what `parts` finds."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -82,7 +82,7 @@ class Health:
 
         With a line for each part, the names of those that fail, and all alarms.
         """
-        parts = await self.look()
+        parts = await self.parts()
         failing = [name for name, part in parts.items() if part.failing]
         return _answer(
             503 if failing else 200,
@@ -98,8 +98,8 @@ class Health:
             },
         )
 
-    async def look(self) -> dict[str, Part]:
-        """Look at all parts at once."""
+    async def parts(self) -> dict[str, Part]:
+        """The state of all parts, looked at side by side."""
         backend = self._backend
         depths, signs, standing, held, survey = await asyncio.gather(
             _known(backend.depths()),
@@ -118,7 +118,9 @@ class Health:
             "consolidation": self._consolidation(survey),
         }
 
-    def _redis(self, depths: Depths | HbError, signs: Signs | HbError, *, spooling: bool) -> Part:
+    def _redis(
+        self, depths: Depths | HbError, signs: Liveness | HbError, *, spooling: bool
+    ) -> Part:
         """Failing where nothing takes heartbeats: neither a shard of Redis nor the spool."""
         if isinstance(depths, HbError):
             fault = str(depths)
@@ -137,7 +139,7 @@ class Health:
             return Part(OK, alarms=alarms)
         return Part.failed("no shard of the buffer can be used", alarms)
 
-    def _drained(self, depths: Depths | HbError, signs: Signs | HbError) -> dict[str, Part]:
+    def _drained(self, depths: Depths | HbError, signs: Liveness | HbError) -> dict[str, Part]:
         """The parts of drains and Dagster: alarms where they don't keep up, never failures."""
         settings = self._backend.settings
         for unknown in (depths, signs):
@@ -145,7 +147,7 @@ class Health:
                 names = ("drain", "backlog", "consumers", "dagster")
                 return dict.fromkeys(names, Part(f"unknown: {unknown}"))
         assert isinstance(depths, Depths)
-        assert isinstance(signs, Signs)
+        assert isinstance(signs, Liveness)
         states = depths.states
         return {
             "drain": _watched(settings.health_drain_age, vitals.drain(states, signs, settings)),
@@ -156,7 +158,7 @@ class Health:
             "dagster": _watched(
                 settings.health_dagster_age,
                 vitals.dagster(signs, settings),
-                OK if DAGSTER in signs.beats else _UNSEEN,
+                OK if DAGSTER in signs.seen_ms else _UNSEEN,
             ),
         }
 

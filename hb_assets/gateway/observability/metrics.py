@@ -39,7 +39,7 @@ from starlette.responses import Response
 
 from hb_assets.buffer import liveness
 from hb_assets.buffer.depth import Depths
-from hb_assets.buffer.liveness import DAGSTER, Signs
+from hb_assets.buffer.liveness import DAGSTER, Liveness
 from hb_assets.core.errors import HbError
 from hb_assets.core.settings import Settings
 from hb_assets.gateway.auth import rate_limits
@@ -129,7 +129,11 @@ TABLE = _table(
     ("hb_buffer_heartbeats", "shard", "Heartbeats in the buffer."),
     ("hb_buffer_bytes", "shard", "Bytes of NDJSON in the buffer."),
     ("hb_buffer_pending", "shard", "Entries that were handed out and not acknowledged."),
-    ("hb_buffer_foreign", "shard", "Entries of other producers, which the bound doesn't hold off."),
+    (
+        "hb_buffer_external",
+        "shard",
+        "Entries of other producers, which the bound doesn't hold off.",
+    ),
     ("hb_buffer_lost", "shard", "Entries that were deleted before they were drained: data loss."),
     ("hb_buffer_oldest_seconds", "shard", "Age of the oldest entry; 0 where there is none."),
     ("hb_buffer_consumers", "shard", "Drainers that the consumer group knows."),
@@ -245,7 +249,7 @@ KNOWN: Mapping[str, Sequence[str]] = {
 """Values of the one label of these metrics: shown as 0 until they are counted, since Prometheus'
 `increase` can't see a series' first step."""
 
-_DEPTH = ("entries", "heartbeats", "bytes", "pending", "foreign", "lost", "consumers")
+_DEPTH = ("entries", "heartbeats", "bytes", "pending", "external", "lost", "consumers")
 _SPOOL = ("heartbeats", "bytes", "most_bytes", "damaged_records", "damaged_files")
 _LAKE = ("fragments", "pending_fragments", "pending_bytes", "rows", "bytes")
 _DRAIN = ("rows", "entries", "fragments", "unknown_fields")
@@ -438,7 +442,7 @@ def _show_processes(families: Families, pids: Sequence[int]) -> None:
     families.set("process_open_fds", sum(files for _, files in living))
 
 
-def show_buffer(families: Families, depths: Depths, signs: Signs, settings: Settings) -> None:
+def show_buffer(families: Families, depths: Depths, signs: Liveness, settings: Settings) -> None:
     """Metrics of the buffer and its drains."""
     for number in range(settings.shards):
         families.set("hb_buffer_unusable", number in depths.faults, f"{number:02d}")
@@ -458,7 +462,7 @@ def show_buffer(families: Families, depths: Depths, signs: Signs, settings: Sett
         families.set("hb_drain_neglected_seconds", neglected, shard)
 
 
-def show_work(families: Families, signs: Signs) -> None:
+def show_work(families: Families, signs: Liveness) -> None:
     """Metrics of drains and consolidations, wherever they ran."""
     for work in ("drain", "consolidation"):
         found = signs.labelled(f"{work}_le")
@@ -525,7 +529,7 @@ class Exposition:
         """Prometheus' text format. What can't be read now is left out: the gauges `..._up` tell."""
         families = Families()
         self._metrics.show(families)
-        for name, part in (await self._health.look()).items():
+        for name, part in (await self._health.parts()).items():
             families.set("hb_healthy", part.healthy, name)
         await self._show_buffer(families)
         await self._show_lake(families)
@@ -545,7 +549,7 @@ class Exposition:
             show_work(families, signs)
         except HbError as error:
             _log.debug("metrics without liveness timestamps: %s", error)
-            signs = Signs(self._backend.now_ms())
+            signs = Liveness(self._backend.now_ms())
         show_buffer(families, depths, signs, self._backend.settings)
 
     async def _show_lake(self, families: Families) -> None:

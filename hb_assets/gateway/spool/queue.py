@@ -392,7 +392,7 @@ class Spool:
         return found
 
 
-def look(settings: Settings) -> Holdings | None:
+def holdings(settings: Settings) -> Holdings | None:
     """What the spool of an HB_HOME holds, without making one; None when there is none.
 
     Raises:

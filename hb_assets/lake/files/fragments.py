@@ -27,7 +27,7 @@ from hb_assets.core.schema import ARRIVAL, HEARTBEATS, KEY, ORDER
 from hb_assets.core.settings import Settings
 from hb_assets.lake.storage import layout, parquet, verified
 from hb_assets.lake.storage.catalog import remembered
-from hb_assets.lake.storage.durable_files import Look, TempFile, look
+from hb_assets.lake.storage.durable_files import Fingerprint, TempFile, fingerprint
 from hb_assets.lake.storage.engine import engine, figures
 from hb_assets.lake.storage.layout import RAW, FragmentName
 from hb_assets.lake.storage.store import FORMAT, Lake
@@ -55,12 +55,12 @@ class Fragment:
     @property
     def rows(self) -> int:
         """Rows in it, by its footer."""
-        return _claims(self.path, look(self.path)).rows
+        return _claims(self.path, fingerprint(self.path)).rows
 
     @property
     def unpacked(self) -> int:
         """Bytes of its rows without compression, by its footer."""
-        return _claims(self.path, look(self.path)).unpacked
+        return _claims(self.path, fingerprint(self.path)).unpacked
 
     @property
     def bytes(self) -> int:
@@ -79,7 +79,7 @@ class _Claims(NamedTuple):
 
 
 @remembered(200_000)
-def _claims(path: Path, _seen: Look) -> _Claims:
+def _claims(path: Path, _seen: Fingerprint) -> _Claims:
     found = parquet.footer(path)
     groups = [found.row_group(number) for number in range(found.num_row_groups)]
     if sum(group.num_rows for group in groups) != found.num_rows:
@@ -142,7 +142,7 @@ def verify_place(fragment: Fragment, day: dt.date, shard: int) -> None:
     Raises: as `parquet.verify`.
     """
     path, name = fragment.path, fragment.name
-    claims = _claims(path, look(path))
+    claims = _claims(path, fingerprint(path))
     metadata = claims.metadata
     if (metadata.day, metadata.shard, metadata.source) != (day.isoformat(), shard, name.source):
         raise parquet.damaged(path, f"it belongs to day {metadata.day}, shard {metadata.shard:02d}")

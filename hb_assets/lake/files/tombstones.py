@@ -25,7 +25,7 @@ from hb_assets.core.schema import ARRIVAL
 from hb_assets.core.settings import Settings
 from hb_assets.lake.storage import checksummed_json, verified
 from hb_assets.lake.storage.catalog import remembered
-from hb_assets.lake.storage.durable_files import Look, TempFile, look
+from hb_assets.lake.storage.durable_files import Fingerprint, TempFile, fingerprint
 from hb_assets.lake.storage.engine import engine
 from hb_assets.lake.storage.layout import TOMBSTONES
 from hb_assets.lake.storage.store import FORMAT, Lake
@@ -76,11 +76,13 @@ def of_user(lake: Lake, user_id: str) -> Tombstone | None:
 
 def listed(lake: Lake) -> list[Tombstone]:
     """All tombstones. Raises DamagedFileError."""
-    return [_known(path, look(path)) for path in sorted((lake.root / TOMBSTONES).glob("*.json"))]
+    return [
+        _known(path, fingerprint(path)) for path in sorted((lake.root / TOMBSTONES).glob("*.json"))
+    ]
 
 
 @remembered(100_000)
-def _known(path: Path, _seen: Look) -> Tombstone:
+def _known(path: Path, _seen: Fingerprint) -> Tombstone:
     return checksummed_json.read(path, Tombstone)
 
 

@@ -397,13 +397,13 @@ class _Rows:
 
     def _clear(self) -> None:
         self._indexes, self._positions = array("i"), array("i")
-        self._beats: list[Heartbeat] = []
+        self._heartbeats: list[Heartbeat] = []
 
-    def add(self, index: int, positions: Iterable[int], beats: Sequence[Heartbeat]) -> None:
-        self._indexes.extend([index] * len(beats))
+    def add(self, index: int, positions: Iterable[int], heartbeats: Sequence[Heartbeat]) -> None:
+        self._indexes.extend([index] * len(heartbeats))
         self._positions.extend(positions)
-        self._beats.extend(beats)
-        if len(self._beats) >= _CHUNK:
+        self._heartbeats.extend(heartbeats)
+        if len(self._heartbeats) >= _CHUNK:
             self._close_chunk()
 
     def tables(self) -> list[pa.Table]:
@@ -414,11 +414,17 @@ class _Rows:
         columns = [
             pa.array(self._indexes, pa.int32()),
             pa.array(self._positions, pa.int32()),
-            pa.array([beat.user_id for beat in self._beats], pa.string()).dictionary_encode(),
-            pa.array([beat.device_id for beat in self._beats], pa.string()).dictionary_encode(),
-            pa.array([beat.timestamp_ms for beat in self._beats], pa.int64()),
+            pa.array(
+                [heartbeat.user_id for heartbeat in self._heartbeats], pa.string()
+            ).dictionary_encode(),
+            pa.array(
+                [heartbeat.device_id for heartbeat in self._heartbeats], pa.string()
+            ).dictionary_encode(),
+            pa.array([heartbeat.timestamp_ms for heartbeat in self._heartbeats], pa.int64()),
             *(
-                pa.array([getattr(beat, field.name) for beat in self._beats], field.type)
+                pa.array(
+                    [getattr(heartbeat, field.name) for heartbeat in self._heartbeats], field.type
+                )
                 for field in VALUES
             ),
         ]

@@ -31,7 +31,13 @@ from hb_assets.lake.files.tombstones import Tombstone
 from hb_assets.lake.integrity.damage import Place
 from hb_assets.lake.storage import checksummed_json, layout, parquet
 from hb_assets.lake.storage.catalog import remembered
-from hb_assets.lake.storage.durable_files import Look, TempFile, barred, look, sync_folder
+from hb_assets.lake.storage.durable_files import (
+    Fingerprint,
+    TempFile,
+    barred,
+    fingerprint,
+    sync_folder,
+)
 from hb_assets.lake.storage.layout import (
     ACCEPTED,
     DAMAGED,
@@ -104,7 +110,7 @@ class _Noticed(msgspec.Struct, frozen=True, kw_only=True):
     message: str
     since_ms: int
     path: str | None = None
-    seen: Look | None = None
+    seen: Fingerprint | None = None
 
 
 def faults(lake: Lake, days: Collection[dt.date] | None = None) -> list[Fault]:
@@ -191,7 +197,7 @@ def _published(
     """Footer metadata of the consolidated file, if readable, and what is wrong with the file."""
     path = _text(lake, HEARTBEATS, day, shard) + "/heartbeats.parquet"
     try:
-        return _judged(path, Look.of(os.stat(path)), day, shard)  # noqa: PTH116  # thousands a look
+        return _judged(path, Fingerprint.of(os.stat(path)), day, shard)  # noqa: PTH116  # thousands a look
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -213,7 +219,7 @@ def _published(
 @remembered(20_000)
 def _judged(
     path: str,
-    _seen: Look,
+    _seen: Fingerprint,
     day: dt.date,
     shard: int,
 ) -> tuple[ConsolidatedMetadata | None, tuple[Fault, ...]]:
@@ -284,7 +290,7 @@ def _pending(
 @remembered(200_000)
 def _fault_of_fragment(
     path: str,
-    _seen: Look,
+    _seen: Fingerprint,
     name: FragmentName,
     day: dt.date,
     shard: int,
@@ -297,7 +303,7 @@ def _fault_of_fragment(
 
 
 @remembered(20_000)
-def _rows(path: str, _seen: Look) -> int | None:
+def _rows(path: str, _seen: Fingerprint) -> int | None:
     """Rows of a damaged fragment by its footer, if that is sound."""
     try:
         return int(parquet.footer(Path(path)).num_rows)
@@ -332,7 +338,7 @@ def _tombstones(lake: Lake) -> Iterator[Fault]:
     folder = lake.root / TOMBSTONES
     try:
         for path in sorted(folder.glob("*.json")):
-            fault = _fault_of_tombstone(path, look(path))
+            fault = _fault_of_tombstone(path, fingerprint(path))
             if fault is not None:
                 yield fault
     except FileNotFoundError:
@@ -342,7 +348,7 @@ def _tombstones(lake: Lake) -> Iterator[Fault]:
 
 
 @remembered(50_000)
-def _fault_of_tombstone(path: Path, _seen: Look) -> Fault | None:
+def _fault_of_tombstone(path: Path, _seen: Fingerprint) -> Fault | None:
     try:
         checksummed_json.read(path, Tombstone)
     except DamagedFileError as error:
@@ -351,7 +357,7 @@ def _fault_of_tombstone(path: Path, _seen: Look) -> Fault | None:
 
 
 @remembered(50_000)
-def _fault_of_footer(path: str, _seen: Look) -> Fault | None:
+def _fault_of_footer(path: str, _seen: Fingerprint) -> Fault | None:
     try:
         parquet.footer(Path(path))
     except FileNotFoundError:
@@ -363,7 +369,7 @@ def _fault_of_footer(path: str, _seen: Look) -> Fault | None:
     return None
 
 
-def _entries(folder: str) -> Iterator[tuple[FragmentName, str, Look]]:
+def _entries(folder: str) -> Iterator[tuple[FragmentName, str, Fingerprint]]:
     """Fragments in a folder, each with how it looks now."""
     try:
         with os.scandir(folder) as found:
@@ -374,7 +380,7 @@ def _entries(folder: str) -> Iterator[tuple[FragmentName, str, Look]]:
         if name is None:
             continue
         try:
-            yield name, entry.path, Look.of(entry.stat())
+            yield name, entry.path, Fingerprint.of(entry.stat())
         except FileNotFoundError:
             continue
 
@@ -417,14 +423,14 @@ def notice(
         message = f"{fault_of.strerror or type(fault_of).__name__}: {fault_of.filename or 'disk'}"
         message = f"{_where(day, shard)}: {message}"
     try:
-        seen = look(path) if path is not None else None
+        seen = fingerprint(path) if path is not None else None
         where = str(path.relative_to(lake.root)) if path is not None else None
         folder = _folder(lake, day, shard)
         target = folder / f"{_digest(kind, where)}.json"
         before = dict(_notes(folder)).get(target)
         if before is not None and (before.message, before.seen) == (message, seen):
             return
-        if path is not None and _verifies(str(path), look(path)):
+        if path is not None and _verifies(str(path), fingerprint(path)):
             return
         noticed = _Noticed(
             kind=kind, message=message, since_ms=int(time.time() * 1000), path=where, seen=seen
@@ -532,7 +538,7 @@ def _stands(lake: Lake, noticed: _Noticed, published: ConsolidatedMetadata | Non
         return True
     path = lake.root / noticed.path
     try:
-        seen = look(path)
+        seen = fingerprint(path)
     except FileNotFoundError:
         if not noticed.path.startswith(f"{RAW}/"):
             return False  # names tell whether it is missed
@@ -546,7 +552,7 @@ def _stands(lake: Lake, noticed: _Noticed, published: ConsolidatedMetadata | Non
 
 
 @remembered(10_000)
-def _verifies(path: str, _seen: Look) -> bool:
+def _verifies(path: str, _seen: Fingerprint) -> bool:
     """Whether a file is whole, all of its bytes read."""
     try:
         parquet.verify(Path(path))

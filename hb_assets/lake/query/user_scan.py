@@ -33,7 +33,7 @@ from hb_assets.lake.files.tombstones import Cutoffs
 from hb_assets.lake.query.aggregate import Integers, Readings
 from hb_assets.lake.storage import catalog, layout, parquet, verified
 from hb_assets.lake.storage.catalog import remembered
-from hb_assets.lake.storage.durable_files import Look, look
+from hb_assets.lake.storage.durable_files import Fingerprint, fingerprint
 from hb_assets.lake.storage.layout import FragmentName
 from hb_assets.lake.storage.store import Lake
 from hb_assets.lake.storage.verified import ReplacedError
@@ -112,7 +112,7 @@ def of_user(
     if published is None and not raw_alone and consolidated.current(lake, day, shard) is not None:
         raise ReplacedError(f"day {day.isoformat()} was consolidated meanwhile")
     pending = [
-        (one, *_of_fragment(one, look(one)))
+        (one, *_of_fragment(one, fingerprint(one)))
         for one in _pending(folder, raw, published.included if published else frozenset())
     ]
     chosen = [(one, seen_so, _chosen(groups, wanted)) for one, seen_so, groups in pending]
@@ -135,22 +135,22 @@ def in_table(rows: pa.Table, wanted: Wanted) -> list[Readings]:
     return list(_matching(rows, wanted))
 
 
-def _published_at(path: Path) -> tuple[Look | None, _Published | None]:
+def _published_at(path: Path) -> tuple[Fingerprint | None, _Published | None]:
     try:
-        return _of_published(path, look(path))
+        return _of_published(path, fingerprint(path))
     except FileNotFoundError:
         return None, None
 
 
 @remembered(512)
-def _of_published(path: Path, _seen: Look) -> tuple[Look, _Published]:
+def _of_published(path: Path, _seen: Fingerprint) -> tuple[Fingerprint, _Published]:
     seen, footer = verified.whole(path)
     metadata = parquet.metadata_in(footer, path, ConsolidatedMetadata)
     return seen, _Published(footer, frozenset(metadata.fragments), _groups(footer))
 
 
 @remembered(50_000)
-def _of_fragment(path: Path, _seen: Look) -> tuple[Look, tuple[_Group, ...]]:
+def _of_fragment(path: Path, _seen: Fingerprint) -> tuple[Fingerprint, tuple[_Group, ...]]:
     seen, footer = verified.whole(path)
     fragments.judge_footer(footer, path)
     return seen, _groups(footer)
@@ -193,7 +193,7 @@ def _chosen(groups: tuple[_Group, ...], wanted: Wanted) -> list[int]:
 
 def _read(
     path: Path,
-    seen: Look,
+    seen: Fingerprint,
     groups: list[int],
     wanted: Wanted,
     *,

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from hb_assets.lake.storage import durable_files, layout
-from hb_assets.lake.storage.durable_files import Look
+from hb_assets.lake.storage.durable_files import Fingerprint
 from hb_assets.lake.storage.layout import HEARTBEATS, MINUTES, RAW
 from hb_assets.lake.storage.store import Lake
 
 Value = TypeVar("Value")
 PathType = TypeVar("PathType", Path, str)
 P = ParamSpec("P")
-Maker: TypeAlias = Callable[Concatenate[PathType, Look, P], Value]
+Maker: TypeAlias = Callable[Concatenate[PathType, Fingerprint, P], Value]
 
 SETTLED_NS = 1_000_000_000
 _QUIET_NS = 3_600_000_000_000
@@ -41,11 +41,11 @@ def remembered(most: int) -> Callable[[Maker[PathType, P, Value]], Maker[PathTyp
     """
 
     def decorate(make: Maker[PathType, P, Value]) -> Maker[PathType, P, Value]:
-        known: OrderedDict[Hashable, tuple[Look, Value]] = OrderedDict()
+        known: OrderedDict[Hashable, tuple[Fingerprint, Value]] = OrderedDict()
         lock = threading.Lock()
 
         @wraps(make)
-        def found(path: PathType, seen: Look, /, *args: P.args, **kwargs: P.kwargs) -> Value:
+        def found(path: PathType, seen: Fingerprint, /, *args: P.args, **kwargs: P.kwargs) -> Value:
             key = (path, *args)
             before = known.get(key)
             if before is not None and before[0] == seen:
@@ -75,7 +75,7 @@ def names(folder: Path) -> frozenset[str]:
     """
     looked_at = time.monotonic()
     try:
-        now = durable_files.look(folder)
+        now = durable_files.fingerprint(folder)
     except FileNotFoundError:
         return frozenset()
     with _turn:
@@ -98,7 +98,7 @@ def names(folder: Path) -> frozenset[str]:
 
 
 _MOST_LISTINGS = 2_000
-_listings: OrderedDict[Path, tuple[Look, float, frozenset[str] | None]] = OrderedDict()
+_listings: OrderedDict[Path, tuple[Fingerprint, float, frozenset[str] | None]] = OrderedDict()
 _turn = threading.Lock()
 
 
@@ -107,7 +107,7 @@ class _Known:
     """What was found when folders and files looked so; not asked again `until`."""
 
     paths: Sequence[Path]
-    looks: Sequence[Look | int]
+    looks: Sequence[Fingerprint | int]
     value: object
     until: float
 
@@ -145,7 +145,7 @@ class Folders:
         began = time.time_ns()
         paths = known.paths if known else _paths(lake, day, kinds)
         looks = [_look(path) for path in paths]
-        changed = max(one.mtime_ns if isinstance(one, Look) else 0 for one in looks)
+        changed = max(one.mtime_ns if isinstance(one, Fingerprint) else 0 for one in looks)
         if known is not None and known.looks == looks:
             known.until = _until(day, began - changed)
             return known.value  # type: ignore[return-value]  # what the same look found
@@ -174,9 +174,9 @@ def _paths(lake: Lake, day: dt.date, kinds: Sequence[str]) -> list[Path]:
     return [_PLACES[kind](lake.root, day, shard) for kind in kinds for shard in range(lake.shards)]
 
 
-def _look(path: Path) -> Look | int:
+def _look(path: Path) -> Fingerprint | int:
     """How it looks, or the number of the error that keeps us from looking."""
     try:
-        return durable_files.look(path)
+        return durable_files.fingerprint(path)
     except OSError as error:
         return error.errno or 0

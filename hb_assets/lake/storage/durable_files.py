@@ -16,7 +16,7 @@ from hb_assets.core.errors import FencedError
 from hb_assets.lake.storage import layout, permissions
 
 
-class Look(NamedTuple):
+class Fingerprint(NamedTuple):
     """Identity and version of a file, as far as a stat tells: inode, size and times."""
 
     inode: int
@@ -25,11 +25,11 @@ class Look(NamedTuple):
     size: int
 
     @classmethod
-    def of(cls, found: os.stat_result) -> Look:
-        """The look of a file by its stat."""
+    def of(cls, found: os.stat_result) -> Fingerprint:
+        """By a stat's result."""
         return cls(found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
 
-    def has_bytes_of(self, before: Look) -> bool:
+    def has_bytes_of(self, before: Fingerprint) -> bool:
         """Whether it is the same file with the same bytes; links to it may have come or gone."""
         return (self.inode, self.mtime_ns, self.size) == (
             before.inode,
@@ -38,9 +38,9 @@ class Look(NamedTuple):
         )
 
 
-def look(path: Path) -> Look:
-    """The file's look now, which is the key of caches. Raises OSError."""
-    return Look.of(path.stat())
+def fingerprint(path: Path) -> Fingerprint:
+    """The file's fingerprint now: the key of what is remembered of it. Raises OSError."""
+    return Fingerprint.of(path.stat())
 
 
 def barred(path: Path) -> Path:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from hb_assets.core.errors import DamagedFileError
 from hb_assets.lake.storage import parquet
-from hb_assets.lake.storage.durable_files import Look, look
+from hb_assets.lake.storage.durable_files import Fingerprint, fingerprint
 
 if TYPE_CHECKING:
     import duckdb
@@ -84,7 +84,7 @@ def relations(
         FileNotFoundError: one isn't there (any more), or was replaced meanwhile.
         OSError: the disk can't be read.
     """
-    seen: dict[Path, Look] = {}
+    seen: dict[Path, Fingerprint] = {}
     sound: dict[str, list[Path]] = {}
     for name, paths in files.items():
         for path in paths:
@@ -123,7 +123,7 @@ def scanned(paths: Sequence[Path]) -> Iterator[tuple[pl.LazyFrame, int]]:
 
 
 @contextmanager
-def _unchanged(seen: Mapping[Path, Look]) -> Iterator[None]:
+def _unchanged(seen: Mapping[Path, Fingerprint]) -> Iterator[None]:
     """Raises ReplacedError when a file was replaced during the block, also when an engine failed.
 
     An engine that opens the path twice reads two different files, and calls that a broken one.
@@ -138,9 +138,9 @@ def _unchanged(seen: Mapping[Path, Look]) -> Iterator[None]:
         _require_unchanged(path, before)
 
 
-def _require_unchanged(path: Path, before: Look) -> None:
+def _require_unchanged(path: Path, before: Fingerprint) -> None:
     try:
-        now = look(path)
+        now = fingerprint(path)
     except FileNotFoundError:
         return  # pruned meanwhile: what was read of it counts
     if not now.has_bytes_of(before):
@@ -154,7 +154,7 @@ def _relate(connection: duckdb.DuckDBPyConnection, name: str, paths: Sequence[Pa
     connection.register(name, rows)
 
 
-def whole(path: Path) -> tuple[Look, pq.FileMetaData]:
+def whole(path: Path) -> tuple[Fingerprint, pq.FileMetaData]:
     """Verify a file whole; how it looks, and its footer.
 
     Raises:
@@ -163,20 +163,20 @@ def whole(path: Path) -> tuple[Look, pq.FileMetaData]:
         OSError: the disk can't be read.
     """
     with path.open("rb") as file:
-        return Look.of(os.fstat(file.fileno())), parquet.verify_open(file, path)
+        return Fingerprint.of(os.fstat(file.fileno())), parquet.verify_open(file, path)
 
 
 def _file(path: Path) -> pa.OSFile:
     return pa.OSFile(str(path))
 
 
-def _seen(source: pa.OSFile) -> Look:
-    return Look.of(os.fstat(source.fileno()))
+def _seen(source: pa.OSFile) -> Fingerprint:
+    return Fingerprint.of(os.fstat(source.fileno()))
 
 
 @contextmanager
 def reopened(
-    path: Path, seen: Look, texts: Sequence[str], footer: pq.FileMetaData | None = None
+    path: Path, seen: Fingerprint, texts: Sequence[str], footer: pq.FileMetaData | None = None
 ) -> Iterator[pq.ParquetFile]:
     """Open a file that was verified when it looked like `seen`; pages are checked when read.
 

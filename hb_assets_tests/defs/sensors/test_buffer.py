@@ -115,7 +115,7 @@ def test_a_tick_beats_and_misses_a_drain(append, settings, instance, webhook, cl
     eager = {"health_drain_age": dt.timedelta(milliseconds=1), **webhook.setting}
     sensor = Ticks(settings.model_copy(update=eager), instance, "buffer")
     sensor.tick()
-    assert liveness.look(client).age(liveness.DAGSTER) is not None
+    assert liveness.read(client).age(liveness.DAGSTER) is not None
     append(DAY, users=2, readings=2)
     wait_for(lambda: "no drain for" in sensor.tick().skip_message, "the drain to be missed")
     assert told(webhook) == [("drain_late", "error")]
@@ -140,12 +140,12 @@ def test_a_stopped_sensor_is_an_alarm_whichever_ticks(
     instance.add_instigator_state(state)
     sensor = Ticks(settings.model_copy(update=webhook.setting), instance, name)
     sensor.tick()
-    assert liveness.look(client).stopped == ["failed_runs"]
+    assert liveness.read(client).stopped == ["failed_runs"]
     if name == "buffer":
         [alarm] = webhook.received
         assert alarm["alarm"] == "dagster"
         assert "`hb sensors start failed_runs`" in alarm["message"]
     instance.update_instigator_state(state.with_status(InstigatorStatus.RUNNING))
     sensor.tick()
-    assert liveness.look(client).stopped == []
+    assert liveness.read(client).stopped == []
     instance.dispose()

@@ -256,7 +256,7 @@ def test_entries_that_nobody_finishes(
         consumer.open()
         assert consumer.claim(10, 10_000)
         wait_for(lambda: told(http) == ([], ["backlog", "consumers"]), "both to be seen")
-        consumer.beat()
+        consumer.mark_alive()
         assert "drainers are gone" in http.get("/health").json()["parts"]["consumers"]
         consumer.acknowledge([(one, 1) for one in consumer.claim(10, 10_000)])
         wait_for(lambda: told(http) == ([], []), "health")
@@ -267,7 +267,7 @@ def test_dagster_is_missed_once_it_was_seen(
 ) -> None:
     settings = settings.model_copy(update={"health_dagster_age": dt.timedelta(seconds=1)})
     with serving(settings) as http:
-        liveness.beat(client, [liveness.DAGSTER], {})
+        liveness.mark_alive(client, [liveness.DAGSTER], {})
         assert http.get("/health").json()["parts"]["dagster"] == "ok"
         wait_for(lambda: unwell(http) == ["dagster"], "Dagster to be missed")
 
@@ -329,7 +329,7 @@ def test_a_damaged_day_and_a_stopped_sensor_keep_no_gateway_from_its_work(
         wait_for(lambda: told(http) == ([], []), "health")
         assert http.get("/health").json()["alarms"] == []
         assert samples(http)[damaged] == samples(http)["hb_lake_damaged_partitions", ()] == 0
-        liveness.beat(client, [liveness.DAGSTER, liveness.stopped("drain")], {})
+        liveness.mark_alive(client, [liveness.DAGSTER, liveness.stopped("drain")], {})
         assert points(http) == 1
         fragment.path.write_bytes(whole[:-1] + b"X")  # in place: its folder doesn't change
         wait_for(lambda: len(http.get("/health").json()["alarms"]) == 2, "both alarms")

@@ -503,10 +503,10 @@ def test_fragments_of_a_batch(lake: Lake, settings: Settings) -> None:
 
 def test_unknown_fields_of_foreign_entries_are_counted() -> None:
     more = line()[:-1] + b', "steps": 7, "posture": {"timestamp": 1}}'
-    foreign = entry([more, line(), more, line(bpm=5)])
-    decoded = decode([foreign], SETTINGS)
+    external = entry([more, line(), more, line(bpm=5)])
+    decoded = decode([external], SETTINGS)
     assert (decoded.rows.num_rows, decoded.unknown_fields) == (3, 4)
-    own = dataclasses.replace(foreign, own=4)
+    own = dataclasses.replace(external, own=4)
     assert decode([own], SETTINGS).rows.equals(decoded.rows)
 
 

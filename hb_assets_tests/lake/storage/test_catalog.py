@@ -14,7 +14,7 @@ from hb_assets.lake import inventory, minutes
 from hb_assets.lake.compaction.consolidation import consolidate
 from hb_assets.lake.storage import catalog, layout
 from hb_assets.lake.storage.catalog import Folders
-from hb_assets.lake.storage.durable_files import Look, look
+from hb_assets.lake.storage.durable_files import Fingerprint, fingerprint
 from hb_assets.lake.storage.store import Lake
 from hb_assets_tests.lake.deliveries import DAY, deliver, entry, line
 
@@ -30,12 +30,12 @@ def test_a_day_that_did_not_change_is_not_listed_again(lake: Lake, settings: Set
     deliver(lake, settings, entry([line()]))
     folders, looks = Folders(), []
 
-    def look(lake: Lake, day: dt.date) -> str:
+    def found(lake: Lake, day: dt.date) -> str:
         looks.append(day)
         return inventory.raw_digest(lake, day)
 
     def remembered() -> str:
-        return folders.remembered(lake, DAY, (layout.RAW,), look)
+        return folders.remembered(lake, DAY, (layout.RAW,), found)
 
     remembered()
     remembered()
@@ -101,19 +101,19 @@ def test_what_is_remembered_is_made_again_when_the_file_looks_changed(
     (path := tmp_path / "file").write_bytes(b"one")
 
     @catalog.remembered(1)
-    def made(path: Path, _seen: Look, more: str) -> bytes:
+    def made(path: Path, _seen: Fingerprint, more: str) -> bytes:
         asked.append(path)
         return path.read_bytes() + more.encode()
 
     asked: list[Path] = []
     for _ in range(2):
-        assert made(path, look(path), "!") == b"one!"
+        assert made(path, fingerprint(path), "!") == b"one!"
     assert len(asked) == 1
     path.write_bytes(b"other")
-    assert made(path, look(path), "!") == b"other!"
-    assert made(path, look(path), "?") == b"other?", "what else it is made of counts as well"
+    assert made(path, fingerprint(path), "!") == b"other!"
+    assert made(path, fingerprint(path), "?") == b"other?", "what else it is made of counts as well"
     assert len(asked) == 3
-    made(path, look(path), "!")
+    made(path, fingerprint(path), "!")
     assert len(asked) == 4, "it keeps as many as it may"
 
 
@@ -122,12 +122,12 @@ def test_nothing_is_kept_of_a_file_that_was_changed_just_now(tmp_path: Path) -> 
     (path := tmp_path / "file").write_bytes(b"one")
 
     @catalog.remembered(10)
-    def made(path: Path, _seen: Look) -> None:
+    def made(path: Path, _seen: Fingerprint) -> None:
         asked.append(path)
 
     asked: list[Path] = []
     for _ in range(2):
-        made(path, look(path))
+        made(path, fingerprint(path))
     assert len(asked) == 2
 
 

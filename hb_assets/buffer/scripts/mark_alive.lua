@@ -4,11 +4,11 @@
 -- KEYS: timestamps, counts.  ARGV: number of names, the names, then of each count: field, increment.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local beats, names = {}, tonumber(ARGV[1])
+local seen, names = {}, tonumber(ARGV[1])
 for i = 2, names + 1 do
-    beats[#beats + 1] = ARGV[i]
-    beats[#beats + 1] = now
+    seen[#seen + 1] = ARGV[i]
+    seen[#seen + 1] = now
 end
-if #beats > 0 then redis.call('HSET', KEYS[1], unpack(beats)) end
+if #seen > 0 then redis.call('HSET', KEYS[1], unpack(seen)) end
 for i = names + 2, #ARGV, 2 do redis.call('HINCRBY', KEYS[2], ARGV[i], ARGV[i + 1]) end
 return now
