@@ -76,7 +76,7 @@ def _parts(
             verified.relations(connection, {"new": inputs.new}),
         ):
             connection.register("base", SCHEMA.empty_table())
-            merge.make_types(connection, None)
+            merge.make_types(connection)
             for _ in connection.sql(query).to_arrow_reader(merge.BATCH):
                 pass
 

@@ -199,7 +199,9 @@ def _survivors(
     tally: Tally,
 ) -> Iterator[pa.Table]:
     """Survivors among the pending rows and those of some row groups, in order."""
-    make_types(connection, base)
+    if base is not None:
+        connection.register("base", base.reader(TEXTS))
+    make_types(connection)
     if base is not None:
         connection.register("base", base.reader())
     for batch in connection.sql(FATES[inputs.plain]).to_arrow_reader(BATCH):
@@ -219,29 +221,33 @@ def _counted(survivors: Iterator[pa.Table], tally: Tally) -> Iterator[pa.Table]:
 
 
 _MOST_IDS = 2**17
-"""Distinct texts of an ENUM type: it lies in memory, and can't be spilled."""
-_DISTINCT = {
-    name: f"SELECT {name} AS text FROM new UNION SELECT text FROM base_texts LIMIT $most"
-    for name in TEXTS
-}
+"""Distinct texts of ENUM types: they lie in memory, and can't be spilled."""
+_DISTINCT = f"""
+SELECT {", ".join(TEXTS)}
+FROM (SELECT {", ".join(TEXTS)} FROM new UNION ALL SELECT {", ".join(TEXTS)} FROM base)
+GROUP BY GROUPING SETS ({", ".join(f"({name})" for name in TEXTS)})
+LIMIT $most
+"""
 _ENUM = {
-    name: f"CREATE TEMP TYPE {name}s AS ENUM (SELECT text FROM texts ORDER BY text)"
+    name: f"CREATE TEMP TYPE {name}s AS ENUM "
+    f"(SELECT {name} FROM texts WHERE {name} IS NOT NULL ORDER BY {name})"
     for name in TEXTS
 }
 _TEXT = {name: f"CREATE TEMP TYPE {name}s AS VARCHAR" for name in TEXTS}
 
 
-def make_types(connection: duckdb.DuckDBPyConnection, base: RowGroups | None) -> None:
+def make_types(connection: duckdb.DuckDBPyConnection) -> None:
     """Make a type for each column of text: an ENUM of its distinct texts, if they aren't too many.
 
     Numbers are sorted faster than texts. The types are the connection's own, and go with it.
+
+    Args:
+        connection: an engine with the relations `new` and `base`.
     """
+    texts = connection.sql(_DISTINCT, params={"most": _MOST_IDS + 1}).to_arrow_table()
+    connection.register("texts", texts)
     for name in TEXTS:
-        of_base = pa.array([], pa.string()) if base is None else base.texts(name)
-        connection.register("base_texts", pa.table({"text": of_base}))
-        texts = connection.sql(_DISTINCT[name], params={"most": _MOST_IDS + 1}).to_arrow_table()
         few = 0 < texts.num_rows <= _MOST_IDS
-        connection.register("texts", texts)
         connection.execute((_ENUM if few else _TEXT)[name])
 
 

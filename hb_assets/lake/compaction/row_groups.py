@@ -14,10 +14,10 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hb_assets.core.schema import ENCODED, HEARTBEATS, KEY, ORDER
 from hb_assets.lake.storage.order import order_of, ranks
+from hb_assets.lake.storage.verified import VerifiedFile
 
 if TYPE_CHECKING:
     import duckdb
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class RowGroups:
     """Some row groups of an open file, whose texts are read as dictionaries."""
 
-    file: pq.ParquetFile
+    file: VerifiedFile
     numbers: Sequence[int]
 
     def tables(self, columns: Sequence[str] = HEARTBEATS.names) -> Iterator[pa.Table]:
@@ -35,21 +35,19 @@ class RowGroups:
         for number in self.numbers:
             yield self.file.read_row_group(number, columns=list(columns), use_threads=False)
 
-    def encoded(self) -> Iterator[pa.Table]:
-        """Their rows in the schema ENCODED, a row group at a time."""
-        return (rows.cast(ENCODED) for rows in self.tables())
+    def encoded(self, columns: Sequence[str] = HEARTBEATS.names) -> Iterator[pa.Table]:
+        """The same in the schema ENCODED, as far as it has these columns."""
+        schema = _only(columns)
+        return (rows.cast(schema) for rows in self.tables(columns))
 
-    def reader(self) -> pa.RecordBatchReader:
-        """Their rows as a stream, for DuckDB."""
-        batches = (batch for rows in self.encoded() for batch in rows.to_batches())
-        return pa.RecordBatchReader.from_batches(ENCODED, batches)
+    def reader(self, columns: Sequence[str] = HEARTBEATS.names) -> pa.RecordBatchReader:
+        """The same as a stream, for DuckDB."""
+        batches = (batch for rows in self.encoded(columns) for batch in rows.to_batches())
+        return pa.RecordBatchReader.from_batches(_only(columns), batches)
 
-    def texts(self, name: str) -> pa.Array:
-        """The texts of a column: each once, or once for each of its row groups."""
-        chunks = (chunk for rows in self.tables([name]) for chunk in rows[name].chunks)
-        return pa.concat_arrays(
-            [pa.array([], pa.string()), *(chunk.dictionary for chunk in chunks)]
-        )
+
+def _only(columns: Sequence[str]) -> pa.Schema:
+    return pa.schema([ENCODED.field(name) for name in columns])
 
 
 # Of these rows it isn't certain that they survive.
@@ -62,9 +60,7 @@ SELECT DISTINCT number FROM (
 _BEHIND = pa.schema([("number", pa.int64()), ("behind", pa.int64())])
 
 
-def split(
-    file: pq.ParquetFile, connection: duckdb.DuckDBPyConnection
-) -> tuple[RowGroups, RowGroups]:
+def split(file: VerifiedFile, connection: duckdb.DuckDBPyConnection) -> tuple[RowGroups, RowGroups]:
     """The row groups with a pending row's key, or a forgotten user's row, and all others.
 
     Args:

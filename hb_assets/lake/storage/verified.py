@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,13 +27,16 @@ if TYPE_CHECKING:
     import duckdb
     import polars as pl
 
+VerifiedFile: TypeAlias = pq.ParquetFile
+"""An open file that was found to be what was written."""
+
 
 class ReplacedError(FileNotFoundError):
     """The file that was verified isn't the one that was read: try again."""
 
 
 @contextmanager
-def opened(path: Path, texts: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+def opened(path: Path, texts: Sequence[str] = ()) -> Iterator[VerifiedFile]:
     """Open a file for reading rows with pyarrow, once it is verified.
 
     Args:
@@ -177,7 +180,7 @@ def _seen(source: pa.OSFile) -> Fingerprint:
 @contextmanager
 def reopened(
     path: Path, seen: Fingerprint, texts: Sequence[str], footer: pq.FileMetaData | None = None
-) -> Iterator[pq.ParquetFile]:
+) -> Iterator[VerifiedFile]:
     """Open a file that was verified when it looked like `seen`; pages are checked when read.
 
     Raises:

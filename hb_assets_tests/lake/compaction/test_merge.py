@@ -211,7 +211,7 @@ def merge(inputs: Inputs, bounds: Settings) -> tuple[list[Reading], Tally]:
     return [row._replace(at=row.at - NOON) for row in rows], tally
 
 
-@pytest.mark.parametrize("most", [0, 2, 2**17], ids=["as texts", "devices as ENUM", "as ENUM"])
+@pytest.mark.parametrize("most", [0, 2**17], ids=["as texts", "as ENUM"])
 @given(case=cases())
 @example_settings(max_examples=examples(60))
 def test_against_the_model(folder: Path, bounds: Settings, most: int, case: Case) -> None:
@@ -261,9 +261,10 @@ def test_only_a_row_group_with_the_key_of_a_pending_row_is_sorted(
     taken: list[int] = []
     reader = row_groups.RowGroups.reader
 
-    def noted(groups: row_groups.RowGroups) -> pa.RecordBatchReader:
-        taken.extend(table.num_rows for table in groups.tables())
-        return reader(groups)
+    def noted(groups: row_groups.RowGroups, *columns: Sequence[str]) -> pa.RecordBatchReader:
+        if not columns:  # all of them: for the sort
+            taken.extend(table.num_rows for table in groups.tables())
+        return reader(groups, *columns)
 
     monkeypatch.setattr(row_groups.RowGroups, "reader", noted)
     case = plain(BASE, [row])
@@ -289,7 +290,7 @@ def test_the_window_is_a_streaming_one(folder: Path, bounds: Settings) -> None:
     """A window that isn't would hold all rows once more."""
     inputs = inputs_of(plain([], BASE), folder)
     with engine.engine(bounds) as connection, merge_module._pending(inputs, connection):
-        merge_module.make_types(connection, None)
+        merge_module.make_types(connection)
         for query in merge_module.FATES.values():
             [(_, plan)] = connection.sql(f"EXPLAIN {query}").fetchall()
             assert plan.count("Streaming Window") == plan.count("Window") == 1
