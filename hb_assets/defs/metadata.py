@@ -69,13 +69,7 @@ def of_consolidated(done: Consolidated) -> Metadata:
     """Metadata of a consolidation."""
     counts = {
         "dagster/row_count": done.unique,
-        "rows": done.rows,
-        "unique": done.unique,
-        "superseded": done.superseded,
-        "repeats": done.repeats,
-        "corrections": done.corrections,
-        "erased": done.erased,
-        "replayed": done.replayed,
+        **done.counts(),
         "bytes": done.bytes,
         "written_rows": done.written,
         "written_files": done.shards_written,

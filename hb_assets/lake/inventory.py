@@ -18,6 +18,7 @@ from hb_assets.core.settings import Settings
 from hb_assets.lake import minutes
 from hb_assets.lake.files import consolidated, fragments
 from hb_assets.lake.files.consolidated import ConsolidatedMetadata
+from hb_assets.lake.files.counts import Counts
 from hb_assets.lake.files.fragments import Fragment
 from hb_assets.lake.storage import layout, parquet
 from hb_assets.lake.storage.catalog import remembered
@@ -26,8 +27,7 @@ from hb_assets.lake.storage.layout import HEARTBEATS, RAW
 from hb_assets.lake.storage.store import Lake
 
 
-@dataclass(frozen=True, slots=True)
-class DayState:
+class DayState(Counts, kw_only=True):
     """The state of a day: its counts, and what is pending.
 
     `digest` changes when its set of raw fragments does, `pending_digest` when its set of pending
@@ -47,13 +47,6 @@ class DayState:
     most_pending: int
     pending_digest: str
     oldest_pending_ms: int | None
-    rows: int
-    unique: int
-    superseded: int
-    repeats: int
-    corrections: int
-    replayed: int
-    rows_written: int
     bytes: int
     minutes_current: bool
     faults: tuple[str, ...] = ()
@@ -135,7 +128,8 @@ def day_state(lake: Lake, day: dt.date, settings: Settings) -> DayState:
         most = max(most, len(new))
     seen = _seen(raw, faults)
     pending = [seen[one.path] for one in waiting if one.path in seen]
-    return DayState(
+    return DayState.of(
+        sum(notes, Counts()),
         day=day,
         fragments=len(raw),
         fragment_rows=sum(one.rows for one in seen.values()),
@@ -146,13 +140,6 @@ def day_state(lake: Lake, day: dt.date, settings: Settings) -> DayState:
         most_pending=most,
         pending_digest=fragments.digest(waiting),
         oldest_pending_ms=min((one.written_ms for one in pending), default=None),
-        rows=sum(metadata.rows for metadata in notes),
-        unique=sum(metadata.unique for metadata in notes),
-        superseded=sum(metadata.superseded for metadata in notes),
-        repeats=sum(metadata.repeats for metadata in notes),
-        corrections=sum(metadata.corrections for metadata in notes),
-        replayed=sum(metadata.replayed for metadata in notes),
-        rows_written=sum(metadata.rows_written for metadata in notes),
         bytes=size,
         minutes_current=current and not waiting,
         faults=tuple(dict.fromkeys(faults)),

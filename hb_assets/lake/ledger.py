@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import duckdb
+import msgspec
 import pyarrow as pa
 
 from hb_assets.core.errors import DamagedFileError
@@ -23,6 +24,7 @@ from hb_assets.lake.compaction.inputs import Inputs
 from hb_assets.lake.compaction.merge import fresh_rows
 from hb_assets.lake.files import accepted_losses, consolidated, erased, fragments, quarantine
 from hb_assets.lake.files.consolidated import Current
+from hb_assets.lake.files.counts import Counts
 from hb_assets.lake.files.fragments import Fragment
 from hb_assets.lake.integrity import damage
 from hb_assets.lake.storage import layout, parquet, verified
@@ -31,8 +33,7 @@ from hb_assets.lake.storage.layout import RAW
 from hb_assets.lake.storage.store import Lake
 
 
-@dataclass(slots=True)
-class DayLedger:
+class DayLedger(Counts, kw_only=True):
     """The counts of one day.
 
     `rows` distinct rows came into raw: `unique` + `superseded` + `erased` of them are consolidated,
@@ -40,15 +41,8 @@ class DayLedger:
     """
 
     day: dt.date
-    rows: int = 0
-    unique: int = 0
-    superseded: int = 0
-    repeats: int = 0
-    corrections: int = 0
-    erased: int = 0
     pending: int = 0
-    replayed: int = 0
-    faults: list[str] = field(default_factory=list)
+    faults: list[str] = msgspec.field(default_factory=list)
 
 
 _DISTINCT_KEYS = f"""
@@ -86,7 +80,7 @@ def of_days(
 
 
 def _day(lake: Lake, day: dt.date, settings: Settings, deep: bool) -> DayLedger:
-    ledger = DayLedger(day)
+    ledger = DayLedger(day=day)
     for shard in range(lake.shards):
         where = f"day {day.isoformat()}, shard {shard:02d}"
         paths = [layout.consolidated_file(lake.root, day, shard)]
@@ -152,14 +146,11 @@ def _faults(looks: Iterable[Callable[[], None]]) -> list[str]:
 
 
 def _add(ledger: DayLedger, part: DayLedger) -> None:
-    for name in _COUNTED:
-        setattr(ledger, name, getattr(ledger, name) + getattr(part, name))
+    ledger.add(part)
+    ledger.pending += part.pending
     ledger.faults += part.faults
 
 
-_COUNTED = (
-    *("rows", "unique", "superseded", "repeats", "corrections", "erased", "pending", "replayed"),
-)
 _ATTEMPTS = 5
 
 
@@ -173,7 +164,7 @@ def _shard(
 ) -> DayLedger:
     """Counts of a shard, taken again when its file was replaced or a fragment went meanwhile."""
     for attempt in range(_ATTEMPTS):
-        part = DayLedger(day)
+        part = DayLedger(day=day)
         try:
             seen = consolidated.current(lake, day, shard)
         except DamagedFileError as error:
@@ -235,13 +226,7 @@ def _count_shard(
             ledger.faults.append(
                 f"{where}: raw has {keys:,} distinct keys, the consolidated file {metadata.unique:,}"
             )
-    ledger.rows += metadata.rows
-    ledger.unique += metadata.unique
-    ledger.superseded += metadata.superseded
-    ledger.repeats += metadata.repeats
-    ledger.corrections += metadata.corrections
-    ledger.erased += metadata.erased
-    ledger.replayed += metadata.replayed
+    ledger.add(metadata)
 
 
 def _pending_rows(

@@ -10,12 +10,12 @@ from __future__ import annotations
 import datetime as dt
 import os
 import time
-from dataclasses import dataclass
 
 from hb_assets.core.settings import Settings
 from hb_assets.lake import inventory
 from hb_assets.lake.compaction import policy
 from hb_assets.lake.files.consolidated import ConsolidatedMetadata
+from hb_assets.lake.files.counts import Counts
 from hb_assets.lake.integrity import known_faults
 from hb_assets.lake.integrity.known_faults import Fault
 from hb_assets.lake.storage import layout
@@ -27,8 +27,7 @@ _BREATH_SECONDS = 0.001
 """Rest after each day that was read: requests are served by the same interpreter."""
 
 
-@dataclass(frozen=True, slots=True)
-class Survey:
+class Survey(Counts, kw_only=True):
     """Sums over all days; cumulative ones as `consolidated.ConsolidatedMetadata` has them.
 
     `overdue` is the day whose oldest pending fragment is farthest beyond the age at which it should
@@ -40,12 +39,6 @@ class Survey:
     fragments: int = 0
     pending_fragments: int = 0
     pending_bytes: int = 0
-    rows: int = 0
-    unique: int = 0
-    repeats: int = 0
-    corrections: int = 0
-    replayed: int = 0
-    rows_written: int = 0
     bytes: int = 0
     overdue: dt.date | None = None
     overdue_seconds: float = 0.0
@@ -57,22 +50,12 @@ class Survey:
         return self.rows_written / self.rows if self.rows else 0.0
 
 
-_CUMULATIVE = ("rows", "unique", "repeats", "corrections", "replayed", "rows_written")
-
-
-@dataclass(slots=True)
-class _Day:
+class _Day(Counts, kw_only=True):
     """Sums of one day; `oldest_pending_ms` as in `inventory.DayState`."""
 
     fragments: int = 0
     pending_fragments: int = 0
     pending_bytes: int = 0
-    rows: int = 0
-    unique: int = 0
-    repeats: int = 0
-    corrections: int = 0
-    replayed: int = 0
-    rows_written: int = 0
     bytes: int = 0
     oldest_pending_ms: int | None = None
 
@@ -97,7 +80,7 @@ class Surveyor:
         }
         sums = {
             name: sum(getattr(one, name) for one in found.values())
-            for name in _Day.__slots__
+            for name in _Day.__struct_fields__
             if name != "oldest_pending_ms"
         }
         oldest = ((day, one.oldest_pending_ms) for day, one in found.items())
@@ -151,6 +134,5 @@ def _fragments(lake: Lake, day: dt.date, shard: int) -> list[os.DirEntry[str]]:
 def _take_in(sums: _Day, metadata: ConsolidatedMetadata, size: int) -> frozenset[str]:
     """Add a consolidated file to the sums; returns the fragments that it lists."""
     sums.bytes += size
-    for name in _CUMULATIVE:
-        setattr(sums, name, getattr(sums, name) + getattr(metadata, name))
+    sums.add(metadata)
     return frozenset(metadata.fragments)

@@ -69,4 +69,4 @@ def test_a_damaged_file_is_an_alarm(home: Path) -> None:
     hb("keys", "create", "phones", "--scope", "ingest")
     (home / "keys.json").write_text("{")
     assert "damaged" in complaint("keys", "list")
-    assert any("damaged" in alarm for alarm in status.look(Settings(home=home)).alarms)
+    assert any("damaged" in alarm for alarm in status.gathered(Settings(home=home)).alarms)

@@ -29,13 +29,13 @@ def settle(root: Path, seconds: float = 3600) -> None:
 
 def test_sums(lake: Lake, settings: Settings) -> None:
     surveyor = Surveyor(lake, settings)
-    assert surveyor.look() == Survey()
+    assert surveyor.survey() == Survey()
     deliver(lake, settings, entry([line(), line(), line(bpm=80)], 0))
     consolidate(lake, DAY, settings)
     deliver(lake, settings, entry([line(at=NOON + 1)], 1))
     consolidate(lake, DAY, settings)
     deliver(lake, settings, entry([line(at=NOON - DAY_MS)], 2))
-    found = surveyor.look()
+    found = surveyor.survey()
     assert (found.days, found.fragments, found.pending_fragments) == (2, 3, 1)
     assert 100 < found.pending_bytes < 10_000
     assert (found.rows, found.unique, found.repeats, found.corrections) == (4, 2, 1, 1)
@@ -58,13 +58,13 @@ def test_only_days_that_changed_are_read_again(
         deliver(lake, settings, entry([line(at=NOON - days_back * DAY_MS)], days_back))
     settle(lake.root, 60)
     surveyor = Surveyor(lake, settings)
-    surveyor.look()
+    surveyor.survey()
     assert len(read) == 5
     read.clear()
-    surveyor.look()
+    surveyor.survey()
     assert read == []
     deliver(lake, settings, entry([line(at=NOON + 1)], 9))
-    assert surveyor.look().fragments == 6
+    assert surveyor.survey().fragments == 6
     assert read == [str(DAY)]
 
 
@@ -88,12 +88,12 @@ def test_a_file_that_is_changed_in_place_is_noticed(lake: Lake, settings: Settin
     consolidate(lake, DAY, settings)
     settle(lake.root, 60)
     surveyor = Surveyor(lake, settings)
-    assert surveyor.look().faults == surveyor.look().faults == ()
+    assert surveyor.survey().faults == surveyor.survey().faults == ()
     (file,) = (lake.root / layout.HEARTBEATS).rglob("*.parquet")
     with file.open("r+b") as opened:
         opened.seek(-1, os.SEEK_END)
         opened.write(b"X")
-    found = surveyor.look()
+    found = surveyor.survey()
     assert (found.days, found.fragments) == (1, 1)
     [fault] = found.faults
     assert (fault.kind, fault.path) == ("damaged", file)

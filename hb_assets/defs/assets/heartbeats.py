@@ -11,7 +11,7 @@ of counts.
 
 import datetime as dt
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any
 
@@ -23,6 +23,7 @@ from hb_assets.defs.assets import HEARTBEATS, OWNERS, RAW_HEARTBEATS, TAGS
 from hb_assets.defs.resources import Installation
 from hb_assets.defs.sensors import now_ms
 from hb_assets.lake.compaction.consolidation import Consolidated
+from hb_assets.lake.files.counts import Counts
 from hb_assets.lake.integrity import checks, known_faults
 from hb_assets.lake.integrity.checks import HEARTBEAT_CHECKS, Figure
 from hb_assets.pipeline import alarms
@@ -201,17 +202,14 @@ def judged(done: Consolidated) -> list[Figure]:
 
 def together(day: dt.date, groups: Sequence[Consolidated]) -> Consolidated:
     """The day's result, joined from those of groups of its shards."""
-    counts = {
-        field.name: sum(getattr(group, field.name) for group in groups)
-        for field in fields(Consolidated)
-        if field.default == 0
-    }
-    return Consolidated(
+    own = ("written", "shards_written", "pending", "bytes")
+    return Consolidated.of(
+        sum(groups, Counts()),
         day=day,
         figures=checks.summed(list(chain.from_iterable(group.figures for group in groups))),
         set_aside=list(chain.from_iterable(group.set_aside for group in groups)),
         failed=list(chain.from_iterable(group.failed for group in groups)),
-        **counts,
+        **{name: sum(getattr(group, name) for group in groups) for name in own},
     )
 
 

@@ -15,10 +15,11 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+import msgspec
 import pyarrow as pa
 
 from hb_assets.core.errors import CheckFailedError, DamagedFileError, FencedError, HbError
@@ -34,6 +35,7 @@ from hb_assets.lake.files.consolidated import (
     is_published,
     pending,
 )
+from hb_assets.lake.files.counts import Counts
 from hb_assets.lake.files.fragments import Fragment
 from hb_assets.lake.integrity import checks, damage, known_faults
 from hb_assets.lake.integrity.checks import Figure
@@ -87,32 +89,23 @@ class ShardFailure:
         return (FencedError if self.kind == "fenced" else HbError)(self.message)
 
 
-@dataclass(frozen=True, slots=True)
-class Consolidated:
-    """The result of consolidating a day, and the day's totals.
+class Consolidated(Counts, kw_only=True):
+    """The result of consolidating a day, and the day's counts but for shards that failed.
 
-    `rows` to `replayed` are the day's totals, but for shards that failed; `written` counts rows
-    that this run wrote, in `shards_written` files; `pending` fragments were taken in; `figures` are
-    the checks' results, summed over the shards, those that failed included; `set_aside` says, in
-    one line each, which files were found damaged and moved away; `failed` has what went wrong, by
-    shard.
+    `written` counts rows that this run wrote, in `shards_written` files; `pending` fragments were
+    taken in; `figures` are the checks' results, summed over the shards, those that failed included;
+    `set_aside` says, in one line each, which files were found damaged and moved away; `failed` has
+    what went wrong, by shard.
     """
 
     day: dt.date
-    rows: int = 0
-    unique: int = 0
-    superseded: int = 0
-    repeats: int = 0
-    corrections: int = 0
-    erased: int = 0
-    replayed: int = 0
     written: int = 0
     shards_written: int = 0
     pending: int = 0
     bytes: int = 0
-    figures: list[Figure] = field(default_factory=list)
-    set_aside: list[str] = field(default_factory=list)
-    failed: list[ShardFailure] = field(default_factory=list)
+    figures: list[Figure] = msgspec.field(default_factory=list)
+    set_aside: list[str] = msgspec.field(default_factory=list)
+    failed: list[ShardFailure] = msgspec.field(default_factory=list)
 
     def require(self) -> Consolidated:
         """Raise the error of the first failed shard, for callers that need every shard.
@@ -296,19 +289,9 @@ def _summary(
 ) -> Consolidated:
     failed = [one for one in results if isinstance(one, ShardFailure)]
     shards = [one for one in results if isinstance(one, _ShardResult)]
-
-    def total(name: str) -> int:
-        return sum(getattr(shard.metadata, name) for shard in shards)
-
-    return Consolidated(
+    return Consolidated.of(
+        sum((shard.metadata for shard in shards), Counts()),
         day=day,
-        rows=total("rows"),
-        unique=total("unique"),
-        superseded=total("superseded"),
-        repeats=total("repeats"),
-        corrections=total("corrections"),
-        erased=total("erased"),
-        replayed=total("replayed"),
         written=sum(shard.written for shard in shards),
         shards_written=sum(shard.written > 0 for shard in shards),
         pending=sum(shard.pending for shard in shards),
@@ -498,7 +481,18 @@ def _merge(
         names, pruned = _still_listed(before, new, raw, watermark)
         excepted = {str(name): stood.mark(name.source) for name in lost & gaps.accepted}
         excepted |= {name: at for name, at in stood.excepted.items() if name not in included}
-        metadata = ConsolidatedMetadata(
+        here = Counts(
+            rows=arrived - replayed,
+            superseded=tally.superseded,
+            repeats=tally.repeats,
+            corrections=tally.corrections,
+            erased=tally.erased,
+            uncounted=tally.uncounted,
+            replayed=replayed,
+        )
+        written = {"unique": tally.survivors, "rows_written": stood.rows_written + tally.survivors}
+        metadata = ConsolidatedMetadata.of(
+            msgspec.structs.replace(before + here, **written),
             format=FORMAT,
             day=task.day.isoformat(),
             shard=task.shard,
@@ -506,15 +500,6 @@ def _merge(
             fragments=names,
             pruned=before.pruned + pruned,
             watermark=watermark,
-            rows=before.rows + arrived - replayed,
-            unique=tally.survivors,
-            superseded=before.superseded + tally.superseded,
-            repeats=before.repeats + tally.repeats,
-            corrections=before.corrections + tally.corrections,
-            erased=before.erased + tally.erased,
-            uncounted=before.uncounted + tally.uncounted,
-            replayed=before.replayed + replayed,
-            rows_written=stood.rows_written + tally.survivors,
             excepted=excepted,
             losses=tuple(accepted_losses.stems(task.lake, HEARTBEATS, task.day, task.shard)),
         )

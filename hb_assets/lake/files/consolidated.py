@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from hb_assets.core.errors import DamagedFileError
+from hb_assets.lake.files.counts import Counts
 from hb_assets.lake.files.fragments import Fragment
 from hb_assets.lake.storage import checksummed_json, layout, parquet
 from hb_assets.lake.storage.durable_files import TempFile, sync_folder
@@ -21,16 +22,12 @@ from hb_assets.lake.storage.layout import FragmentName
 from hb_assets.lake.storage.store import FORMAT, Lake
 
 
-class ConsolidatedMetadata(msgspec.Struct, frozen=True, kw_only=True):
-    """Footer metadata of a consolidated file. Counts are cumulative: they outlive pruning.
+class ConsolidatedMetadata(Counts, kw_only=True):
+    """Footer metadata of a consolidated file, and its counts.
 
     `fragments` are the fragments it includes; what it doesn't list is pending. It includes `pruned`
     more, which aren't there any more: of each source shard every row up to the entry id in
-    `watermark` is included. `rows` distinct rows came in, of which `unique` survived, `superseded`
-    didn't (`repeats` + `corrections`), and `erased` were forgotten; `replayed` rows came again with
-    an identity that was there already. `uncounted` rows of the fragments count elsewhere: they came
-    again after theirs were pruned, or were erased before they came here. `edition`, new with
-    every publication, is its version; `rows_written` counts all rows that its publications wrote.
+    `watermark` is included. `version` (in the file `edition`) is new with every publication.
 
     Of the fragments in `excepted` rows are included only up to the entry id that stands there:
     their loss was accepted before the watermark passed them. `losses` names the accepted losses of
@@ -42,37 +39,15 @@ class ConsolidatedMetadata(msgspec.Struct, frozen=True, kw_only=True):
     shard: int
     version: str = msgspec.field(name="edition")
     fragments: tuple[str, ...]
-    rows: int
-    unique: int
-    superseded: int
-    repeats: int
-    corrections: int
-    replayed: int
-    rows_written: int
-    erased: int = 0
-    uncounted: int = 0
     pruned: int = 0
-    watermark: dict[int, tuple[int, int]] = {}
-    excepted: dict[str, tuple[int, int]] = {}
+    watermark: dict[int, tuple[int, int]] = msgspec.field(default_factory=dict)
+    excepted: dict[str, tuple[int, int]] = msgspec.field(default_factory=dict)
     losses: tuple[str, ...] = ()
 
     @classmethod
     def nothing(cls) -> ConsolidatedMetadata:
         """The metadata of a file that was never written: nothing came in."""
-        return cls(
-            format=FORMAT,
-            day="",
-            shard=0,
-            version="",
-            fragments=(),
-            rows=0,
-            unique=0,
-            superseded=0,
-            repeats=0,
-            corrections=0,
-            replayed=0,
-            rows_written=0,
-        )
+        return cls(format=FORMAT, day="", shard=0, version="", fragments=())
 
     def mark(self, source: int) -> tuple[int, int]:
         """The watermark of a source shard; below every entry id where there is none."""

@@ -23,7 +23,7 @@ from hb_assets.buffer.producer import Lines
 from hb_assets.core.errors import SettingsError, SpoolFullError, SpoolUnavailableError
 from hb_assets.core.settings import Settings, environment
 from hb_assets.gateway.spool import tables
-from hb_assets.gateway.spool.queue import CLOSING, FREE, QUEUED, Holdings, Spool, look
+from hb_assets.gateway.spool.queue import CLOSING, FREE, QUEUED, Holdings, Spool, holdings
 from hb_assets.gateway.spool.tables import Record
 
 SHARDS = 4
@@ -365,11 +365,11 @@ def test_a_newer_format_is_refused(home: Settings, spool: Spool) -> None:
 
 
 def test_a_look_makes_nothing(home: Settings) -> None:
-    assert look(home) is None
+    assert holdings(home) is None
     assert not home.home_dir.exists()
     with contextlib.closing(Spool(home)) as spool:
         spool.put([{0: [b"xyz", b"z"]}])
-        assert look(home) == Holdings(2, 5, home.spool_max_bytes)
+        assert holdings(home) == Holdings(2, 5, home.spool_max_bytes)
 
 
 # -- erasing

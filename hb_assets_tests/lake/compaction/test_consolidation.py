@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from hb_assets.core import days
 from hb_assets.core.errors import CheckFailedError, DamagedFileError, FencedError
@@ -199,8 +199,8 @@ def test_a_run_again_writes_nothing(lake: Lake, settings: Settings) -> None:
 
 
 def test_day_of_which_nothing_is_there(lake: Lake, settings: Settings) -> None:
-    assert consolidate(lake, DAY, settings) == Consolidated(DAY)
-    assert consolidate(lake, DAY, settings, rebuild=True) == Consolidated(DAY)
+    assert consolidate(lake, DAY, settings) == Consolidated(day=DAY)
+    assert consolidate(lake, DAY, settings, rebuild=True) == Consolidated(day=DAY)
     assert consolidated(lake) == []
 
 
