@@ -356,8 +356,8 @@ class Settings(BaseSettings):
     )
     duckdb_memory: Annotated[Bytes, Field(ge=64 * 2**20)] = Field(
         default=2**30,
-        description="Memory limit of each DuckDB engine, and of all shards that a consolidation "
-        "merges in memory side by side.",
+        description="Memory limit of each DuckDB engine, and of all merges of a consolidation that "
+        "go on side by side; what doesn't fit is spilled to disk.",
     )
     duckdb_threads: int = Field(
         default=0,

@@ -71,7 +71,7 @@ def merged(inputs: Inputs, tally: Tally, settings: Settings) -> Iterator[pa.Tabl
         if inputs.base is None:
             yield from _survivors(inputs, None, connection, tally)
             return
-        with verified.relations(connection, {"base": [inputs.base]}):
+        with verified.relations(connection, {"base": [inputs.base]}, numbered=True):
             file = stack.enter_context(verified.opened(inputs.base, TEXTS))
             contested, others = row_groups.split(file, connection)
         survivors = _survivors(inputs, contested, connection, tally)
@@ -220,8 +220,8 @@ def _counted(survivors: Iterator[pa.Table], tally: Tally) -> Iterator[pa.Table]:
         yield rows
 
 
-_MOST_IDS = 2**17
-"""Distinct texts of ENUM types: they lie in memory, and can't be spilled."""
+_MOST_IDS = 2**14
+"""Distinct texts of ENUM types: they lie in memory, can't be spilled, and come with each batch."""
 _DISTINCT = f"""
 SELECT {", ".join(TEXTS)}
 FROM (SELECT {", ".join(TEXTS)} FROM new UNION ALL SELECT {", ".join(TEXTS)} FROM base)

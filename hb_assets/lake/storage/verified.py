@@ -71,16 +71,19 @@ def relations(
     connection: duckdb.DuckDBPyConnection,
     files: Mapping[str, Iterable[Path]],
     on_damage: Callable[[DamagedFileError], None] | None = None,
+    *,
+    numbered: bool = False,
 ) -> Iterator[Mapping[str, list[Path]]]:
     """Context with verified files as relations of an engine, by these names.
 
-    Their columns `filename` and `file_row_number` say where a row lies. Names without any file
-    aren't there: what is there, with its files, is what the block gets.
+    Their column `filename` is the path. Names without any file aren't there: what is there, with
+    its files, is what the block gets.
 
     Args:
         connection: the engine.
         files: of each name.
         on_damage: told of each damaged file, which is left out; by default it ends it all.
+        numbered: whether there is a column `file_row_number` as well.
 
     Raises:
         DamagedFileError: a file isn't what was written.
@@ -102,7 +105,7 @@ def relations(
                 sound.setdefault(name, []).append(path)
     with ExitStack() as stack:
         for name, paths in sound.items():
-            _relate(connection, name, paths)
+            _relate(connection, name, paths, numbered=numbered)
             stack.callback(connection.unregister, name)
         with _unchanged(seen):
             yield sound
@@ -150,9 +153,11 @@ def _require_unchanged(path: Path, before: Fingerprint) -> None:
         raise ReplacedError(f"{path} was replaced while it was read")
 
 
-def _relate(connection: duckdb.DuckDBPyConnection, name: str, paths: Sequence[Path]) -> None:
+def _relate(
+    connection: duckdb.DuckDBPyConnection, name: str, paths: Sequence[Path], *, numbered: bool
+) -> None:
     rows = connection.read_parquet(
-        list(map(str, paths)), hive_partitioning=False, filename=True, file_row_number=True
+        list(map(str, paths)), hive_partitioning=False, filename=True, file_row_number=numbered
     )
     connection.register(name, rows)
 
