@@ -37,7 +37,7 @@ from bench.table import Report, Row, machine
 from hb_assets.buffer import server
 from hb_assets.buffer.server import free_port
 from hb_assets.cli import state
-from hb_assets.cli.control_room import ControlRoom
+from hb_assets.cli.dagster_api import ControlRoom
 from hb_assets.core.settings import PACKAGE, Settings
 from hb_assets.definitions import of
 from hb_assets.defs.jobs import CONSOLIDATE_DAY

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import sys
 
-from hb_assets.core import private
+from hb_assets.core import private_files
 
 _INTERRUPTED = 130
 
 
 def main() -> None:
     """Run `hb`. Ctrl-C leaves no trace, even while the commands are being imported."""
-    private.umask()
+    private_files.umask()
     try:
         from hb_assets.cli.app import run
 

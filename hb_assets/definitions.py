@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dagster as dg
 
-from hb_assets.core import private
+from hb_assets.core import private_files
 from hb_assets.core import settings as configuration
 from hb_assets.core.settings import Settings
 from hb_assets.defs import executors, jobs, partitions
@@ -31,7 +31,7 @@ def definitions() -> dg.Definitions:
 
     Code servers and runs load them before they write anything: what they write is closed to others.
     """
-    private.umask()
+    private_files.umask()
     return of(configuration.load())
 
 

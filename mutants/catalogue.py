@@ -67,7 +67,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a torn record of the spool is served",
         "ingest",
-        "hb_assets/gateway/spool/tables.py",
+        "hb_assets/gateway/spool/database.py",
         "if checksum != _checksum(shard, n, text):",
         "if checksum is None:",
         f"{_TESTS}/gateway/spool/test_queue.py::test_a_torn_record_is_set_aside_and_not_served",
@@ -75,7 +75,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a shard that Redis refuses is replayed all the same",
         "ingest",
-        "hb_assets/gateway/spool/tables.py",
+        "hb_assets/gateway/spool/database.py",
         'f" AND shard NOT IN ({shards}) ORDER BY id"',
         'f" AND ({len(shards)} >= 0) ORDER BY id"',
         f"{_TESTS}/gateway/spool/test_queue.py::test_a_shard_can_be_skipped",
@@ -280,7 +280,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "rows that no fragment brought before are dropped as repeats of one that can't be read",
         "consolidation and pruning",
-        f"{_LAKE}/compaction/unread.py",
+        f"{_LAKE}/compaction/unreadable.py",
         "HAVING bool_and(",
         "HAVING bool_or(true OR ",
         f"{_TESTS}/lake/test_recovery.py::test_what_repeats_an_included_fragment_that_was_set_aside_"
@@ -697,10 +697,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a kill loses the count of a request that was answered",
         "ledger",
-        "hb_assets/gateway/edge.py",
+        "hb_assets/gateway/middleware.py",
         'elif not message.get("more_body"):',
         "elif False:",
-        f"{_TESTS}/gateway/test_edge.py::"
+        f"{_TESTS}/gateway/test_middleware.py::"
         "test_a_request_is_counted_once_and_before_the_last_of_its_answer_is_sent",
     ),
     Mutant(

@@ -25,7 +25,7 @@ import time
 import weakref
 from collections.abc import Mapping
 
-from hb_assets.core import private
+from hb_assets.core import private_files
 from hb_assets.core.errors import SettingsError
 from hb_assets.core.settings import Settings
 
@@ -48,7 +48,7 @@ class Receipts:
     def __init__(self, settings: Settings) -> None:
         self._path = settings.home_dir / "receipts"
         try:
-            private.make_folder(settings.home_dir)
+            private_files.make_folder(settings.home_dir)
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
             weakref.finalize(self, os.close, self._file)
             os.pread(self._file, 1, 0)

@@ -36,7 +36,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from hb_assets.buffer import launch
-from hb_assets.core import private
+from hb_assets.core import private_files
 from hb_assets.core.errors import AlreadyRunningError, BufferUnavailableError, SettingsError
 from hb_assets.core.settings import SOCKET_PATH_BYTES, Settings
 
@@ -94,9 +94,9 @@ def prepare(settings: Settings) -> ServerFiles:
         port, password = free_port(), secrets.token_urlsafe(32)
         lines += ["bind 127.0.0.1", f"port {port}", f"requirepass {password}"]
         address = f"redis://:{password}@127.0.0.1:{port}/0\n"
-        private.replace(settings.run_dir / "redis.url", address.encode())
+        private_files.replace(settings.run_dir / "redis.url", address.encode())
     conf = settings.run_dir / "redis.conf"
-    private.replace(conf, ("\n".join(lines) + "\n").encode())
+    private_files.replace(conf, ("\n".join(lines) + "\n").encode())
     # The supervisor starts the next one while the last one may still be going.
     launcher = [sys.executable, "-I", "-S", launch.__file__, str(_lock_path(settings)), "15"]
     return ServerFiles([*launcher, str(binary), str(conf)], url(settings), log)
@@ -236,7 +236,7 @@ def _ensure_running(settings: Settings) -> subprocess.Popen[bytes] | None:
 
 def _start(settings: Settings) -> subprocess.Popen[bytes]:
     files = prepare(settings)
-    with open(files.log, "ab", opener=private.opener) as log:
+    with open(files.log, "ab", opener=private_files.opener) as log:
         child = subprocess.Popen(
             files.argv,
             stdin=subprocess.DEVNULL,
@@ -299,11 +299,11 @@ def _users(settings: Settings) -> ReadWriteLock:
 
 
 def _up_lock(settings: Settings) -> FileLock:
-    return FileLock(settings.run_dir / "up.lock", mode=private.FILE)
+    return FileLock(settings.run_dir / "up.lock", mode=private_files.FILE)
 
 
 def _start_lock(settings: Settings) -> FileLock:
-    return FileLock(settings.run_dir / "start.lock", mode=private.FILE)
+    return FileLock(settings.run_dir / "start.lock", mode=private_files.FILE)
 
 
 def _lock_path(settings: Settings) -> Path:
@@ -341,9 +341,9 @@ def _binary() -> Path:
 def _make_folders(settings: Settings) -> None:
     for folder in (settings.home_dir, settings.run_dir, settings.redis_dir, settings.log_dir):
         try:
-            private.make_folder(folder)
+            private_files.make_folder(folder)
             if folder == settings.run_dir:
-                folder.chmod(private.FOLDER)
+                folder.chmod(private_files.FOLDER)
             probe = folder / f".probe-{secrets.token_hex(4)}"
             probe.touch(0o600)
             probe.unlink()

@@ -11,7 +11,7 @@ import typer
 
 from hb_assets.cli import output, state
 from hb_assets.cli.app import FAILED, AsJson, app, existing_lake, settings_of
-from hb_assets.cli.control_room import ControlRoom, Run
+from hb_assets.cli.dagster_api import ControlRoom, Run
 from hb_assets.cli.interrupts import Interrupts
 from hb_assets.core.days import parse_day
 from hb_assets.core.errors import HbError

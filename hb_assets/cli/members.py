@@ -19,7 +19,7 @@ import httpx
 import msgspec
 
 from hb_assets.buffer import connection, server
-from hb_assets.cli.control_room import ControlRoom
+from hb_assets.cli.dagster_api import ControlRoom
 from hb_assets.core.errors import HbError
 from hb_assets.core.settings import PACKAGE, SOCKET_PATH_BYTES, Settings, environment
 from hb_assets.gateway.http import tls

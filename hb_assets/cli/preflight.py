@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 
 from hb_assets.buffer import connection, durability, server
 from hb_assets.cli import state, supervision
-from hb_assets.core import private
+from hb_assets.core import private_files
 from hb_assets.core.errors import AlreadyRunningError, SettingsError
 from hb_assets.core.settings import Settings
 from hb_assets.gateway.auth.access import Access
@@ -35,7 +35,7 @@ def make_home(settings: Settings) -> None:
     folders = (settings.run_dir, settings.log_dir, settings.dagster_home)
     try:
         for folder in folders:
-            private.make_folder(folder)
+            private_files.make_folder(folder)
             with tempfile.TemporaryFile(dir=folder) as probe:
                 probe.write(b"hb")
         settings.run_dir.chmod(0o700)  # sockets: whoever connects can run code as us

@@ -24,7 +24,7 @@ from hb_assets.buffer import connection, depth, external
 from hb_assets.buffer.connection import Client
 from hb_assets.cli import output
 from hb_assets.cli.backfill import follow
-from hb_assets.cli.control_room import ControlRoom, Run
+from hb_assets.cli.dagster_api import ControlRoom, Run
 from hb_assets.core import days, record, schema
 from hb_assets.core.errors import HbError
 from hb_assets.core.schema import ARRIVAL, KEY

@@ -11,7 +11,7 @@ import typer
 
 from hb_assets.cli import output, state
 from hb_assets.cli.app import AsJson, app, settings_of
-from hb_assets.cli.control_room import ControlRoom, Sensor
+from hb_assets.cli.dagster_api import ControlRoom, Sensor
 from hb_assets.core.errors import HbError
 
 sensors = typer.Typer(no_args_is_help=True, help="Dagster's sensors: list, start and stop them.")

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from hb_assets.core import private
+from hb_assets.core import private_files
 from hb_assets.core.processes import Identity
 from hb_assets.core.settings import Settings
 
@@ -80,7 +80,7 @@ def running(settings: Settings) -> UpState | None:
 
 def write(settings: Settings, up: UpState) -> None:
     """Replace the state file; readers see the old one or the new one."""
-    private.replace(path(settings), msgspec.json.encode(up))
+    private_files.replace(path(settings), msgspec.json.encode(up))
 
 
 def identify(processes: Iterable[psutil.Process]) -> tuple[Identity, ...]:

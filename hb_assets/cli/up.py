@@ -19,7 +19,7 @@ import typer
 
 from hb_assets.cli import members, output, preflight, state
 from hb_assets.cli.app import FAILED, INTERRUPTED, AsJson, app, settings_of
-from hb_assets.cli.control_room import ControlRoom, room_of
+from hb_assets.cli.dagster_api import ControlRoom, room_of
 from hb_assets.cli.interrupts import Interrupts
 from hb_assets.cli.members import Member
 from hb_assets.cli.state import MemberState, UpState

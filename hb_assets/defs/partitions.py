@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import dagster as dg
 
-from hb_assets.core import days, private
+from hb_assets.core import days, private_files
 from hb_assets.core.settings import Settings
 from hb_assets.lake.storage import layout
 from hb_assets.lake.storage.layout import HEARTBEATS, RAW
@@ -46,8 +46,8 @@ def keep_first_day(settings: Settings, first: dt.date) -> None:
     except (FileNotFoundError, ValueError):
         kept = None
     if kept is None or first < kept:
-        private.make_folder(path.parent)
-        private.replace(path, f"{first}\n".encode("ascii"))
+        private_files.make_folder(path.parent)
+        private_files.replace(path, f"{first}\n".encode("ascii"))
 
 
 def daily(first: dt.date, settings: Settings) -> dg.DailyPartitionsDefinition:

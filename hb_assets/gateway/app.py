@@ -20,8 +20,8 @@ from hb_assets.gateway.auth.access import Access
 from hb_assets.gateway.auth.keyring import ADMIN, INGEST, READ, ScopeName
 from hb_assets.gateway.auth.rate_limits import Asking, Limits
 from hb_assets.gateway.backend import Backend
-from hb_assets.gateway.edge import Edge
 from hb_assets.gateway.ingest.heartbeats import Batch, One
+from hb_assets.gateway.middleware import Edge
 from hb_assets.gateway.observability.health import Health
 from hb_assets.gateway.observability.metrics import Exposition, Metrics
 from hb_assets.gateway.observability.tallies import Tallies

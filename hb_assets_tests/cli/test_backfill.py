@@ -12,7 +12,7 @@ import pytest
 
 from hb_assets.cli import backfill, state
 from hb_assets.cli.app import INTERRUPTED
-from hb_assets.cli.control_room import ControlRoom
+from hb_assets.cli.dagster_api import ControlRoom
 from hb_assets.cli.state import UpState
 from hb_assets.core.processes import Identity
 from hb_assets.core.settings import Settings

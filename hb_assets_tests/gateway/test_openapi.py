@@ -12,7 +12,7 @@ import pytest
 
 from hb_assets.core import record
 from hb_assets.core.settings import Settings
-from hb_assets.gateway import edge
+from hb_assets.gateway import middleware
 from hb_assets.gateway.app import _routes
 from hb_assets.gateway.backend import Backend
 from hb_assets.gateway.http import bodies, problems
@@ -89,7 +89,9 @@ def test_names_are_those_of_the_code(found: Any) -> None:
     assert components["schemas"]["Problem"]["properties"]["type"]["pattern"].startswith(
         f"^{problems.TYPE_PREFIX}"
     )
-    assert components["headers"]["X-Request-ID"]["schema"]["pattern"] == f"^{edge.ID_PATTERN}$"
+    assert (
+        components["headers"]["X-Request-ID"]["schema"]["pattern"] == f"^{middleware.ID_PATTERN}$"
+    )
     assert " or ".join(bodies.CODINGS) in found["info"]["description"]
     assert problems.MEDIA_TYPE in components["responses"]["Failed"]["content"]
     read, sent = paths["/metrics/heart-rate"]["get"], paths["/metrics/heart-rate/batch"]["post"]

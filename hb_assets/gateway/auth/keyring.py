@@ -21,7 +21,7 @@ import msgspec
 from filelock import FileLock, Timeout
 from msgspec import Meta
 
-from hb_assets.core import private
+from hb_assets.core import private_files
 from hb_assets.core.errors import HbError, SettingsError
 from hb_assets.core.settings import Settings
 from hb_assets.lake.storage.durable_files import make_folder, sync_folder
@@ -210,5 +210,5 @@ def _locked(settings: Settings) -> Iterator[Path]:
 def _write(file: Path, keys: tuple[Key, ...]) -> None:
     """Replace the file; a reader sees the old one or the new one, after a power cut too."""
     text = msgspec.json.format(msgspec.json.encode(_File(FORMAT, keys)), indent=2)
-    private.replace(file, text + b"\n")
+    private_files.replace(file, text + b"\n")
     sync_folder(file.parent)

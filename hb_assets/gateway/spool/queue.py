@@ -9,7 +9,7 @@ may touch it when:
     access.lock             held by whoever has a transaction under way
     replay.lock             held by the one process that replays
 
-The database's tables are in `tables`. Health data: what is deleted is overwritten, and an empty
+Its tables are in `database`. Health data: what is deleted is overwritten, and an empty
 spool shrinks to a few pages.
 """
 
@@ -32,11 +32,11 @@ from urllib.parse import quote
 from filelock import FileLock, Timeout
 
 from hb_assets.buffer.producer import Bound, Lines, Outcomes
-from hb_assets.core import private
+from hb_assets.core import private_files
 from hb_assets.core.errors import SpoolFullError, SpoolUnavailableError
 from hb_assets.core.settings import Settings
-from hb_assets.gateway.spool import tables
-from hb_assets.gateway.spool.tables import Record
+from hb_assets.gateway.spool import database
+from hb_assets.gateway.spool.database import Record
 
 FREE, QUEUED, CLOSING = 0, 1, 2
 """Marks of a shard: the spool holds nothing of it; new heartbeats go behind what it holds; the
@@ -166,15 +166,15 @@ class Spool:
 
     def remove(self, found: Sequence[Record]) -> None:
         """Delete records that Redis has."""
-        self._do(lambda db: tables.remove(db, found))
+        self._do(lambda db: database.remove(db, found))
 
     def recount(self) -> None:
         """Recount what the spool holds, from the records themselves."""
-        self._do(tables.recount)
+        self._do(database.recount)
 
     def compact(self) -> None:
         """Give the pages that hold nothing back to the file system."""
-        self._do(tables.compact, transaction=False)
+        self._do(database.compact, transaction=False)
 
     def rewrite(self, keep: Callable[[bytes], bool]) -> int:
         """Delete the lines that `keep` says no to, wherever they lie in it, for good.
@@ -191,7 +191,7 @@ class Spool:
                     f"spool: a gateway has been replaying {self._folder} for {_LOCK_SECONDS:g} s: "
                     "try again when it is done"
                 )
-            deleted = self._do(lambda db: tables.rewrite(db, keep))
+            deleted = self._do(lambda db: database.rewrite(db, keep))
             self.compact()
         return deleted
 
@@ -201,12 +201,12 @@ class Spool:
 
     def fact(self, name: str) -> str | None:
         """The value that was stored under this name."""
-        value = self._do(lambda db: tables.fact(db, name))
+        value = self._do(lambda db: database.fact(db, name))
         return None if value is None else str(value)
 
     def remember(self, name: str, value: str) -> None:
         """Store a fact, which survives restarts."""
-        self._do(lambda db: tables.remember(db, name, value))
+        self._do(lambda db: database.remember(db, name, value))
 
     @contextlib.contextmanager
     def replaying(self, timeout: float = 0) -> Iterator[bool]:
@@ -216,7 +216,7 @@ class Spool:
         """
         lock = _lock(self._folder / "replay.lock")  # a new one: threads exclude each other too
         try:
-            private.make_folder(self._folder)
+            private_files.make_folder(self._folder)
             lock.acquire(timeout=timeout)
         except Timeout:
             yield False
@@ -234,7 +234,7 @@ class Spool:
         """Run `work` on the live database; one that SQLite can't read is replaced first."""
         with self._mutex:
             try:
-                private.make_folder(self._folder)
+                private_files.make_folder(self._folder)
                 with self._access:
                     try:
                         return self._attempt(work, transaction=transaction)
@@ -250,7 +250,7 @@ class Spool:
 
     def _attempt(self, work: Callable[[sqlite3.Connection], T], *, transaction: bool) -> T:
         db = self._live()
-        with tables.transaction(db) if transaction else contextlib.nullcontext():
+        with database.transaction(db) if transaction else contextlib.nullcontext():
             result = work(db)
         self._mark_held(db)
         return result
@@ -284,8 +284,8 @@ class Spool:
                 if older:
                     damaged = _open_read_only(_path(self._folder, older[-1]))
                     stack.callback(damaged.close)
-                with tables.transaction(db):
-                    saved = tables.prepare(db, self._shards, damaged)
+                with database.transaction(db):
+                    saved = database.prepare(db, self._shards, damaged)
             if saved:
                 _log.error("spool: %d heartbeats were saved into %s", saved, path)
             for folder in (self._folder, self._folder.parent):
@@ -345,14 +345,14 @@ class Spool:
 
     def _mark_held(self, db: sqlite3.Connection) -> None:
         """Make the marks agree with what was committed."""
-        held = tables.held_shards(db)
+        held = database.held_shards(db)
         marks = enumerate(self.queued())
         self._mark({s: (mark or QUEUED) if s in held else FREE for s, mark in marks})
 
     # -- inside a transaction
 
     def _put(self, db: sqlite3.Connection, calls: Sequence[Lines]) -> list[Outcomes]:
-        _, held, _ = tables.sums(db)
+        _, held, _ = database.sums(db)
         by_shard: dict[int, list[bytes]] = {}
         outcomes: list[Outcomes] = []
         for call in calls:
@@ -368,7 +368,7 @@ class Spool:
             outcomes.append(outcome)
         marks = self.queued()
         self._mark({shard: marks[shard] or QUEUED for shard in by_shard})
-        tables.add(db, by_shard, self._record_lines)
+        database.add(db, by_shard, self._record_lines)
         return outcomes
 
     def _full(self, held: int) -> SpoolFullError:
@@ -379,9 +379,9 @@ class Spool:
         )
 
     def _read(self, db: sqlite3.Connection, after: int, skipping: frozenset[int]) -> list[Record]:
-        found, damaged, last = tables.read(db, after, skipping, _READ_BYTES)
+        found, damaged, last = database.read(db, after, skipping, _READ_BYTES)
         if damaged:
-            tables.set_aside(db, damaged)
+            database.set_aside(db, damaged)
             _log.error(
                 "alarm spool (error): %d records of %s don't match their checksum: set aside in its "
                 "table `damaged`; docs/http.md says what to do with them",
@@ -410,8 +410,8 @@ def holdings(settings: Settings) -> Holdings | None:
 
 
 def _holdings(db: sqlite3.Connection, folder: Path, most_bytes: int) -> Holdings:
-    heartbeats, size, damaged = tables.sums(db)
-    replayed = tables.fact(db, "replayed") or 0
+    heartbeats, size, damaged = database.sums(db)
+    replayed = database.fact(db, "replayed") or 0
     older = max(0, len(_numbers(folder)) - 1)
     return Holdings(heartbeats, size, most_bytes, replayed, damaged, older)
 

@@ -22,8 +22,8 @@ from hb_assets.core.errors import (
     SpoolUnavailableError,
 )
 from hb_assets.core.settings import Settings
+from hb_assets.gateway.spool.database import Record
 from hb_assets.gateway.spool.queue import Spool
-from hb_assets.gateway.spool.tables import Record
 
 IDLE_SECONDS = 0.5
 """How often a replayer looks whether another process's spooling, or its death, left it work."""

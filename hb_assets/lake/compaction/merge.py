@@ -22,7 +22,7 @@ from hb_assets.core.settings import Settings
 from hb_assets.lake.compaction import row_groups
 from hb_assets.lake.compaction.inputs import Inputs
 from hb_assets.lake.compaction.row_groups import RowGroups
-from hb_assets.lake.compaction.unread import came_before
+from hb_assets.lake.compaction.unreadable import came_before
 from hb_assets.lake.files.tombstones import Cutoffs
 from hb_assets.lake.storage import verified
 from hb_assets.lake.storage.engine import engine, figures

@@ -30,7 +30,7 @@ from typing import IO, TypeVar
 import msgspec
 import pyarrow as pa
 
-from hb_assets.core import private
+from hb_assets.core import private_files
 from hb_assets.core import settings as settings_module
 from hb_assets.core.errors import HbError
 from hb_assets.core.record import Refusal
@@ -256,7 +256,7 @@ def _serve(folder: Path, settings: Settings) -> None:
         if number and monotonic() - began > settings.poison_seconds:
             return
         results = folder / str(number)
-        results.mkdir(private.FOLDER)
+        results.mkdir(private_files.FOLDER)
         about = msgspec.json.decode(header, type=_Header)
         data = None if about.size is None else sys.stdin.buffer.read(about.size)
         if data is not None and len(data) != about.size:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from hb_assets.core import private
+from hb_assets.core import private_files
 from hb_assets.core.errors import FencedError
 from hb_assets.lake.storage import layout, permissions
 
@@ -94,10 +94,10 @@ def make_folder(folder: Path, root: Path | None = None) -> None:
 
 def _make(folder: Path, root: Path | None) -> None:
     try:
-        folder.mkdir(private.FOLDER)
+        folder.mkdir(private_files.FOLDER)
     except FileExistsError:
         return
-    if root is not None and (mode := permissions.of_folders(root)) != private.FOLDER:
+    if root is not None and (mode := permissions.of_folders(root)) != private_files.FOLDER:
         folder.chmod(mode)
 
 
@@ -117,7 +117,7 @@ class TempFile:
         self.path = layout.temp_file(root, folder)
         _make(self.path.parent, root)
         self._named = False
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, private.FILE)
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, private_files.FILE)
         try:
             os.fchmod(handle, permissions.of_files(root))  # whatever the umask
         finally:

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hb_assets.core import private
+from hb_assets.core import private_files
 from hb_assets.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def spill_folder(settings: Settings) -> Iterator[Path]:
     if root not in _swept:
         sweep(settings)
         _swept.add(root)
-    private.make_folder(root)
+    private_files.make_folder(root)
     folder, held = _new_folder(root)
     try:
         yield folder

@@ -12,7 +12,7 @@ import os
 import stat
 from pathlib import Path
 
-from hb_assets.core import private
+from hb_assets.core import private_files
 from hb_assets.core.errors import SettingsError
 from hb_assets.core.settings import Settings
 
@@ -26,13 +26,13 @@ def of_folders(root: Path) -> int:
     """Mode of new folders in a lake."""
     mode = stat.S_IMODE(root.stat().st_mode)
     if mode & _SHARED != _SHARED:
-        return private.FOLDER
+        return private_files.FOLDER
     return _GROUP_WRITES if mode & stat.S_IWGRP else _GROUP_READS
 
 
 def of_files(root: Path) -> int:
     """Mode of new files in a lake."""
-    return private.FILE if of_folders(root) == private.FOLDER else 0o640
+    return private_files.FILE if of_folders(root) == private_files.FOLDER else 0o640
 
 
 def of_locks(root: Path) -> int:
@@ -86,7 +86,7 @@ def warnings(settings: Settings) -> list[str]:
         )
     if root_mode is None:
         return found
-    shared = of_folders(root) != private.FOLDER
+    shared = of_folders(root) != private_files.FOLDER
     sharing = (
         f"`chgrp -R {group or 'GROUP'} {root} && chmod -R u=rwX,g=rX,o= {root} && "
         f"find {root} -type d -exec chmod g+s {{}} +` shares it with a group (HB_LAKE_GROUP)"

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from hb_assets.buffer.producer import Lines
 from hb_assets.core.errors import SettingsError, SpoolFullError, SpoolUnavailableError
 from hb_assets.core.settings import Settings, environment
-from hb_assets.gateway.spool import tables
+from hb_assets.gateway.spool import database
+from hb_assets.gateway.spool.database import Record
 from hb_assets.gateway.spool.queue import CLOSING, FREE, QUEUED, Holdings, Spool, holdings
-from hb_assets.gateway.spool.tables import Record
 
 SHARDS = 4
 NOBODY: frozenset[int] = frozenset()
@@ -57,12 +57,12 @@ def lines_of(spool: Spool) -> dict[int, list[bytes]]:
     return by_shard
 
 
-def database(settings: Settings) -> Path:
+def file_of(settings: Settings) -> Path:
     return max(settings.spool_dir.glob("spool-*.sqlite"))
 
 
 def sql(settings: Settings, statement: str, *values: object) -> None:
-    with contextlib.closing(sqlite3.connect(database(settings))) as db, db:
+    with contextlib.closing(sqlite3.connect(file_of(settings))) as db, db:
         assert db.execute(statement, values).rowcount
 
 
@@ -118,14 +118,14 @@ def test_what_is_stored_is_on_the_disk_before_it_is_answered(
 ) -> None:
     """As the transaction that stores it runs: SQLite fsyncs its log before it says committed."""
     found: list[object] = []
-    add = tables.add
+    add = database.add
 
     def stored(db: sqlite3.Connection, *arguments: Any) -> None:
         add(db, *arguments)
         found.extend(db.execute("PRAGMA synchronous").fetchone())
         found.extend(db.execute("PRAGMA journal_mode").fetchone())
 
-    monkeypatch.setattr(tables, "add", stored)
+    monkeypatch.setattr(database, "add", stored)
     spool.put([{0: [b"line"]}])
     full = 2
     assert found == [full, "wal"]
@@ -295,7 +295,7 @@ def test_a_database_that_sqlite_cannot_read_is_left_and_a_new_one_begun(
         other.open()
         spool.close()
         other.close()
-        before = database(home)
+        before = file_of(home)
         before.write_bytes(random.Random(7).randbytes(before.stat().st_size))
         assert other.put([{1: [b"one"]}]) == [{1: None}]
         assert spool.put([{1: [b"two"]}]) == [{1: None}]
@@ -313,7 +313,7 @@ def test_what_can_be_read_of_a_damaged_database_is_saved(home: Settings, spool: 
         spool.put([{number % SHARDS: [b"%03d" % number * 70]}])
     spool.remember("a", "fact")
     spool.close()  # out of the journal, into the file
-    path = database(home)
+    path = file_of(home)
     pages = [path.read_bytes()[at : at + 4096] for at in range(0, path.stat().st_size, 4096)]
     leaves = [n for n, page in enumerate(pages) if page[0] == 13 and page.count(b"200" * 70)]
     with path.open("r+b") as file:
@@ -358,7 +358,7 @@ def test_another_number_of_shards_is_refused_while_it_holds_something(
 
 def test_a_newer_format_is_refused(home: Settings, spool: Spool) -> None:
     spool.close()
-    with contextlib.closing(sqlite3.connect(database(home))) as db:
+    with contextlib.closing(sqlite3.connect(file_of(home))) as db:
         db.execute("PRAGMA user_version = 99")
     with pytest.raises(SettingsError, match="99"):
         spool.open()

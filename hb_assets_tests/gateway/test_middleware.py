@@ -10,8 +10,8 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from hb_assets.core.errors import CheckFailedError, DamagedFileError, HbError
-from hb_assets.gateway.edge import Edge
 from hb_assets.gateway.http.problems import MEDIA_TYPE
+from hb_assets.gateway.middleware import Edge
 from hb_assets.gateway.observability.metrics import Families, Metrics
 from hb_assets_tests.conftest import on_valkey
 from hb_assets_tests.gateway.conftest import BATCH, PATH
