@@ -29,7 +29,14 @@ from hb_assets.pipeline.audit import audit
 from hb_assets.pipeline.drain import drain
 from hb_assets_tests import victims
 from hb_assets_tests.conftest import VALKEY
-from hb_assets_tests.pipeline.test_drain import MIDNIGHT, append, beat, consuming, settled, users
+from hb_assets_tests.pipeline.test_drain import (
+    MIDNIGHT,
+    append,
+    consuming,
+    heartbeat,
+    settled,
+    users,
+)
 
 
 @contextmanager
@@ -55,17 +62,17 @@ def test_fault_01_batchers_race_on_one_file(client: redis.Redis, settings: Setti
     """The slower of two writers of one day puts its file beside the other's, not over it."""
     free = settings.model_copy(update={"locks": "none"})
     lake = Lake.open(free)
-    append(client, free, [beat("u1", at=MIDNIGHT)])
+    append(client, free, [heartbeat("u1", at=MIDNIGHT)])
     with victims.paused_at(free, "drain/before fsync", "drain") as slow:
-        append(client, free, [beat("u1", at=MIDNIGHT + 1)])
+        append(client, free, [heartbeat("u1", at=MIDNIGHT + 1)])
         assert drained(free, lake) == 1
         victims.resume(slow, free)
     assert len(settled(client, lake, free)) == 2
 
-    append(client, free, [beat("u1", at=MIDNIGHT + 2)])
+    append(client, free, [heartbeat("u1", at=MIDNIGHT + 2)])
     drained(free, lake)
     with victims.paused_at(free, "consolidate/before publication", "consolidate", "--all") as slow:
-        append(client, free, [beat("u1", at=MIDNIGHT + 3)])
+        append(client, free, [heartbeat("u1", at=MIDNIGHT + 3)])
         drained(free, lake)
         [day] = inventory.days(lake)
         consolidate(lake, day, free)
@@ -124,7 +131,7 @@ def test_fault_08_no_deduplication(client: redis.Redis, settings: Settings) -> N
     sent = [[75, 75, 80], [80], [75]]
     for values in sent:
         for bpm in values:
-            append(client, settings, [beat("u1", bpm=bpm), beat("u2")])
+            append(client, settings, [heartbeat("u1", bpm=bpm), heartbeat("u2")])
         drained(settings, lake)
         [day] = inventory.days(lake)
         consolidate(lake, day, settings)
@@ -139,7 +146,7 @@ def test_fault_09_order_not_guaranteed(client: redis.Redis, settings: Settings) 
     instants = list(range(300))
     random.Random(9).shuffle(instants)
     for start in range(0, 300, 60):
-        lines = [beat(f"u{n % 7}", at=MIDNIGHT + n) for n in instants[start : start + 60]]
+        lines = [heartbeat(f"u{n % 7}", at=MIDNIGHT + n) for n in instants[start : start + 60]]
         append(client, settings, lines)
         drained(settings, lake)
         [day] = inventory.days(lake)

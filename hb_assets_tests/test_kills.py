@@ -33,7 +33,7 @@ from hb_assets.pipeline.audit import audit
 from hb_assets.pipeline.drain import drain
 from hb_assets_tests import victims
 from hb_assets_tests.lake.deliveries import consolidated, line, raw, survivors
-from hb_assets_tests.pipeline.test_drain import append, beat, consuming, settled, users
+from hb_assets_tests.pipeline.test_drain import append, consuming, heartbeat, settled, users
 from hb_assets_tests.servers import accepts, wait_for
 
 pytestmark = pytest.mark.slow
@@ -58,8 +58,8 @@ def values(client: redis.Redis, lake: Lake, settings: Settings) -> dict[str, int
 
 @killed_at("drain")
 def test_drain(client: redis.Redis, settings: Settings, point: Point) -> None:
-    append(client, settings, [*users(20), b"bad", beat("u1", bpm=80)])
-    client.xadd(keys.stream(1), {"data": b"\n".join([beat("u1", bpm=90), b"{}"])})
+    append(client, settings, [*users(20), b"bad", heartbeat("u1", bpm=80)])
+    client.xadd(keys.stream(1), {"data": b"\n".join([heartbeat("u1", bpm=90), b"{}"])})
     victims.kill_at(settings, point.key, "drain")
     lake = Lake.open(settings)
     with consuming(settings) as heir:
@@ -83,7 +83,7 @@ def test_consolidate(client: redis.Redis, settings: Settings, point: Point) -> N
         [day] = inventory.days(lake)
         consolidate(lake, day, settings)
         minutes.build(lake, day, settings)
-        append(client, settings, [beat("u1", bpm=90), beat("new")])
+        append(client, settings, [heartbeat("u1", bpm=90), heartbeat("new")])
         drain(consumer, lake, settings)
     before = sorted(consolidated(lake, day))
     victims.kill_at(settings, point.key, "consolidate", "--all")
@@ -106,7 +106,7 @@ def test_prune(client: redis.Redis, settings: Settings, point: Point) -> None:
     lake = Lake.open(settings)
     with consuming(settings) as consumer:
         for bpm in (70, 71, 72):
-            append(client, settings, [beat(f"u{n}", bpm=bpm) for n in range(20)])
+            append(client, settings, [heartbeat(f"u{n}", bpm=bpm) for n in range(20)])
             drain(consumer, lake, settings)
     [day] = inventory.days(lake)
     consolidate(lake, day, settings, watermarks=watermarks(client, settings))
@@ -119,7 +119,7 @@ def test_prune(client: redis.Redis, settings: Settings, point: Point) -> None:
     assert pruned.faults == ()
     assert fragments.all_listed(lake, day) == []
     with consuming(settings) as consumer:
-        append(client, settings, [beat("u1", bpm=90)])
+        append(client, settings, [heartbeat("u1", bpm=90)])
         drain(consumer, lake, settings)
     consolidate(lake, day, settings)
     found = {one[0]: one[3] for one in consolidated(lake, day)}
@@ -130,7 +130,7 @@ def test_prune(client: redis.Redis, settings: Settings, point: Point) -> None:
 def of_fragment(client: redis.Redis, lake: Lake, settings: Settings, day: dt.date) -> Path:
     """A pending fragment."""
     with consuming(settings) as consumer:
-        append(client, settings, [beat("u1", bpm=90), beat("u1", bpm=91)])
+        append(client, settings, [heartbeat("u1", bpm=90), heartbeat("u1", bpm=91)])
         drain(consumer, lake, settings)
     return fragments.listed(lake, day, shard_of("u1", lake.shards))[-1].path
 
@@ -316,7 +316,7 @@ def test_a_consolidator_wakes_up_after_the_prune(
 
     arrive(*users(20))
     with victims.paused_at(settings, key, "consolidate", "--all") as zombie:
-        arrive(beat("u1", bpm=90), beat("new"))
+        arrive(heartbeat("u1", bpm=90), heartbeat("new"))
         [day] = inventory.days(lake)
         consolidate(lake, day, settings, watermarks=watermarks(client, settings))
         assert pruning.prune(lake, settings).faults == ()

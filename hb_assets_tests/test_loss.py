@@ -25,7 +25,7 @@ from hb_assets.lake.storage.store import Lake
 from hb_assets.pipeline.audit import audit
 from hb_assets.pipeline.drain import drain
 from hb_assets_tests import victims
-from hb_assets_tests.pipeline.test_drain import MIDNIGHT, beat, consuming
+from hb_assets_tests.pipeline.test_drain import MIDNIGHT, consuming, heartbeat
 from hb_assets_tests.servers import wait_for
 
 
@@ -53,7 +53,7 @@ class Torn:
         """Batches of ten; each one has its own user."""
         with closing(connect(self.settings)) as client:
             for batch in batches:
-                lines = [beat(batch, at=MIDNIGHT + n) for n in range(10)]
+                lines = [heartbeat(batch, at=MIDNIGHT + n) for n in range(10)]
                 assert Producer(client, self.settings).append({0: lines}) == {0: None}
                 self.size = self.server.append_only_file().stat().st_size
 
@@ -89,11 +89,11 @@ def test_what_no_answer_had_confirmed_may_be_cut_off(torn: Torn) -> None:
 
     with closing(connect(torn.settings)) as client:
         producer = Producer(client, torn.settings)
-        producer.append({0: [beat("u2")]})
+        producer.append({0: [heartbeat("u2")]})
 
         def send() -> None:
             wait_for(lambda: torn.proxy._held, "answers to be held")
-            outcomes.extend(producer.append({0: [beat("u3")] * 7}).values())
+            outcomes.extend(producer.append({0: [heartbeat("u3")] * 7}).values())
 
         sending = threading.Thread(target=send)
         sending.start()

@@ -73,7 +73,7 @@ def consumer(settings: Settings) -> Iterator[Consumer]:
         yield opened
 
 
-def mark_alive(user: str, at: int = MIDNIGHT, bpm: int = 75) -> bytes:
+def heartbeat(user: str, at: int = MIDNIGHT, bpm: int = 75) -> bytes:
     fields = {"user_id": user, "device_id": "d", "timestamp_ms": at, "heart_rate": bpm}
     return json.dumps(fields).encode()
 
@@ -83,7 +83,7 @@ def append(client: redis.Redis, settings: Settings, lines: list[bytes], shard: i
 
 
 def users(count: int) -> list[bytes]:
-    return [mark_alive(f"u{n}") for n in range(count)]
+    return [heartbeat(f"u{n}") for n in range(count)]
 
 
 def buffered(client: redis.Redis, settings: Settings) -> int:
@@ -104,8 +104,8 @@ def settled(client: redis.Redis, lake: Lake, settings: Settings) -> list[Row]:
 def test_from_buffer_to_lake(
     client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
 ) -> None:
-    append(client, settings, [*users(20), b"bad", mark_alive("u1", bpm=5)], shard=2)
-    client.xadd(keys.stream(3), {"data": b"\n".join([mark_alive("u1", bpm=80), b"{}"])})
+    append(client, settings, [*users(20), b"bad", heartbeat("u1", bpm=5)], shard=2)
+    client.xadd(keys.stream(3), {"data": b"\n".join([heartbeat("u1", bpm=80), b"{}"])})
     client.xadd(keys.stream(3), {"other": b"field"})
     told: list[Drained] = []
     done = drain(consumer, lake, settings, on_cycle=told.append)
@@ -145,11 +145,9 @@ def test_rows_go_where_their_user_hashes_to(
 def test_second_drain_of_the_same_entries_changes_no_result(
     client: redis.Redis, consumer: Consumer, lake: Lake, settings: Settings
 ) -> None:
-    lines = [*users(5), mark_alive("u1", bpm=80), b"bad"]
+    lines = [*users(5), heartbeat("u1", bpm=80), b"bad"]
     entries = [client.xadd(keys.stream(0), {"data": b"\n".join(lines)}, id="123456789012-5")]
-    entries += [
-        client.xadd(keys.stream(0), {"data": mark_alive("u2", bpm=90)}, id="123456789013-0")
-    ]
+    entries += [client.xadd(keys.stream(0), {"data": heartbeat("u2", bpm=90)}, id="123456789013-0")]
     early = settings.model_copy(update={"start_date": days.parse_day("1970-01-01")})
     future = early.model_copy(update={"max_future": dt.timedelta(days=365 * 80)})
     drain(consumer, lake, future)
@@ -157,7 +155,7 @@ def test_second_drain_of_the_same_entries_changes_no_result(
     client.delete(keys.stream(0))
     consumer.open()
     client.xadd(keys.stream(0), {"data": b"\n".join(lines)}, id=entries[0])
-    client.xadd(keys.stream(0), {"data": mark_alive("u2", bpm=90)}, id=entries[1])
+    client.xadd(keys.stream(0), {"data": heartbeat("u2", bpm=90)}, id=entries[1])
     assert drain(consumer, lake, future).entries == 2
     for day in inventory.days(lake):
         done = consolidate(lake, day, future)
@@ -290,11 +288,11 @@ def test_an_entry_that_ends_its_drainer(
     """It ends two drainers; then it is decoded apart: used if that can be done, or quarantined."""
     impatient = settings.model_copy(update={"poison_deliveries": 2})
     append(client, settings, users(20))
-    append(client, settings, [mark_alive("poison"), mark_alive("own"), b"bad"])
+    append(client, settings, [heartbeat("poison"), heartbeat("own"), b"bad"])
     client.xadd(
-        keys.stream(1), {"data": b"\n".join([mark_alive("external"), b"", b'"poison"', b""])}
+        keys.stream(1), {"data": b"\n".join([heartbeat("external"), b"", b'"poison"', b""])}
     )
-    client.xadd(keys.stream(2), {"data": mark_alive("neighbour")})
+    client.xadd(keys.stream(2), {"data": heartbeat("neighbour")})
     for _ in range(2):
         assert dying(impatient) == -signal.SIGKILL
     assert buffered(client, settings) == 4
@@ -312,7 +310,7 @@ def test_an_entry_that_ends_its_drainer(
     else:
         assert {one.reason for one in kept} == {"record_poison"}
         assert sorted(one.raw for one in kept) == sorted(
-            [mark_alive("poison"), mark_alive("own"), b"bad", mark_alive("external"), b'"poison"']
+            [heartbeat("poison"), heartbeat("own"), b"bad", heartbeat("external"), b'"poison"']
         )
         assert {one.attempts for one in kept} <= {3, 4}  # one poison a cycle
 
@@ -322,7 +320,7 @@ def test_a_row_in_a_fragment_and_in_the_quarantine_is_the_fragments(
     client: redis.Redis, lake: Lake, settings: Settings, acting_decoder: None
 ) -> None:
     """A drainer made the fragments durable and died; later the entry turned out to be poison."""
-    append(client, settings, [mark_alive("poison"), mark_alive("u1"), b"bad"])
+    append(client, settings, [heartbeat("poison"), heartbeat("u1"), b"bad"])
     victims.kill_at(settings, "drain/fragments durable", "drain")
     impatient = settings.model_copy(update={"poison_deliveries": 1})
     with consuming(impatient) as heir:
@@ -338,7 +336,7 @@ def test_many_suspects_are_innocent(client: redis.Redis, lake: Lake, settings: S
     """Kills, full disks and slow drainers raise the count: what decodes is used."""
     small = settings.model_copy(update={"entry_max_heartbeats": 2})
     for shard in range(4):
-        append(client, small, [mark_alive(f"u{n}", at=MIDNIGHT + shard) for n in range(20)], shard)
+        append(client, small, [heartbeat(f"u{n}", at=MIDNIGHT + shard) for n in range(20)], shard)
     held_by_the_dead(client, settings, 50)
     with consuming(settings) as consumer:
         assert drain(consumer, lake, settings, until_empty=True).rows == 80
@@ -371,7 +369,7 @@ def test_errors_of_storage_never_count_against_an_entry(
 ODD: dict[str, tuple[bytes | None, dict[str, int]]] = {
     "not JSON": (b"\x89PNG\r\n\x1a\n", {"record_not_json": 2}),
     "wrong types": (
-        b'[1]\n5\n"x"\nnull\n{"user_id": 1}\n' + mark_alive("x").replace(b"75", b'"75"'),
+        b'[1]\n5\n"x"\nnull\n{"user_id": 1}\n' + heartbeat("x").replace(b"75", b'"75"'),
         {
             "record_not_an_object": 4,
             "user_id_wrong_type": 1,
@@ -380,33 +378,31 @@ ODD: dict[str, tuple[bytes | None, dict[str, int]]] = {
     ),
     "huge numbers": (
         b"\n".join(
-            mark_alive("x").replace(b"75", n) for n in (b"9" * 400, b"1e308", b"-" + b"9" * 5000)
+            heartbeat("x").replace(b"75", n) for n in (b"9" * 400, b"1e308", b"-" + b"9" * 5000)
         ),
         {"heart_rate_out_of_range": 2, "record_not_json": 1},
     ),
-    "NaN": (mark_alive("x").replace(b"75", b"NaN"), {"record_not_json": 1}),
+    "NaN": (heartbeat("x").replace(b"75", b"NaN"), {"record_not_json": 1}),
     "deep nesting": (
         b"[" * 100_000 + b"]" * 100_000 + b"\n" + b'{"a":' * 100_000,
         {"record_not_json": 2},
     ),
     "control characters": (
-        b"\x00\n\x01\x02\n" + mark_alive("x").replace(b"x", b"\x00"),
+        b"\x00\n\x01\x02\n" + heartbeat("x").replace(b"x", b"\x00"),
         {"record_not_json": 3},
     ),
     "invalid UTF-8": (
-        b"\xff\xfe\n" + mark_alive("x").replace(b"x", b"\xc3"),
+        b"\xff\xfe\n" + heartbeat("x").replace(b"x", b"\xc3"),
         {"record_not_json": 2},
     ),
     "lone surrogates": (
-        mark_alive("x").replace(b"x", b"\\ud800")
+        heartbeat("x").replace(b"x", b"\\ud800")
         + b"\n"
-        + mark_alive("x").replace(b"x", b"\xed\xa0\x80"),
+        + heartbeat("x").replace(b"x", b"\xed\xa0\x80"),
         {"record_not_json": 2},
     ),
     "1 MB strings": (
-        mark_alive("x" * 2**20)
-        + b"\n"
-        + mark_alive("x").replace(b'"d"', b'"' + b"d" * 2**20 + b'"'),
+        heartbeat("x" * 2**20) + b"\n" + heartbeat("x").replace(b'"d"', b'"' + b"d" * 2**20 + b'"'),
         {"user_id_wrong_length": 1, "device_id_wrong_length": 1},
     ),
     "empty data": (b"", {"record_no_data": 1}),
@@ -423,9 +419,9 @@ def test_odd_entries(client: redis.Redis, lake: Lake, settings: Settings, suspec
     expected: dict[str, int] = {}
     for number, (data, reasons) in enumerate(ODD.values()):
         stream = keys.stream(number % 4)
-        client.xadd(stream, {"data": mark_alive(f"before{number}")})
+        client.xadd(stream, {"data": heartbeat(f"before{number}")})
         client.xadd(stream, {"other": b"x"} if data is None else {"data": data})
-        client.xadd(stream, {"data": mark_alive(f"after{number}")})
+        client.xadd(stream, {"data": heartbeat(f"after{number}")})
         for reason, count in reasons.items():
             expected[reason] = expected.get(reason, 0) + count
     if suspected:
@@ -595,7 +591,7 @@ def test_follow_takes_what_comes_later(
         running = pool.submit(drain, consumer, lake, quick, follow=True, stop=stop.is_set)
         try:
             for seq in range(3):
-                append(client, settings, [mark_alive(f"u{seq}")])
+                append(client, settings, [heartbeat(f"u{seq}")])
                 wait_for(lambda: buffered(client, settings) == 0, "the drain")
         finally:
             stop.set()
@@ -628,12 +624,12 @@ def test_little_is_gathered_until_it_is_much(
     wait = dt.timedelta(seconds=30)
     with following(consumer, lake, settings, drain_max_wait=wait, drain_max_rows=3) as running:
         for seq in range(2):
-            append(client, settings, [mark_alive(f"u{seq}")])
+            append(client, settings, [heartbeat(f"u{seq}")])
             wait_for(
                 lambda: depth.depths(client, settings).states[0].pending == seq + 1,  # noqa: B023  # called at once
                 "its claim",
             )
-        append(client, settings, [mark_alive("u2")])
+        append(client, settings, [heartbeat("u2")])
         wait_for(lambda: buffered(client, settings) == 0, "the drain")
     assert (running.result().rows, running.result().cycles) == (3, 1)
     assert liveness.read(client).labelled("drain_flushes") == {"rows": 1}
@@ -736,7 +732,7 @@ def test_several_drainers_at_once(client: redis.Redis, lake: Lake, settings: Set
         }
     )
     for shard in range(4):
-        append(client, small, [mark_alive(f"u{n}", at=MIDNIGHT + shard) for n in range(50)], shard)
+        append(client, small, [heartbeat(f"u{n}", at=MIDNIGHT + shard) for n in range(50)], shard)
 
     def work(_: int) -> int:
         with consuming(small) as consumer:
@@ -761,7 +757,7 @@ def test_a_drain_leaves_beats_and_counts(
     client: redis.Redis, lake: Lake, settings: Settings
 ) -> None:
     small = settings.model_copy(update={"drain_max_rows": 24})
-    append(client, settings, [*users(20), b"bad", mark_alive("u1", bpm=5)], shard=2)
+    append(client, settings, [*users(20), b"bad", heartbeat("u1", bpm=5)], shard=2)
     append(client, settings, users(3), shard=1)
     with consuming(small) as consumer:
         done = drain(consumer, lake, small, until_empty=True)

@@ -21,7 +21,7 @@ from hb_assets_tests.lake.deliveries import DAY, NOON
 SECRET = "very-secret-user"
 
 
-def mark_alive(**other: object) -> dict[str, object]:
+def heartbeat(**other: object) -> dict[str, object]:
     return {
         "user_id": SECRET,
         "device_id": "device_a",
@@ -55,7 +55,7 @@ def figure_of(name: str, path: Path, settings: Settings) -> Figure:
 
 
 def test_a_file_that_passes(tmp_path: Path, settings: Settings) -> None:
-    path = written(tmp_path, [mark_alive(), mark_alive(timestamp=NOON + 1)], HEARTBEATS)
+    path = written(tmp_path, [heartbeat(), heartbeat(timestamp=NOON + 1)], HEARTBEATS)
     results = [
         *checks.heartbeats(path, DAY, settings),
         checks.counts_add_up(rows_in=3, unique=2, superseded=1, erased=0, rows_in_file=2),
@@ -87,7 +87,7 @@ def test_a_file_that_passes(tmp_path: Path, settings: Settings) -> None:
 def test_nulls_lengths_and_ranges(
     tmp_path: Path, settings: Settings, other: dict[str, object]
 ) -> None:
-    path = written(tmp_path, [mark_alive(), mark_alive(**other)], loose(HEARTBEATS))
+    path = written(tmp_path, [heartbeat(), heartbeat(**other)], loose(HEARTBEATS))
     assert_refused(figure_of(checks.SCHEMA_AND_RANGES, path, settings), next(iter(other)))
 
 
@@ -115,7 +115,7 @@ def test_wrong_type(tmp_path: Path, settings: Settings, column: str, arrow: pa.D
     place = HEARTBEATS.get_field_index(column)
     schema = HEARTBEATS.set(place, pa.field(column, arrow))
     assert_refused(
-        figure_of(checks.SCHEMA_AND_RANGES, written(tmp_path, [mark_alive()], schema), settings),
+        figure_of(checks.SCHEMA_AND_RANGES, written(tmp_path, [heartbeat()], schema), settings),
         column,
     )
 
@@ -123,16 +123,16 @@ def test_wrong_type(tmp_path: Path, settings: Settings, column: str, arrow: pa.D
 def test_columns_too_many_too_few_and_out_of_order(tmp_path: Path, settings: Settings) -> None:
     extra = HEARTBEATS.append(pa.field("surplus", pa.int16()))
     assert_refused(
-        figure_of(checks.SCHEMA_AND_RANGES, written(tmp_path, [mark_alive()], extra), settings),
+        figure_of(checks.SCHEMA_AND_RANGES, written(tmp_path, [heartbeat()], extra), settings),
         "column_in_schema",
     )
     fewer = HEARTBEATS.remove(HEARTBEATS.get_field_index("device_id"))
     assert not figure_of(
-        checks.SCHEMA_AND_RANGES, written(tmp_path, [mark_alive()], fewer), settings
+        checks.SCHEMA_AND_RANGES, written(tmp_path, [heartbeat()], fewer), settings
     ).passed
     turned = pa.schema(list(HEARTBEATS)[::-1])
     assert not figure_of(
-        checks.SCHEMA_AND_RANGES, written(tmp_path, [mark_alive()], turned), settings
+        checks.SCHEMA_AND_RANGES, written(tmp_path, [heartbeat()], turned), settings
     ).passed
 
 
@@ -146,7 +146,7 @@ def test_columns_too_many_too_few_and_out_of_order(tmp_path: Path, settings: Set
     ],
 )
 def test_partition_day(tmp_path: Path, settings: Settings, at: int, passed: bool) -> None:
-    path = written(tmp_path, [mark_alive(), mark_alive(timestamp=at)], HEARTBEATS)
+    path = written(tmp_path, [heartbeat(), heartbeat(timestamp=at)], HEARTBEATS)
     figure = figure_of(checks.PARTITION_DAY, path, settings)
     assert figure.passed == passed
     assert SECRET not in figure.message
@@ -174,7 +174,7 @@ def test_order_and_key(
 ) -> None:
     """Across the borders of what is read at once, too."""
     monkeypatch.setattr(checks, "_AT_ONCE", at_once)
-    rows = [mark_alive(timestamp=NOON + at, heart_rate=60 + n) for n, at in enumerate(instants)]
+    rows = [heartbeat(timestamp=NOON + at, heart_rate=60 + n) for n, at in enumerate(instants)]
     path = written(tmp_path, rows, HEARTBEATS)
     in_order, unique = (
         figure_of(name, path, settings) for name in (checks.SORTED, checks.KEY_UNIQUE)
@@ -190,7 +190,7 @@ def test_order_and_key(
 def test_order_of_users_is_that_of_their_bytes(
     tmp_path: Path, settings: Settings, first: str, second: str
 ) -> None:
-    path = written(tmp_path, [mark_alive(user_id=first), mark_alive(user_id=second)], HEARTBEATS)
+    path = written(tmp_path, [heartbeat(user_id=first), heartbeat(user_id=second)], HEARTBEATS)
     assert not figure_of(checks.SORTED, path, settings).passed
     assert figure_of(checks.KEY_UNIQUE, path, settings).passed
 
