@@ -221,9 +221,9 @@ class _Bounds:
 
     @classmethod
     def of(cls, settings: Settings) -> _Bounds:
-        """Merges side by side share memory and threads: each keeps an engine and a writer busy."""
+        """Merges side by side share memory and threads: a merge alone leaves cores idle."""
         threads, memory = _threads(settings), settings.duckdb_memory
-        merges = max(1, min(threads // 2, memory // _LEAST_MEMORY))
+        merges = max(1, min(threads, memory // _LEAST_MEMORY))
         share = {"duckdb_threads": threads // merges, "duckdb_memory": memory // merges}
         return cls(
             settings.model_copy(update=share), threading.Semaphore(merges), threading.Event()

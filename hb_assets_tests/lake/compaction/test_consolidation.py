@@ -625,7 +625,7 @@ def test_a_failed_merge_keeps_no_other_shard_waiting(
 
 
 @pytest.mark.parametrize(
-    ("threads", "memory_mb", "merges"), [(1, 1024, 1), (2, 1024, 1), (8, 1024, 4), (64, 1024, 4)]
+    ("threads", "memory_mb", "merges"), [(1, 1024, 1), (2, 1024, 2), (8, 1024, 4), (64, 1024, 4)]
 )
 def test_merges_side_by_side_share_memory_and_threads(
     settings: Settings, threads: int, memory_mb: int, merges: int
