@@ -1,7 +1,7 @@
-"""OpenAPI: the handlers of /openapi.json and /docs, the same document for machines and people.
+"""GET /openapi.json and GET /docs: the interface's document for machines, and shown for people.
 
-Belongs here: filling in what depends on settings, the record and the time. Doesn't belong here:
-what the document says (openapi.yaml). Swagger UI makes the page, out of files of its package: the
+The document is openapi.yaml; what depends on settings, the record and the time is filled in here.
+Swagger UI makes the page, out of files of its package: the
 browser needs nothing from elsewhere, and no script or style stands in the page itself.
 """
 

@@ -1,9 +1,8 @@
-"""Workers: several processes that serve one port.
+"""Supervisor of the gateway's worker processes: starts them, replaces what dies, ends them all.
 
-Belongs here: starting them, starting anew what dies, ending them all. Doesn't belong here: what one
-of them does (`server`). They share the listening socket, and the kernel gives a connection to
-whichever accepts first. A worker that was killed loses no heartbeat that was answered, as a single
-gateway doesn't, and the others go on.
+What a worker does is in `server`. They share the listening socket, and the kernel gives a
+connection to whichever accepts first. A worker that was killed loses no heartbeat that was
+answered, as a single gateway doesn't, and the others go on.
 """
 
 from __future__ import annotations

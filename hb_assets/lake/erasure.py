@@ -249,7 +249,7 @@ def forget_day(
 
 
 def _erased_rows(lake: Lake, day: dt.date) -> int:
-    return sum(metadata.erased for metadata in inventory.notes(lake, day))
+    return sum(metadata.erased for metadata in inventory.published_metadata(lake, day))
 
 
 def forget_quarantine(lake: Lake, whose: Whose, settings: Settings) -> Gone:

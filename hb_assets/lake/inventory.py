@@ -92,7 +92,7 @@ def raw_digest(lake: Lake, day: dt.date) -> str:
     return fragments.digest(fragments.all_listed(lake, day))
 
 
-def notes(lake: Lake, day: dt.date) -> list[ConsolidatedMetadata]:
+def published_metadata(lake: Lake, day: dt.date) -> list[ConsolidatedMetadata]:
     """Footer metadata of the day's consolidated files. Raises DamagedFileError."""
     found = (published(lake, day, shard) for shard in range(lake.shards))
     return [one[0] for one in found if one is not None]

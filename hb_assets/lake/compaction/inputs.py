@@ -1,7 +1,7 @@
-"""What a consolidation merges: the published file and fragments, with what may know rows of theirs.
+"""Inputs of a merge: the published file, pending fragments, and what tells that a row came before.
 
-Belongs here: which files, marks and cutoffs a merge has to heed. Doesn't belong here: the merge
-(`merge`), and reading rows.
+A row may come again after a drain died, after its fragment was pruned, or after its user was
+forgotten: other fragments, watermarks, lists of erased rows and tombstones tell.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Inputs:
     def of(
         cls, lake: Lake, base: Current | None, new: Sequence[Fragment], raw: Sequence[Fragment]
     ) -> Inputs:
-        """The published file and pending fragments, with what may know rows of theirs already.
+        """The published file, pending fragments, and what tells that a row came before.
 
         Args:
             lake: which lake.

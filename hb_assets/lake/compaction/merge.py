@@ -119,7 +119,7 @@ FROM (SELECT {_COLUMNS} FROM new UNION ALL SELECT {_COLUMNS} FROM base)
 
 @contextmanager
 def _pending(inputs: Inputs, connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """The pending fragments, and what may know rows of theirs, as relations of an engine."""
+    """Register the pending fragments, and what tells that a row came before, with an engine."""
     for name in ("new", "base", "included", "erased_before"):
         connection.register(name, SCHEMA.empty_table())
     connection.register("mark", _marks(inputs.watermark))

@@ -113,8 +113,8 @@ def heartbeats(
     sequence = _sequence(path)
     if sequence.disorder:
         with engine(settings) as connection, verified.relations(connection, {"rows": [path]}):
-            (twins,) = figures(connection, _DUPLICATES)
-        sequence = replace(sequence, twins=twins)
+            (duplicates,) = figures(connection, _DUPLICATES)
+        sequence = replace(sequence, duplicates=duplicates)
     of_values = [found.figure(name, sequence.rows) for name, found in faults.items()]
     if shard is not None:
         of_values[-1] = _with_users(of_values[-1], sequence.users, *shard)
@@ -202,17 +202,17 @@ class _Sequence:
 
     rows: int = 0
     disorder: int = 0
-    twins: int = 0
+    duplicates: int = 0
     users: Collection[str] = ()
 
     def figures(self) -> list[Figure]:
-        disorder, twins = self.disorder, self.twins
+        disorder, duplicates = self.disorder, self.duplicates
         return [
             Figure(
                 KEY_UNIQUE,
-                twins == 0,
-                {"rows": self.rows, "bad_rows": twins},
-                f"{twins} rows repeat a key" if twins else "",
+                duplicates == 0,
+                {"rows": self.rows, "bad_rows": duplicates},
+                f"{duplicates} rows repeat a key" if duplicates else "",
             ),
             Figure(
                 SORTED,
@@ -231,7 +231,7 @@ def _sequence(path: Path) -> _Sequence:
     footer = parquet.footer(path)
     if not set(ORDER) <= set(footer.schema.names):
         return _Sequence(footer.num_rows)
-    disorder = twins = 0
+    disorder = duplicates = 0
     users: set[str] = set()
     last: pa.Table | None = None
     with verified.opened(path, TEXTS) as file:
@@ -244,8 +244,8 @@ def _sequence(path: Path) -> _Sequence:
             last = group.slice(max(0, group.num_rows - 1))
             less, same = neighbours([ranks(group[name]) for name in ORDER])
             disorder += int(less.sum())
-            twins += int(same.sum())
-    return _Sequence(footer.num_rows, disorder, twins, users)
+            duplicates += int(same.sum())
+    return _Sequence(footer.num_rows, disorder, duplicates, users)
 
 
 _DUPLICATES = f"""

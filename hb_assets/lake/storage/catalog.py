@@ -34,7 +34,7 @@ _REST_SECONDS = 60
 
 
 def remembered(most: int) -> Callable[[Maker[PathType, P, Value]], Maker[PathType, P, Value]]:
-    """Decorate a function of a file and its look: what it returned stands while the look stays.
+    """Decorate a function of a file and its fingerprint: a cache, valid while that stays the same.
 
     Args:
         most: of how many files; the ones that were entered first go first.
@@ -46,7 +46,7 @@ def remembered(most: int) -> Callable[[Maker[PathType, P, Value]], Maker[PathTyp
 
         @wraps(make)
         def found(path: PathType, seen: Fingerprint, /, *args: P.args, **kwargs: P.kwargs) -> Value:
-            key = (path, *args)
+            key = (path, *args, *kwargs.items())
             before = known.get(key)
             if before is not None and before[0] == seen:
                 return before[1]
